@@ -1,0 +1,101 @@
+"""What a decoder is built from: `config.json` as a frozen, hashable value."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+FAMILIES = {
+    "Qwen2ForCausalLM": {"qkv_bias": True, "qk_norm": False},
+    "Qwen3ForCausalLM": {"qkv_bias": False, "qk_norm": True},
+    "LlamaForCausalLM": {"qkv_bias": False, "qk_norm": False},
+}
+"""Supported `architectures` and how they differ (the rest is in the numbers)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's frequency-dependent stretching of the rotary wavelengths."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a decoder, in the field names of `config.json`."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    qkv_bias: bool
+    qk_norm: bool
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
+        """Reads the contents of a `config.json`.
+
+        Raises:
+          ValueError: for an architecture, or a setting of it, that is not supported.
+        """
+        architecture = (hf.get("architectures") or ["none"])[0]
+        if architecture not in FAMILIES:
+            raise ValueError(
+                f"architecture {architecture!r} is not supported; "
+                f"supported are {', '.join(FAMILIES)}"
+            )
+        family = dict(FAMILIES[architecture])
+        if architecture == "LlamaForCausalLM":
+            _refuse(hf, "attention_bias", "mlp_bias")
+        if architecture == "Qwen3ForCausalLM":
+            _refuse(hf, "attention_bias")
+        _refuse(hf, "use_sliding_window")
+        if hf.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act {hf['hidden_act']!r} is not supported")
+        # transformers 5 writes `rope_parameters`; older folders have both fields apart.
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        theta = hf.get("rope_theta", rope.get("rope_theta", 10000.0))
+        heads = hf["num_attention_heads"]
+        return cls(
+            architecture=architecture,
+            vocab_size=hf["vocab_size"],
+            hidden_size=hf["hidden_size"],
+            intermediate_size=hf["intermediate_size"],
+            num_hidden_layers=hf["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            rope_theta=float(theta),
+            rope_scaling=_rope_scaling(rope),
+            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+            tie_word_embeddings=hf.get("tie_word_embeddings", False),
+            max_position_embeddings=hf.get("max_position_embeddings", 32768),
+            **family,
+        )
+
+
+def _refuse(hf: Mapping[str, Any], *fields: str) -> None:
+    for field in fields:
+        if hf.get(field):
+            raise ValueError(f"{field}={hf[field]!r} in config.json is not supported")
+
+
+def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"rope scaling {kind!r} is not supported (only 'llama3')")
+    fields = dataclasses.fields(RopeScaling)
+    return RopeScaling(**{f.name: rope[f.name] for f in fields})

@@ -1,0 +1,309 @@
+"""One decoder for Qwen2/2.5, Qwen3 and Llama-3.x, in Flax Linen.
+
+`model.apply({'params': params}, tokens)` is a pure function of nested-dict
+parameters. Two layouts of the same parameters are understood:
+
+- stacked (the canonical one: files, noise, updates): `params['layers']` holds every
+  layer's arrays on a leading axis, and the layers run under `nn.scan`;
+- unrolled (`model.unrolled().apply({'params': unrolled_params(params)}, ...)`):
+  one subtree a layer. Decoding uses it: a scan would copy each layer's weights out
+  of the stack again for every generated token.
+
+Axis letters: B batch, T tokens, D hidden, F feed-forward, N query heads, K key-value
+heads, G query heads per key-value head, H head dimension, S cache slots, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jes.models.cache import PADDING, Cache, write
+from jes.models.config import ModelConfig, RopeScaling
+
+MASKED = -1e30
+"""Score of a slot that may not be seen: finite, so that a row of padding, which sees
+nothing, gives numbers and not NaN."""
+
+
+class Decoder(nn.Module):
+    """Decoder-only transformer: grouped-query attention, rotary positions, SwiGLU."""
+
+    config: ModelConfig
+    scan_layers: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+        *,
+        last_only: bool = False,
+    ) -> tuple[jax.Array, Cache]:
+        """Logits of the next token at every position, and the cache.
+
+        Args:
+          tokens: int [B, T].
+          positions: int [B, T], -1 for left padding; by default 0..T-1, or what
+            follows `cache.length`.
+          cache: keys and values of earlier tokens, with room for T more. Without
+            it the T tokens see each other only, and the returned cache holds them
+            (`cache.extended(n)` makes room for n more).
+          last_only: whether to compute the logits of the last position alone, as
+            sampling does: at 151936 words they are most of the memory otherwise.
+
+        Returns:
+          float32 logits [B, T, V] (T = 1 with `last_only`), and the new `Cache`.
+        """
+        cfg = self.config
+        batch, length = tokens.shape
+        if positions is None:
+            start = 0 if cache is None else cache.length
+            positions = jnp.broadcast_to(start + jnp.arange(length), tokens.shape)
+        if cache is None:
+            key_positions, slot = positions, jnp.int32(0)
+        else:
+            slot = cache.length
+            key_positions = write(cache.positions, positions, slot, 1)
+        # [B, T, S]: a token sees the tokens at or before its own position.
+        visible = (key_positions[:, None, :] <= positions[:, :, None]) & (
+            key_positions[:, None, :] != PADDING
+        )
+        angles = rope_angles(positions, cfg)
+
+        embed = nn.Embed(
+            cfg.vocab_size,
+            cfg.hidden_size,
+            embedding_init=nn.initializers.normal(0.02),
+            dtype=None,
+            name="embed",
+        )
+        x = embed(tokens)
+        if self.scan_layers:
+            x, keys, values = self._scanned(x, visible, angles, cache, slot)
+        else:
+            x, keys, values = self._unrolled(x, visible, angles, cache, slot)
+        if last_only:
+            x = x[:, -1:]
+        x = RMSNorm(cfg.rms_norm_eps, name="final_norm")(x)
+        head = (
+            embed.embedding.T
+            if cfg.tie_word_embeddings
+            else self.param(
+                "lm_head",
+                nn.initializers.normal(0.02),
+                (cfg.hidden_size, cfg.vocab_size),
+            )
+        )
+        logits = jnp.matmul(x, head, preferred_element_type=jnp.float32)
+        return logits, Cache(keys, values, key_positions, slot + length)
+
+    def _scanned(self, x, visible, angles, cache, slot):
+        """Layers on a leading axis: one compiled layer, whatever their number."""
+        layers = nn.scan(
+            Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            out_axes=0,
+            length=self.config.num_hidden_layers,
+        )(self.config, name="layers")
+        stacked = [None if cache is None else jnp.stack(c) for c in (cache or [])[:2]]
+        stacked = stacked or [None, None]
+        x, (keys, values) = layers(x, *stacked, visible, angles, slot)
+        return x, tuple(keys), tuple(values)
+
+    def _unrolled(self, x, visible, angles, cache, slot):
+        keys, values = [], []
+        for i in range(self.config.num_hidden_layers):
+            cached = (None, None) if cache is None else (cache.keys[i], cache.values[i])
+            layer = Layer(self.config, name=f"layers_{i}")
+            x, (key, value) = layer(x, *cached, visible, angles, slot)
+            keys.append(key)
+            values.append(value)
+        return x, tuple(keys), tuple(values)
+
+    def unrolled(self) -> "Decoder":
+        """The same model over `unrolled_params`."""
+        return self.clone(scan_layers=False)
+
+
+def unrolled_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Stacked parameters as one subtree a layer (`layers_0`, `layers_1`, ...)."""
+    params = dict(params)
+    stacked = params.pop("layers")
+    (count,) = {leaf.shape[0] for leaf in jax.tree.leaves(stacked)}
+    for i in range(count):
+        params[f"layers_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+    return params
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the stream."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, keys, values, visible, angles, slot):
+        eps = self.config.rms_norm_eps
+        attended, kv = Attention(self.config, name="attention")(
+            RMSNorm(eps, name="attention_norm")(x), keys, values, visible, angles, slot
+        )
+        x = x + attended
+        return x + FeedForward(self.config, name="mlp")(
+            RMSNorm(eps, name="mlp_norm")(x)
+        ), kv
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the cache, or over the tokens at hand."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, keys, values, visible, angles, slot):
+        cfg = self.config
+        batch, length, _ = x.shape
+        heads, kv_heads, dim = (
+            cfg.num_attention_heads,
+            cfg.num_key_value_heads,
+            cfg.head_dim,
+        )
+
+        def project(name: str, count: int) -> jax.Array:
+            out = Dense(count * dim, cfg.qkv_bias, name=name)(x)
+            return out.reshape(batch, length, count, dim)
+
+        q, k, v = project("q", heads), project("k", kv_heads), project("v", kv_heads)
+        if cfg.qk_norm:
+            q = RMSNorm(cfg.rms_norm_eps, name="q_norm")(q)
+            k = RMSNorm(cfg.rms_norm_eps, name="k_norm")(k)
+        q = rotate(q, angles).reshape(batch, length, kv_heads, heads // kv_heads, dim)
+        new_keys = rotate(k, angles).transpose(0, 2, 3, 1)  # [B, K, H, T]
+        new_values = v.transpose(0, 2, 1, 3)  # [B, K, T, H]
+        if keys is None:
+            keys, values = new_keys, new_values
+        else:
+            keys = write(keys, new_keys, slot, 3)
+            values = write(values, new_values, slot, 2)
+        out = attend(q * dim**-0.5, keys, values, visible)
+        out = out.reshape(batch, length, heads * dim).astype(x.dtype)
+        return Dense(cfg.hidden_size, name="o")(out), (keys, values)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x):
+        gate = Dense(self.config.intermediate_size, name="gate")(x)
+        up = Dense(self.config.intermediate_size, name="up")(x)
+        return Dense(self.config.hidden_size, name="down")(nn.silu(gate) * up)
+
+
+class Dense(nn.Module):
+    """x @ kernel + bias, with kernel [in, out] in the dtype of the parameters."""
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.normal(0.02)
+        y = x @ self.param("kernel", init, (x.shape[-1], self.features))
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        return y
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, in float32 whatever the dtype of the stream."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * scale
+
+
+def attend(
+    q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array
+) -> jax.Array:
+    """Softmax attention with scaled queries; scores and weights in float32.
+
+    Args:
+      q: [B, T, K, G, H], already scaled.
+      keys: [B, K, H, S].
+      values: [B, K, S, H].
+      visible: bool [B, T, S].
+
+    Returns:
+      float32 [B, T, K, G, H].
+    """
+    if q.shape[1] == 1:
+        # One query a row: 2BK matrix-vector products, which a CPU runs faster as one
+        # fused multiply-and-sum over the cache; accelerators prefer the products.
+        return jax.lax.platform_dependent(
+            q, keys, values, visible, cpu=_attend_fused, default=_attend_products
+        )
+    return _attend_products(q, keys, values, visible)
+
+
+def _attend_products(q, keys, values, visible):
+    f32 = jnp.float32
+    scores = jnp.einsum("btkgh,bkhs->bkgts", q, keys, preferred_element_type=f32)
+    weights = _softmax(scores, visible[:, None, None])
+    return jnp.einsum(
+        "bkgts,bksh->btkgh",
+        weights.astype(values.dtype),
+        values,
+        preferred_element_type=f32,
+    )
+
+
+def _attend_fused(q, keys, values, visible):
+    q, keys, values = (a.astype(jnp.float32) for a in (q[:, 0], keys, values))
+    scores = (q[..., None] * keys[:, :, None]).sum(-2)  # [B, K, G, S]
+    weights = _softmax(scores, visible[:, :, None])
+    return (weights[..., None] * values[:, :, None]).sum(-2)[:, None]
+
+
+def _softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
+    return jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1)
+
+
+def rope_angles(positions: jax.Array, config: ModelConfig) -> jax.Array:
+    """Rotation angles in radians, float32 [B, T, H/2]."""
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** -(np.arange(half) / half)
+    if config.rope_scaling is not None:
+        frequencies = scaled_frequencies(frequencies, config.rope_scaling)
+    return positions[..., None] * jnp.asarray(frequencies, jnp.float32)
+
+
+def scaled_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Llama 3.1: long wavelengths stretched by `factor`, short ones kept, smooth between.
+
+    `frequencies` in radians per position, [H/2].
+    """
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotary position embedding of [B, T, heads, H] in the half-split convention."""
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
