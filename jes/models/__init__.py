@@ -1,0 +1,1 @@
+"""The decoder, its cache, and its weights in Hugging Face folders."""

@@ -11,6 +11,15 @@ FAMILIES = {
 }
 """Supported `architectures` and how they differ (the rest is in the numbers)."""
 
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+"""Fields without which a `config.json` does not describe a model."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -55,14 +64,7 @@ class ModelConfig:
                 f"architecture {architecture!r} is not supported; "
                 f"supported are {', '.join(FAMILIES)}"
             )
-        family = dict(FAMILIES[architecture])
-        if architecture == "LlamaForCausalLM":
-            _refuse(hf, "attention_bias", "mlp_bias")
-        if architecture == "Qwen3ForCausalLM":
-            _refuse(hf, "attention_bias")
-        _refuse(hf, "use_sliding_window")
-        if hf.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act {hf['hidden_act']!r} is not supported")
+        _check(hf, architecture)
         # transformers 5 writes `rope_parameters`; older folders have both fields apart.
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         theta = hf.get("rope_theta", rope.get("rope_theta", 10000.0))
@@ -81,14 +83,30 @@ class ModelConfig:
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=hf.get("tie_word_embeddings", False),
             max_position_embeddings=hf.get("max_position_embeddings", 32768),
-            **family,
+            **FAMILIES[architecture],
         )
+
+
+def _check(hf: Mapping[str, Any], architecture: str) -> None:
+    # Qwen3's head_dim is a number of its own, where others divide hidden_size.
+    required = (*REQUIRED, "head_dim") if "Qwen3" in architecture else REQUIRED
+    lacking = [field for field in required if hf.get(field) is None]
+    if lacking:
+        raise ValueError(f"these fields are missing: {', '.join(lacking)}")
+    _refuse(hf, "use_sliding_window")
+    if not FAMILIES[architecture]["qkv_bias"]:
+        _refuse(hf, "attention_bias", "mlp_bias")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act {hf['hidden_act']!r} is not supported")
+    heads, kv_heads = hf["num_attention_heads"], hf.get("num_key_value_heads")
+    if kv_heads and heads % kv_heads:
+        raise ValueError(f"{heads} query heads do not divide among {kv_heads} KV heads")
 
 
 def _refuse(hf: Mapping[str, Any], *fields: str) -> None:
     for field in fields:
         if hf.get(field):
-            raise ValueError(f"{field}={hf[field]!r} in config.json is not supported")
+            raise ValueError(f"{field}={hf[field]!r} is not supported")
 
 
 def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
@@ -97,5 +115,8 @@ def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
         return None
     if kind != "llama3":
         raise ValueError(f"rope scaling {kind!r} is not supported (only 'llama3')")
-    fields = dataclasses.fields(RopeScaling)
-    return RopeScaling(**{f.name: rope[f.name] for f in fields})
+    fields = [field.name for field in dataclasses.fields(RopeScaling)]
+    lacking = [field for field in fields if field not in rope]
+    if lacking:
+        raise ValueError(f"rope scaling without {', '.join(lacking)}")
+    return RopeScaling(**{field: rope[field] for field in fields})

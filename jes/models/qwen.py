@@ -5,7 +5,7 @@ parameters. Two layouts of the same parameters are understood:
 
 - stacked (the canonical one: files, noise, updates): `params['layers']` holds every
   layer's arrays on a leading axis, and the layers run under `nn.scan`;
-- unrolled (`model.unrolled().apply({'params': unrolled_params(params)}, ...)`):
+- unrolled (`model.unrolled().apply({'params': model.unrolled_params(params)}, ...)`):
   one subtree a layer. Decoding uses it: a scan would copy each layer's weights out
   of the stack again for every generated token.
 
@@ -42,7 +42,7 @@ class Decoder(nn.Module):
         positions: jax.Array | None = None,
         cache: Cache | None = None,
         *,
-        last_only: bool = False,
+        last: int | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Logits of the next token at every position, and the cache.
 
@@ -53,14 +53,14 @@ class Decoder(nn.Module):
           cache: keys and values of earlier tokens, with room for T more. Without
             it the T tokens see each other only, and the returned cache holds them
             (`cache.extended(n)` makes room for n more).
-          last_only: whether to compute the logits of the last position alone, as
-            sampling does: at 151936 words they are most of the memory otherwise.
+          last: how many of the last positions to give logits for, by default all;
+            sampling needs one. At 151936 words they are most of the memory otherwise.
 
         Returns:
-          float32 logits [B, T, V] (T = 1 with `last_only`), and the new `Cache`.
+          float32 logits [B, T or `last`, V], and the new `Cache`.
         """
         cfg = self.config
-        batch, length = tokens.shape
+        length = tokens.shape[1]
         if positions is None:
             start = 0 if cache is None else cache.length
             positions = jnp.broadcast_to(start + jnp.arange(length), tokens.shape)
@@ -87,8 +87,8 @@ class Decoder(nn.Module):
             x, keys, values = self._scanned(x, visible, angles, cache, slot)
         else:
             x, keys, values = self._unrolled(x, visible, angles, cache, slot)
-        if last_only:
-            x = x[:, -1:]
+        if last is not None:
+            x = x[:, -last:]
         x = RMSNorm(cfg.rms_norm_eps, name="final_norm")(x)
         head = (
             embed.embedding.T
@@ -131,15 +131,15 @@ class Decoder(nn.Module):
         """The same model over `unrolled_params`."""
         return self.clone(scan_layers=False)
 
-
-def unrolled_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Stacked parameters as one subtree a layer (`layers_0`, `layers_1`, ...)."""
-    params = dict(params)
-    stacked = params.pop("layers")
-    (count,) = {leaf.shape[0] for leaf in jax.tree.leaves(stacked)}
-    for i in range(count):
-        params[f"layers_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-    return params
+    @staticmethod
+    def unrolled_params(params: Mapping[str, Any]) -> dict[str, Any]:
+        """Stacked parameters as one subtree a layer (`layers_0`, `layers_1`, ...)."""
+        params = dict(params)
+        stacked = params.pop("layers")
+        (count,) = {leaf.shape[0] for leaf in jax.tree.leaves(stacked)}
+        for i in range(count):
+            params[f"layers_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+        return params
 
 
 class Layer(nn.Module):
@@ -218,7 +218,8 @@ class Dense(nn.Module):
         init = nn.initializers.normal(0.02)
         y = x @ self.param("kernel", init, (x.shape[-1], self.features))
         if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros_init(), (self.features,))
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+            y += on_last_axis(bias, y.ndim)
         return y
 
 
@@ -232,7 +233,12 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
         y = x.astype(jnp.float32)
         y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * scale
+        return y.astype(x.dtype) * on_last_axis(scale, y.ndim)
+
+
+def on_last_axis(vector: jax.Array, ndim: int) -> jax.Array:
+    """`vector` as the last of `ndim` axes: jes never promotes ranks implicitly."""
+    return jax.lax.expand_dims(vector, range(ndim - 1))
 
 
 def attend(
@@ -287,11 +293,12 @@ def rope_angles(positions: jax.Array, config: ModelConfig) -> jax.Array:
     frequencies = config.rope_theta ** -(np.arange(half) / half)
     if config.rope_scaling is not None:
         frequencies = scaled_frequencies(frequencies, config.rope_scaling)
-    return positions[..., None] * jnp.asarray(frequencies, jnp.float32)
+    angles = on_last_axis(jnp.asarray(frequencies, jnp.float32), positions.ndim + 1)
+    return positions[..., None].astype(jnp.float32) * angles
 
 
 def scaled_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Llama 3.1: long wavelengths stretched by `factor`, short ones kept, smooth between.
+    """Llama 3.1: long wavelengths stretched by `factor`, short kept, smooth between.
 
     `frequencies` in radians per position, [H/2].
     """

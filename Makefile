@@ -1,0 +1,32 @@
+# `make tiny` and `make test` are all the set-up there is.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: tiny test check pretrain
+
+tiny: .venv/.installed
+	$(BIN)/python -m jes.train --config=configs/tiny.py
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest -n 2
+
+check: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@

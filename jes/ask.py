@@ -1,0 +1,304 @@
+"""Ask: perturb the weights, let every member answer the prompts, score the answers.
+
+Axis letters: C members of a chunk, B prompts, N new tokens, R rows of choices.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jes.core.noise import Noise, PyTree
+from jes.core.population import evaluate, map_members
+from jes.errors import InputError
+from jes.sampling.generate import GREEDY, Sampling, decode, trim
+from jes.sampling.likelihood import (
+    ChoiceBatch,
+    choice_log_likelihoods,
+    pad_choices,
+)
+from jes.sampling.prompts import BUCKETS, PromptBatch, encode, pad
+from jes.tasks.task import Example, Reward, Task
+
+MODES = ("generate", "likelihood")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Examiner:
+    """How a model is examined on a task.
+
+    Attributes:
+      model, tokenizer: from `jes.load`.
+      task: its prompts and rewards.
+      eos_ids: tokens that end an answer.
+      mode: 'generate' rewards the generated text; 'likelihood' takes the choice with
+        the highest log-likelihood per token as the answer.
+      dtype: of the weights that answer. The centre stays in float32 (its master),
+        because an ES step is smaller than half a bfloat16 ulp of a typical weight.
+      max_new_tokens: longest answer; by default the task's.
+      sampling: how the next token is chosen.
+      buckets: prompt lengths to pad to.
+    """
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    eos_ids: tuple[int, ...]
+    mode: str = "generate"
+    dtype: Any = jnp.float32
+    max_new_tokens: int = 0
+    sampling: Sampling = GREEDY
+    buckets: tuple[int, ...] = BUCKETS
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise InputError(f"mode must be one of {MODES}, not {self.mode!r}")
+        if self.mode == "likelihood" and self.task.choices is None:
+            raise InputError(
+                f"task {self.task.name} has no choices: use mode 'generate'"
+            )
+        if not self.max_new_tokens:
+            object.__setattr__(self, "max_new_tokens", self.task.max_new_tokens)
+
+
+class Question(NamedTuple):
+    """An example as token ids."""
+
+    example: Example
+    prompt: list[int]
+    choices: list[list[int]]
+
+
+class Score(NamedTuple):
+    """What a member's answers earned, as means over the prompts; or arrays of these.
+
+    Attributes:
+      reward: mean reward, the member's fitness.
+      accuracy: share of answers whose leniently extracted answer is right.
+      strict: share of answers that are right in the format asked for.
+      formatted: share of answers in that format.
+      truncated: share of answers cut off at `max_new_tokens`.
+      tokens: number of tokens generated.
+    """
+
+    reward: Any
+    accuracy: Any
+    strict: Any
+    formatted: Any
+    truncated: Any
+    tokens: Any
+
+
+def prepare(examiner: Examiner, examples: Sequence[Example]) -> list[Question]:
+    """Renders and encodes examples.
+
+    Raises:
+      InputError: for a prompt that no bucket holds.
+    """
+    task, tokenizer = examiner.task, examiner.tokenizer
+    questions = []
+    for number, example in enumerate(examples):
+        prompt = encode(tokenizer, task.prompt(example))
+        choices: list[list[int]] = []
+        if examiner.mode == "likelihood" and task.choices is not None:
+            choices = [encode(tokenizer, choice) for choice in task.choices(example)]
+        length = len(prompt) + max(map(len, choices), default=0)
+        if length > max(examiner.buckets):
+            raise InputError(
+                f"{task.name}: the prompt of example {number} has {length} tokens, "
+                f"more than the longest bucket ({max(examiner.buckets)}): add a longer "
+                "one to `buckets`, or leave such examples out"
+            )
+        questions.append(Question(example, prompt, choices))
+    return questions
+
+
+def longest(questions: Sequence[Question]) -> int:
+    """Tokens of the longest prompt, with its longest choice."""
+    return max(len(q.prompt) + max(map(len, q.choices), default=0) for q in questions)
+
+
+def ask(
+    examiner: Examiner,
+    params: PyTree,
+    key: jax.Array,
+    questions: Sequence[Question],
+    *,
+    noise: Noise,
+    population: int,
+    chunk: int,
+    before_chunk: Callable[[], None] = lambda: None,
+) -> Score:
+    """Lets every member of a generation answer the questions.
+
+    Args:
+      examiner: the model, its task and how to ask.
+      params: the centre θ, float32.
+      key: the generation key.
+      questions: the prompts, the same for all members.
+      noise: how members differ from the centre.
+      population: number of members.
+      chunk: members held in memory at once.
+      before_chunk: called before each chunk; an exception from it stops the
+        generation with nothing changed.
+
+    Returns:
+      A `Score` of float64 arrays [population].
+    """
+    run, score = _rollout(examiner, questions)
+
+    def dispatch(members: np.ndarray) -> jax.Array:
+        before_chunk()
+        return run(params, key, jnp.asarray(members), noise=noise)
+
+    scores = evaluate(dispatch, score, population, chunk)
+    return Score(*map(np.array, zip(*scores, strict=True)))
+
+
+def examine(
+    examiner: Examiner,
+    params: PyTree,
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 256,
+    key: jax.Array | None = None,
+    before_batch: Callable[[], None] = lambda: None,
+) -> Score:
+    """Lets the centre itself answer questions, any number of them.
+
+    Returns:
+      A `Score` of floats over all questions.
+    """
+    if not questions:
+        raise InputError(f"task {examiner.task.name} has no examples to evaluate on")
+    key = jax.random.key(0) if key is None else key
+    order = sorted(range(len(questions)), key=lambda i: longest(questions[i : i + 1]))
+    size = min(batch_size, len(questions))
+    sums = np.zeros(len(Score._fields))
+    for start in range(0, len(order), size):
+        chosen = [questions[i] for i in order[start : start + size]]
+        before_batch()
+        # The last batch is filled up so that it has the shape of the others.
+        run, score = _rollout(examiner, chosen, fill_to=size)
+        answers = run(params, jax.random.fold_in(key, start), jnp.zeros(1, int))
+        (one,) = score(answers)
+        weights = np.full(len(sums), len(chosen))
+        weights[Score._fields.index("tokens")] = 1
+        sums += weights * np.array(one)
+    sums /= [1 if name == "tokens" else len(questions) for name in Score._fields]
+    return Score(*map(float, sums))
+
+
+def _rollout(
+    examiner: Examiner, questions: Sequence[Question], fill_to: int = 0
+) -> tuple[Callable[..., jax.Array], Callable[[jax.Array], list[Score]]]:
+    """The device's part of answering these questions, and the host's."""
+    filled = [*questions, *[questions[-1]] * (fill_to - len(questions))]
+    prompts = [q.prompt for q in filled]
+    shared = {"dtype": jnp.dtype(examiner.dtype)}
+    if examiner.mode == "likelihood":
+        batch = pad_choices(prompts, [q.choices for q in filled], examiner.buckets)
+        run = partial(_member_likelihoods, examiner.model, batch, **shared)
+        return run, partial(_score_likelihoods, examiner, questions, batch)
+    run = partial(
+        _member_answers,
+        examiner.model,
+        pad(prompts, examiner.buckets),
+        max_new_tokens=examiner.max_new_tokens,
+        eos_ids=examiner.eos_ids,
+        sampling=examiner.sampling,
+        **shared,
+    )
+    return run, partial(_score_answers, examiner, questions)
+
+
+@partial(
+    jax.jit,
+    static_argnums=0,
+    static_argnames=("noise", "dtype", "max_new_tokens", "eos_ids", "sampling"),
+)
+def _member_answers(
+    model: Any,
+    prompts: PromptBatch,
+    params: PyTree,
+    key: jax.Array,
+    members: jax.Array,
+    *,
+    noise: Noise | None = None,
+    dtype: Any,
+    **settings: Any,
+) -> jax.Array:
+    """Generated tokens of a chunk of members, or of the centre: int32 [C, B, N]."""
+    # Where answers are sampled, each member draws from a key of its own.
+    sampling_key = jax.random.fold_in(key, zlib.crc32(b"sampling"))
+    keys = jax.vmap(partial(jax.random.fold_in, sampling_key))(members)
+    answer = partial(decode, model, prompts=prompts, keys=keys, **settings)
+    return map_members(answer, params, key, members, noise, dtype)
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("noise", "dtype"))
+def _member_likelihoods(
+    model: Any,
+    batch: ChoiceBatch,
+    params: PyTree,
+    key: jax.Array,
+    members: jax.Array,
+    *,
+    noise: Noise | None = None,
+    dtype: Any,
+) -> jax.Array:
+    """Log-likelihood of every choice under a chunk of members: float32 [C, R]."""
+    score = partial(choice_log_likelihoods, model, batch=batch)
+    return map_members(score, params, key, members, noise, dtype)
+
+
+def _score_answers(
+    examiner: Examiner, questions: Sequence[Question], answers: jax.Array
+) -> list[Score]:
+    """Rewards of generated tokens [C, B, N], one `Score` a member."""
+    texts = examiner.tokenizer.backend_tokenizer
+    earned: dict[tuple[int, tuple[int, ...]], Reward] = {}
+    members = []
+    for rows in np.asarray(answers)[:, : len(questions)]:
+        members.append([tuple(row) for row in trim(rows, examiner.eos_ids)])
+    # Members mostly agree: each different answer is decoded and scored once.
+    new = list({(i, row) for rows in members for i, row in enumerate(rows)})
+    decoded = texts.decode_batch([list(row) for _, row in new])
+    for (i, row), text in zip(new, decoded, strict=True):
+        earned[i, row] = examiner.task.reward(questions[i].example, text)
+    scores = []
+    for rows in members:
+        rewards = np.array([earned[i, row] for i, row in enumerate(rows)], float)
+        lengths = np.array([len(row) for row in rows])
+        truncated = lengths == examiner.max_new_tokens
+        tokens = int((lengths + ~truncated).sum())
+        value, correct, strict, formatted = rewards.mean(0)
+        scores.append(
+            Score(value, correct, strict, formatted, truncated.mean(), tokens)
+        )
+    return scores
+
+
+def _score_likelihoods(
+    examiner: Examiner,
+    questions: Sequence[Question],
+    batch: ChoiceBatch,
+    log_likelihoods: jax.Array,
+) -> list[Score]:
+    """Share of right choices by log-likelihood per token, one `Score` a member."""
+    assert examiner.task.answer is not None
+    per_token = np.asarray(log_likelihoods) / batch.scored.sum(-1)
+    scores = []
+    for row in per_token:
+        right = [
+            row[batch.owners == i].argmax() == examiner.task.answer(q.example)
+            for i, q in enumerate(questions)
+        ]
+        share = float(np.mean(right)) if np.isfinite(row).all() else np.nan
+        scores.append(Score(share, share, share, 1.0, 0.0, 0))
+    return scores

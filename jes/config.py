@@ -1,0 +1,46 @@
+"""Every setting of a run, with its default; a file in `configs/` changes some."""
+
+from ml_collections import ConfigDict
+
+
+def default() -> ConfigDict:
+    """The settings of `jes.train`."""
+    config = ConfigDict()
+
+    # What is trained, on what.
+    config.seed = 0
+    config.model = "tiny"  # a folder, a hub id, or 'tiny', the embedded model
+    config.dtype = "float32"  # of the weights that answer; the master is float32
+    config.task = "tiny/min"
+    config.mode = "generate"  # or 'likelihood', where the task has choices
+    config.data = ConfigDict()
+    config.data.root = ""  # folder of parquet files in hub layout; '' is the hub
+    config.data.train = 0  # how many training examples to use; 0 for all
+    config.data.test = 0  # how many held-out examples to evaluate on; 0 for all
+
+    # Evolution (2509.24372).
+    config.generations = 100
+    config.population = 30
+    config.sigma = 0.001
+    config.alpha = 0.0005
+    config.antithetic = False
+    config.shaping = "zscore"
+
+    # One generation's questions and answers.
+    config.prompts = 0  # prompts a generation, drawn anew each time; 0 for all
+    config.max_new_tokens = 0  # 0 for the task's own
+    config.temperature = 0.0
+    config.top_k = 0
+    config.top_p = 1.0
+    config.buckets = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
+
+    # Members held in memory at once; 0 chooses from the memory.
+    config.chunk = 0
+    config.memory_gb = 0.0  # 0 for what is free
+
+    # Evaluation on held-out examples, before, every so many generations, and after.
+    config.eval_every = 50
+    config.eval_tasks = ()  # beside the task itself, such as prior tasks
+    config.eval_batch = 256
+    config.checkpoint_every = 25
+    return config

@@ -1,0 +1,1 @@
+"""Evolution strategies as pure functions, apart from any model."""

@@ -1,0 +1,61 @@
+"""Fitness shaping: from rewards to the weights of the members."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def shape_fitness(rewards: jax.Array, method: str = "zscore") -> jax.Array:
+    """Weights of the members, from their rewards.
+
+    A member whose reward is not finite gets weight 0 and takes no part in the
+    statistics. If all other members tie, every weight is exactly 0: rounding noise is
+    not divided by a vanishing standard deviation.
+
+    Args:
+      rewards: [N]; higher is better.
+      method: a name in `METHODS`: 'zscore' (ddof 0, eps 1e-8; 2509.24372, Algorithm
+        1), 'centered_rank' (ranks scaled to [-1/2, 1/2], ties share their mean rank;
+        1703.03864) or 'none' (the rewards as they are).
+
+    Returns:
+      float32 [N].
+
+    Raises:
+      ValueError: for an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown shaping {method!r}; known are {', '.join(METHODS)}")
+    rewards = jnp.asarray(rewards, jnp.float32)
+    finite = jnp.isfinite(rewards)
+    highest = jnp.max(jnp.where(finite, rewards, -jnp.inf))
+    lowest = jnp.min(jnp.where(finite, rewards, jnp.inf))
+    shaped = METHODS[method](jnp.where(finite, rewards, 0), finite)
+    return jnp.where(finite & (highest > lowest), shaped, 0)
+
+
+def finite_members(rewards: jax.Array) -> jax.Array:
+    """How many members count (float32 scalar, at least 1 so that it can divide)."""
+    return jnp.maximum(jnp.isfinite(rewards).sum(), 1).astype(jnp.float32)
+
+
+def _zscore(rewards: jax.Array, finite: jax.Array) -> jax.Array:
+    count = finite_members(jnp.where(finite, rewards, jnp.nan))
+    centred = jnp.where(finite, rewards - rewards.sum() / count, 0)
+    return centred / (jnp.sqrt((centred**2).sum() / count) + 1e-8)
+
+
+def _centered_rank(rewards: jax.Array, finite: jax.Array) -> jax.Array:
+    other = finite[None, :]
+    below = (other & (rewards[None, :] < rewards[:, None])).sum(-1)
+    equal = (other & (rewards[None, :] == rewards[:, None])).sum(-1)
+    rank = below + (equal - 1) / 2
+    return (rank / jnp.maximum(finite.sum() - 1, 1) - 0.5).astype(jnp.float32)
+
+
+METHODS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "zscore": _zscore,
+    "centered_rank": _centered_rank,
+    "none": lambda rewards, finite: rewards,
+}

@@ -1,0 +1,114 @@
+"""The ledger: a run as a file of kilobytes, replayable from the base model.
+
+One JSON object a line. The first is the header (what a replay needs to know), then
+one row a generation, `{"generation": g, "fitness": [...]}`, and wherever a run ended,
+`{"generation": g, "fingerprint": "..."}`: the hash of the weights after g generations.
+Fitness is float32, written with the fewest digits that read back to the same bits;
+a fitness that is not finite is null.
+
+A row is appended and flushed before the run goes on, so a kill can leave at worst one
+incomplete last line, which `read` leaves out and `repair` cuts off.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+FORMAT = "jes-ledger-1"
+
+
+class Ledger(NamedTuple):
+    """What a ledger file says.
+
+    Attributes:
+      path: the file.
+      header: settings of the run.
+      fitness: one float32 array [N] a generation, in order.
+      fingerprints: number of generations -> fingerprint of the weights after them.
+      size: bytes of the file up to the end of the last complete row.
+    """
+
+    path: Path
+    header: dict[str, Any]
+    fitness: list[np.ndarray]
+    fingerprints: dict[int, str]
+    size: int
+
+
+def create(path: Path, header: Mapping[str, Any]) -> None:
+    """Starts a ledger; the file appears whole or not at all."""
+    part = path.with_suffix(".part")
+    _append(part, {"format": FORMAT, **header})
+    part.replace(path)
+
+
+def append_generation(path: Path, generation: int, fitness: np.ndarray) -> None:
+    """Commits a generation: it has happened once this returns."""
+    values = [_shortest(f) for f in fitness]
+    _append(path, {"generation": generation, "fitness": values})
+
+
+def append_fingerprint(path: Path, generations: int, fingerprint: str) -> None:
+    """Notes the hash of the weights after this many generations."""
+    _append(path, {"generation": generations, "fingerprint": fingerprint})
+
+
+def read(path: Path) -> Ledger:
+    """Reads a ledger, leaving out an incomplete last line.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if it is not a ledger, or is damaged before its last line.
+    """
+    rows, size = [], 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("no end of line")
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}: line {number} is damaged ({error})") from None
+        size += len(line)
+    if not rows or rows[0].get("format") != FORMAT:
+        raise ValueError(f"{path} is not a ledger of this version ({FORMAT})")
+    fitness: list[np.ndarray] = []
+    fingerprints: dict[int, str] = {}
+    for number, row in enumerate(rows[1:], 2):
+        if "fingerprint" in row:
+            fingerprints[row["generation"]] = row["fingerprint"]
+        elif row["generation"] != len(fitness):
+            raise ValueError(
+                f"{path}: line {number} is generation {row['generation']}, "
+                f"expected {len(fitness)}"
+            )
+        else:
+            values = [math.nan if f is None else f for f in row["fitness"]]
+            fitness.append(np.array(values, np.float32))
+    return Ledger(path, rows[0], fitness, fingerprints, size)
+
+
+def repair(path: Path) -> Ledger:
+    """Reads a ledger and cuts an incomplete last line off the file."""
+    ledger = read(path)
+    if path.stat().st_size > ledger.size:
+        os.truncate(path, ledger.size)
+    return ledger
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _shortest(value: float) -> float | None:
+    return float(str(np.float32(value))) if math.isfinite(value) else None

@@ -1,0 +1,111 @@
+"""Keys and Gaussian perturbations: everything random in a run comes from here.
+
+The key contract. One root key a run; then
+
+    generation_key = fold_in(root, generation)
+    direction_key  = fold_in(generation_key, direction)
+    leaf_key       = fold_in(direction_key, crc32(path of the leaf))
+
+A member's direction is the member itself, or with antithetic pairs members 2i and
+2i+1 share direction i with signs +1 and -1. The path of a leaf is its keys joined by
+'/', such as 'layers/mlp/up/kernel'. Every leaf has noise of its own: the published
+code of 2509.24372 reseeds for each tensor, which gives equal shapes equal noise.
+Noise is never stored; whoever needs it draws it again from the key.
+"""
+
+import dataclasses
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Noise:
+    """How members differ from the centre.
+
+    Attributes:
+      sigma: standard deviation of the perturbation, in units of the weights.
+      antithetic: whether members come in pairs θ + σε and θ - σε.
+    """
+
+    sigma: float
+    antithetic: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.sigma) and self.sigma > 0):
+            raise ValueError(f"sigma must be positive and finite, not {self.sigma}")
+
+    def check_population(self, population: int) -> None:
+        """Raises ValueError where `population` members cannot be drawn."""
+        if population < 1:
+            raise ValueError(f"population must be at least 1, not {population}")
+        if self.antithetic and population % 2:
+            raise ValueError(
+                f"antithetic pairs need an even population, not {population}"
+            )
+
+    def directions(self, population: int) -> int:
+        """Number of independent noise trees among `population` members."""
+        return population // 2 if self.antithetic else population
+
+    def direction(self, member: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The direction of a member, and the sign (float32) it is taken with."""
+        if not self.antithetic:
+            return member, jnp.float32(1)
+        return member // 2, (1 - 2 * (member % 2)).astype(jnp.float32)
+
+    def direction_weights(self, member_weights: jax.Array) -> jax.Array:
+        """Sums members' weights [N] over those that share a direction: [directions]."""
+        if not self.antithetic:
+            return member_weights
+        return member_weights[0::2] - member_weights[1::2]
+
+
+def generation_key(root: jax.Array, generation: jax.typing.ArrayLike) -> jax.Array:
+    """The key that all noise of a generation comes from."""
+    return jax.random.fold_in(root, generation)
+
+
+def leaf_path(path: tuple[Any, ...]) -> str:
+    """'layers/mlp/up/kernel' for a path of `jax.tree_util`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaf_noise(
+    direction_key: jax.Array, path: tuple[Any, ...], shape: tuple[int, ...]
+) -> jax.Array:
+    """Standard normal float32 noise of one leaf; independent of every other leaf."""
+    key = jax.random.fold_in(direction_key, zlib.crc32(leaf_path(path).encode()))
+    return jax.random.normal(key, shape, jnp.float32)
+
+
+def perturb(params: PyTree, key: jax.Array, sigma: jax.typing.ArrayLike) -> PyTree:
+    """θ + σε, with ε drawn from `key`, a direction key (2509.24372, Algorithm 1).
+
+    Args:
+      params: pytree of floating-point arrays.
+      key: typed PRNG key; the same key gives the same ε.
+      sigma: scalar, in units of the weights; negative for the antithetic member.
+
+    Returns:
+      A new pytree with the dtypes of `params`; the sum is taken in float32.
+    """
+
+    def add(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        noise = leaf_noise(key, path, leaf.shape)
+        return (leaf.astype(jnp.float32) + sigma * noise).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(add, params)
+
+
+def perturb_member(
+    params: PyTree, key: jax.Array, member: jax.Array, noise: Noise
+) -> PyTree:
+    """The weights of one member of the generation with this generation key."""
+    direction, sign = noise.direction(member)
+    return perturb(params, jax.random.fold_in(key, direction), noise.sigma * sign)

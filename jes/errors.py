@@ -1,0 +1,8 @@
+"""The error that entry points show to people as one line, without a traceback."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot work: a setting, a file, a folder, a model.
+
+    The message says what is wrong and what to do about it.
+    """

@@ -1,0 +1,135 @@
+"""Scores a model folder, or the weights that a run has reached, on tasks.
+
+    python -m jes.evaluate --model=tiny --tasks=tiny/add,tiny/min
+    python -m jes.evaluate --model=runs/tiny --tasks=tiny/min --examples=200
+
+Accuracy is by lenient extraction; strict is right in exactly the format asked for.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from jes.ask import MODES, Examiner, Score, examine, prepare
+from jes.errors import InputError
+from jes.export import read_ledger
+from jes.io import checkpoints, command_line
+from jes.io.metrics import write_json
+from jes.io.progress import console
+from jes.models.weights import Pretrained, load
+from jes.tasks import TASKS, load_task
+from jes.tell import Evolution
+from jes.train import resume
+
+
+def load_model(path: str) -> Pretrained:
+    """A model folder, hub id or 'tiny'; or the newest weights of a run folder.
+
+    A run's weights are its newest checkpoint and what the ledger has after that.
+    """
+    if not (Path(path) / "ledger.jsonl").is_file():
+        return load(path)
+    ledger = read_ledger(Path(path))
+    base = load(ledger.header["model"])
+    evolution = Evolution(**ledger.header["evolution"])
+    with checkpoints.checkpointer(Path(path) / "checkpoints") as saver:
+        state = resume(evolution, base.params, ledger, saver)
+    console.print(f"{path} after {state.generation} generations")
+    return base.with_params(state.params)
+
+
+def evaluate(
+    pretrained: Pretrained,
+    tasks: list[str],
+    *,
+    examples: int = 0,
+    root: str = "",
+    mode: str = "generate",
+    dtype: Any = "float32",
+    batch_size: int = 256,
+    seed: int = 0,
+) -> dict[str, Score]:
+    """Greedy answers on held-out examples.
+
+    Args:
+      pretrained: the model.
+      tasks: names in `jes.tasks.TASKS`.
+      examples: how many held-out examples of each task; 0 for all.
+      root: folder of parquet files; '' for the hub.
+      mode: 'generate' or 'likelihood'.
+      dtype: of the weights while they answer.
+      batch_size: prompts answered at once.
+      seed: of the tasks whose examples are drawn.
+
+    Returns:
+      A `Score` of floats for each task.
+    """
+    if pretrained.tokenizer is None:
+        raise InputError("the model folder has no tokenizer, which tasks need")
+    scores = {}
+    for name in tasks:
+        examiner = Examiner(
+            model=pretrained.model,
+            tokenizer=pretrained.tokenizer,
+            task=load_task(name, root=root, seed=seed, test=examples),
+            eos_ids=pretrained.eos_ids,
+            mode=mode,
+            dtype=dtype,
+        )
+        questions = prepare(examiner, examiner.task.test)
+        scores[name] = examine(
+            examiner, pretrained.params, questions, batch_size=batch_size
+        )
+    return scores
+
+
+def table(scores: dict[str, Score]) -> Table:
+    """Percentages of the examples, a row a task."""
+    shown = Table("task", "accuracy %", "strict %", "formatted %", "truncated %")
+    for name, score in scores.items():
+        shares = (score.accuracy, score.strict, score.formatted, score.truncated)
+        shown.add_row(name, *(f"{100 * share:.1f}" for share in shares))
+    return shown
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="tiny", help="folder, hub id, 'tiny', or run"
+    )
+    parser.add_argument("--tasks", help="comma-separated; one of: " + ", ".join(TASKS))
+    parser.add_argument("--examples", type=int, default=0, help="of each; 0 for all")
+    parser.add_argument("--root", default="", help="folder of parquet files")
+    parser.add_argument("--mode", default="generate", choices=MODES)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file to write too")
+    args = parser.parse_args()
+
+    def command() -> None:
+        tiny = [name for name in TASKS if name.startswith("tiny/")]
+        scores = evaluate(
+            load_model(args.model),
+            args.tasks.split(",") if args.tasks else tiny,
+            examples=args.examples,
+            root=args.root,
+            mode=args.mode,
+            dtype=args.dtype,
+            batch_size=args.batch_size,
+            seed=args.seed,
+        )
+        console.print(table(scores))
+        if args.out:
+            write_json(args.out, {name: s._asdict() for name, s in scores.items()})
+
+    command_line.guarded(command)
+
+
+if __name__ == "__main__":
+    main()

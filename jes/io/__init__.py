@@ -1,0 +1,1 @@
+"""What a run writes and shows: checkpoints, metrics, progress, plots."""

@@ -1,0 +1,44 @@
+"""How much memory there is, and how much a member of the population takes."""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+SHARE = 0.6
+"""Of the free memory to plan with: compilers and allocators need room too."""
+
+
+def free_bytes() -> int:
+    """Memory to plan with, on the accelerator or, without one, of the machine."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(SHARE * free)
+
+
+def bytes_per_member(
+    config: Any, parameters: int, dtype: Any, rows: int, prompt: int, new: int
+) -> int:
+    """Estimate of what one member takes while it answers.
+
+    Its weights twice (stacked and by layer), the cache, the activations of the widest
+    layer over the prompts, and a few arrays of logits.
+
+    Args:
+      config: `ModelConfig`.
+      parameters: number of weights.
+      dtype: of the member's weights.
+      rows, prompt, new: prompts, tokens of a padded prompt, new tokens.
+    """
+    size = jnp.dtype(dtype).itemsize
+    heads, slots = config.num_attention_heads, prompt + new
+    head_rows = config.num_key_value_heads * config.head_dim
+    cache = 2 * 2 * config.num_hidden_layers * rows * head_rows * slots * size
+    scores = 2 * rows * heads * prompt * prompt * 4
+    hidden = rows * prompt * (3 * config.intermediate_size + 4 * config.hidden_size) * 4
+    logits = 3 * rows * config.vocab_size * 4
+    return 2 * parameters * size + cache + max(scores, hidden) + logits

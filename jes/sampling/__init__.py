@@ -1,0 +1,1 @@
+"""From prompts to answers: padding, cached decoding, and likelihoods."""

@@ -1,0 +1,217 @@
+"""Cached decoding of many prompts, by one set of weights or by many at once.
+
+Axis letters: M members, B prompts, T prompt tokens, N new tokens, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jes.sampling.prompts import BUCKETS, PromptBatch, pad
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+      temperature: 0 takes the likeliest token.
+      top_k: sample among the k likeliest only; 0 for all.
+      top_p: sample among the likeliest that hold this much probability; 1 for all.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature, top_k >= 0 and 0 < top_p <= 1, not {self}")
+
+
+GREEDY = Sampling()
+
+
+def decode(
+    model: Any,
+    params: Any,
+    prompts: PromptBatch,
+    keys: jax.Array,
+    *,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    sampling: Sampling = GREEDY,
+) -> jax.Array:
+    """Answers every prompt with every member's weights (to be traced under `jit`).
+
+    Stops when every row has ended. The step is vmapped inside the loop, not the loop
+    itself: a vmapped `while_loop` would copy the whole cache at each step to keep the
+    rows of finished members.
+
+    Args:
+      model: a decoder; decoded in its unrolled form.
+      params: stacked parameters, each leaf with a leading member axis [M, ...].
+      prompts: left-padded prompts, the same for all members.
+      keys: typed PRNG keys [M], used where the temperature is above 0. A row's draws
+        depend on its member's key and its number alone.
+      max_new_tokens: N.
+      eos_ids: tokens that end an answer.
+      sampling: how the next token is chosen.
+
+    Returns:
+      int32 [M, B, N]; after an end token the row holds that token or `eos_ids[0]`.
+    """
+    fast = model.unrolled()
+    params = jax.vmap(model.unrolled_params)(params)
+    rows = jnp.arange(prompts.tokens.shape[0])
+    fold_rows = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    row_keys = jax.vmap(fold_rows, in_axes=(0, None))(keys, rows)
+    next_position = jnp.asarray(prompts.positions[:, -1:]) + 1
+
+    def forward(params: Any, tokens: Any, positions: Any, cache: Any = None) -> Any:
+        variables = {"params": params}
+        logits, cache = fast.apply(variables, tokens, positions, cache, last=1)
+        return logits[:, 0], cache
+
+    def prefill(params: Any) -> Any:
+        logits, cache = forward(params, *map(jnp.asarray, prompts))
+        return logits, cache.extended(max_new_tokens - 1)
+
+    # Arrays of the cache are per member; its length is one scalar for all, so that a
+    # step writes one slot in place instead of scattering to a slot per member.
+    shapes = jax.eval_shape(prefill, jax.tree.map(lambda leaf: leaf[0], params))
+    axes = jax.tree.map(lambda leaf: 0 if leaf.ndim else None, shapes)
+    step = jax.vmap(forward, in_axes=(0, 0, None, axes[1]), out_axes=axes)
+
+    def choose(logits: jax.Array, index: jax.Array) -> jax.Array:
+        if not sampling.temperature:
+            return logits.argmax(-1).astype(jnp.int32)
+        fold = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, index)))
+        draw = jax.vmap(jax.vmap(jax.random.categorical))
+        return draw(fold(row_keys), restrict(logits, sampling)).astype(jnp.int32)
+
+    def ended(token: jax.Array) -> jax.Array:
+        return (token[..., None] == jnp.array(eos_ids, jnp.int32)).any(-1)
+
+    logits, cache = jax.vmap(prefill, out_axes=axes)(params)
+    token = choose(logits, jnp.int32(0))
+    fill = eos_ids[0] if eos_ids else 0
+    answers = jnp.full((*token.shape, max_new_tokens), fill, jnp.int32)
+    answers = answers.at[..., 0].set(token)
+
+    def running(state: Any) -> jax.Array:
+        index, _, done, _, _ = state
+        return (index < max_new_tokens) & ~done.all()
+
+    def advance(state: Any) -> Any:
+        index, token, done, cache, answers = state
+        position = next_position + index - 1
+        logits, cache = step(params, token[..., None], position, cache)
+        token = jnp.where(done, fill, choose(logits, index))
+        answers = jax.lax.dynamic_update_index_in_dim(answers, token, index, 2)
+        return index + 1, token, done | ended(token), cache, answers
+
+    state = (jnp.int32(1), token, ended(token), cache, answers)
+    return jax.lax.while_loop(running, advance, state)[-1]
+
+
+def restrict(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits at the temperature, -inf outside top-k and top-p. [..., V] -> [..., V]."""
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        least = jnp.where(before < sampling.top_p, ordered, jnp.inf).min(-1)
+        logits = jnp.where(logits < least[..., None], -jnp.inf, logits)
+    return logits
+
+
+def trim(answers: np.ndarray, eos_ids: Iterable[int]) -> list[list[int]]:
+    """Rows [B, N] as lists of token ids, cut before the first end token."""
+    ends = np.isin(answers, list(eos_ids))
+    lengths = np.where(ends.any(-1), ends.argmax(-1), answers.shape[-1])
+    return [row[:n].tolist() for row, n in zip(answers, lengths, strict=True)]
+
+
+_decode_one = jax.jit(
+    lambda model, params, *args, **settings: decode(
+        model, jax.tree.map(lambda leaf: leaf[None], params), *args, **settings
+    )[0],
+    static_argnums=0,
+    static_argnames=("max_new_tokens", "eos_ids", "sampling"),
+)
+
+
+def generate(
+    model: Any,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    key: jax.Array | None = None,
+    eos_ids: Sequence[int] = (),
+    batch_size: int = 256,
+    buckets: Sequence[int] = BUCKETS,
+) -> list[list[int]]:
+    """Answers prompts of any lengths, in their order.
+
+    Prompts of similar length share a batch, padded to one of a few lengths, so that
+    repeated calls compile each shape once.
+
+    Args:
+      model: a decoder, as `jes.load` gives it.
+      params: its parameters.
+      prompts: lists of token ids.
+      max_new_tokens: longest answer, in tokens.
+      temperature, top_k, top_p: see `Sampling`.
+      key: PRNG key, needed where the temperature is above 0.
+      eos_ids: tokens that end an answer; they are not part of it.
+      batch_size: prompts decoded at once.
+      buckets: prompt lengths to pad to.
+
+    Returns:
+      One list of token ids a prompt.
+
+    Raises:
+      ValueError: for an empty prompt, one longer than the longest bucket, no room for
+        an answer, or a temperature without a key.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if temperature and key is None:
+        raise ValueError("sampling with a temperature needs a key")
+    if not prompts:
+        return []
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    key = jax.random.key(0) if key is None else key
+    size = min(batch_size, len(prompts))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        filled = chosen + chosen[-1:] * (size - len(chosen))
+        batch = pad([prompts[i] for i in filled], buckets)
+        out = _decode_one(
+            model,
+            params,
+            batch,
+            jax.random.fold_in(key, start)[None],
+            max_new_tokens=max_new_tokens,
+            eos_ids=tuple(int(i) for i in eos_ids),
+            sampling=sampling,
+        )
+        for i, answer in zip(chosen, trim(np.asarray(out), eos_ids), strict=False):
+            answers[i] = answer
+    return answers

@@ -1,0 +1,75 @@
+"""Log-likelihood of given continuations: scoring without generating.
+
+Axis letters: M members, R rows (a prompt with one of its choices), T tokens,
+K tokens of the longest choice.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jes.sampling.prompts import BUCKETS, PromptBatch, pad
+
+
+class ChoiceBatch(NamedTuple):
+    """Prompts with their choices, a row each, left-padded.
+
+    Attributes:
+      rows: the tokens of prompt and choice.
+      scored: bool [R, K], which of a row's last K tokens belong to its choice.
+      owners: int [R], the prompt that a row belongs to.
+    """
+
+    rows: PromptBatch
+    scored: np.ndarray
+    owners: np.ndarray
+
+
+def pad_choices(
+    prompts: Sequence[Sequence[int]],
+    choices: Sequence[Sequence[Sequence[int]]],
+    buckets: Sequence[int] = BUCKETS,
+) -> ChoiceBatch:
+    """One row for each choice of each prompt.
+
+    Args:
+      prompts: token ids of each prompt.
+      choices: for each prompt, the token ids of its choices (none empty).
+      buckets: row lengths to pad to.
+    """
+    owners = [i for i, some in enumerate(choices) for _ in some]
+    tails = [choice for some in choices for choice in some]
+    if not min((len(tail) for tail in tails), default=0):
+        raise ValueError("a choice is empty: it has no likelihood")
+    rows = [[*prompts[i], *tail] for i, tail in zip(owners, tails, strict=True)]
+    lengths = np.array([len(tail) for tail in tails])
+    longest = lengths.max()
+    scored = np.arange(longest) >= longest - lengths[:, None]
+    return ChoiceBatch(pad(rows, buckets), scored, np.array(owners))
+
+
+def choice_log_likelihoods(model: Any, params: Any, batch: ChoiceBatch) -> jax.Array:
+    """Summed log-probability in nats of every row's choice under every member.
+
+    Args:
+      model: a decoder.
+      params: stacked parameters with a leading member axis [M, ...].
+      batch: prompts and choices.
+
+    Returns:
+      float32 [M, R].
+    """
+    tokens, positions = map(jnp.asarray, batch.rows)
+    longest = batch.scored.shape[1]
+    targets = tokens[:, -longest:, None]
+
+    def score(params: Any) -> jax.Array:
+        logits, _ = model.apply({"params": params}, tokens, positions, last=longest + 1)
+        log_probabilities = jax.nn.log_softmax(logits[:, :-1], axis=-1)
+        chosen = jnp.take_along_axis(log_probabilities, targets, axis=-1)[..., 0]
+        return jnp.where(batch.scored, chosen, 0).sum(-1)
+
+    return jax.vmap(score)(params)

@@ -1,0 +1,111 @@
+"""Countdown with three small numbers: reach a target with + - * and parentheses.
+
+`22 from 3 5 7:` is answered by `3*5+7`, or by any other expression of that value
+that uses every number once. Expressions are read by a small parser of bounded work,
+never by `eval`.
+"""
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from jes.tasks.task import Example, Reward
+
+LONGEST = 24
+"""Characters in an expression that is read at all; it bounds the parser's depth."""
+SHAPES = ("{}{}{}{}{}", "({}{}{}){}{}", "{}{}({}{}{})")
+ANSWER = re.compile(r"\(*[0-9]\)*([-+*]\(*[0-9]\)*)*")
+TOKEN = re.compile(r"[0-9]{1,2}(?![0-9])|[-+*()]")
+
+
+def draw(rng: np.random.Generator) -> Example:
+    """A puzzle that has a solution; `answer` is one of its solutions.
+
+    The target is 1 to 99; parentheses appear only where they change the value.
+    """
+    while True:
+        numbers = rng.integers(1, 10, 3).tolist()
+        a, b, c = rng.permutation(numbers).tolist()
+        first, second = rng.choice(list("+-*"), 2).tolist()
+        plain, *others = (shape.format(a, first, b, second, c) for shape in SHAPES)
+        answer = (plain, *others)[rng.integers(3)]
+        target = evaluate(answer)
+        if target is None or not 1 <= target <= 99:
+            continue
+        if evaluate(plain) == target:
+            answer = plain
+        return {
+            "prompt": f"{target} from {' '.join(map(str, numbers))}:",
+            "same_as": f"{target} from {sorted(numbers)}",
+            "answer": answer,
+            "numbers": numbers,
+            "target": target,
+        }
+
+
+def reward(example: Example, text: str) -> Reward:
+    """0.1 for the format and 0.9 for a right answer.
+
+    The format is an expression and nothing else; leniently, spaces and what follows
+    an equals sign or a line break are ignored.
+    """
+    formatted = len(text) <= LONGEST and ANSWER.fullmatch(text) is not None
+    # One character more than is read, so that a longer answer is seen to be longer.
+    lenient = re.split(r"[=\n]", text[: 2 * LONGEST])[0].replace(" ", "")
+    correct = solves(lenient, example["numbers"], example["target"])
+    strict = correct and formatted and lenient == text
+    return Reward(0.1 * formatted + 0.9 * correct, correct, strict, formatted)
+
+
+def solves(expression: str, numbers: list[int], target: int) -> bool:
+    """Whether an expression has the target's value and uses every number once."""
+    used = sorted(int(n) for n in re.findall(r"[0-9]+", expression[: LONGEST + 1]))
+    return used == sorted(numbers) and evaluate(expression) == target
+
+
+def evaluate(expression: str) -> int | None:
+    """The value of an expression of + - * ( ) and numbers below 100, or None.
+
+    None for anything else: other characters, a unary sign, unbalanced parentheses,
+    more than `LONGEST` characters. The work is linear in the length.
+    """
+    if len(expression) > LONGEST:
+        return None
+    tokens = TOKEN.findall(expression)
+    if "".join(tokens) != expression:
+        return None
+    stream = iter([*tokens, ""])
+    try:
+        value, end = _sum(stream)
+    except ValueError:
+        return None
+    return value if end == "" else None
+
+
+def _sum(stream: Iterator[str]) -> tuple[int, str]:
+    """The value of a sum, and the token after it."""
+    total, token = _product(stream)
+    while token in ("+", "-"):
+        sign = 1 if token == "+" else -1
+        value, token = _product(stream)
+        total += sign * value
+    return total, token
+
+
+def _product(stream: Iterator[str]) -> tuple[int, str]:
+    value, token = _atom(next(stream), stream), next(stream)
+    while token == "*":
+        value, token = value * _atom(next(stream), stream), next(stream)
+    return value, token
+
+
+def _atom(token: str, stream: Iterator[str]) -> int:
+    if token == "(":
+        value, token = _sum(stream)
+        if token != ")":
+            raise ValueError("a parenthesis is not closed")
+        return value
+    if not token.isdigit():
+        raise ValueError("a number is missing")
+    return int(token)

@@ -1,0 +1,89 @@
+"""The ES estimate of the gradient, by replaying seeds."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jes.core.fitness import METHODS, finite_members, shape_fitness
+from jes.core.noise import Noise, PyTree, leaf_noise
+
+
+class EsGradientState(NamedTuple):
+    """Nothing is kept: a generation's estimate follows from its key and fitness."""
+
+
+def es_gradient(
+    noise: Noise, *, shaping: str = "zscore"
+) -> optax.GradientTransformationExtraArgs:
+    r"""Turns keys and fitness into a descent direction.
+
+    The estimate of 2509.24372, Algorithm 1, with the usual factor 1/σ left to the
+    learning rate:
+
+    .. math:: g = -\frac{1}{N} \sum_{n=1}^N Z_n \varepsilon_n, \quad Z = shape(F).
+
+    Fitness is maximised and optax descends; the sign is turned here and nowhere else.
+    Noise is drawn again from the key, one member's noise for one leaf at a time, and
+    summed in float32 whatever the dtype of the parameters.
+
+    Args:
+      noise: as the members were perturbed.
+      shaping: see `jes.shape_fitness`.
+
+    Returns:
+      A transformation whose `update` takes, beside the incoming updates (only their
+      shapes matter; zeros will do), `key`, the generation key, and `fitness`, float
+      [N], and returns float32 updates. Members with non-finite fitness count neither
+      in the sum nor in N.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jes
+      >>> noise = jes.Noise(sigma=0.1)
+      >>> optimizer = optax.chain(
+      ...     jes.es_gradient(noise), optax.scale_by_learning_rate(0.5))
+      >>> params = {'w': jnp.zeros(3)}
+      >>> state = optimizer.init(params)
+      >>> key = jes.generation_key(jax.random.key(0), 0)
+      >>> members = [jes.perturb_member(params, key, i, noise) for i in range(8)]
+      >>> fitness = jnp.array([-((m['w'] - 1) ** 2).sum() for m in members])
+      >>> zeros = optax.tree.zeros_like(params)
+      >>> updates, state = optimizer.update(
+      ...     zeros, state, params, key=key, fitness=fitness)
+      >>> params = optax.apply_updates(params, updates)
+    """
+    if shaping not in METHODS:
+        raise ValueError(f"unknown shaping {shaping!r}; known are {', '.join(METHODS)}")
+
+    def init_fn(params: PyTree) -> EsGradientState:
+        del params
+        return EsGradientState()
+
+    def update_fn(
+        updates: PyTree,
+        state: EsGradientState,
+        params: PyTree | None = None,
+        *,
+        key: jax.Array,
+        fitness: jax.Array,
+        **extra_args: Any,
+    ) -> tuple[PyTree, EsGradientState]:
+        del params, extra_args
+        fitness = jnp.asarray(fitness, jnp.float32)
+        noise.check_population(fitness.shape[0])
+        weights = shape_fitness(fitness, shaping) / finite_members(fitness)
+        weights = noise.direction_weights(weights)
+
+        def estimate(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+            def add(direction: jax.Array, total: jax.Array) -> jax.Array:
+                direction_key = jax.random.fold_in(key, direction)
+                drawn = leaf_noise(direction_key, path, leaf.shape)
+                return total - weights[direction] * drawn
+
+            start = jnp.zeros(leaf.shape, jnp.float32)
+            return jax.lax.fori_loop(0, weights.shape[0], add, start)
+
+        return jax.tree_util.tree_map_with_path(estimate, updates), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
