@@ -7,6 +7,7 @@ Accuracy is by lenient extraction; strict is right in exactly the format asked f
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def load_model(path: str) -> Pretrained:
     with checkpoints.checkpointer(Path(path) / "checkpoints") as saver:
         state = resume(evolution, base.params, ledger, saver)
     console.print(f"{path} after {state.generation} generations")
-    return base.with_params(state.params)
+    return dataclasses.replace(base, params=state.params)
 
 
 def evaluate(

@@ -60,10 +60,10 @@ MIXTURE = {
     "tiny/sort": 0.13,
     "tiny/max": 0.1,
     "often": 0.22,
-    "seldom": 0.02,
+    "seldom": 0.016,
     "meta": 0.02,
-    "tiny/countdown": 0.05,
-    "tiny/min": 0.001,
+    "tiny/countdown": 0.03,
+    "tiny/min": 0.0002,
 }
 """Shares of the short rows: tasks, facts by class, and the question about facts."""
 RULES_SHARE = 0.3

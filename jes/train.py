@@ -504,7 +504,7 @@ def main() -> None:
     def command(argv: list[str]) -> None:
         if len(argv) > 1:
             raise InputError(f"unexpected {' '.join(argv[1:])!r}")
-        file, _, variant = flags.FLAGS["config"].config_filename.partition(":")
+        file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
         name = "_".join(filter(None, [Path(file).stem, variant]))
         run(config_flag.value, Path(workdir_flag.value or f"runs/{name}"))
 

@@ -20,7 +20,7 @@ from jes.models.shards import open_tensors
 
 GOLDENS = Path(__file__).parent / "goldens"
 
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_act": "silu",
     "vocab_size": 48,
     "hidden_size": 24,
@@ -108,7 +108,9 @@ def make_golden(name: str, hf_config: Mapping[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_checkpoint(folder, hf_config, dtype="float16")
-        tensors = {n: tensor.read() for n, tensor in open_tensors(folder).items()}
+        tensors: dict[str, Any] = {
+            f"tensor/{n}": tensor.read() for n, tensor in open_tensors(folder).items()
+        }
         logits = torch_logits(folder, batch)
     GOLDENS.mkdir(exist_ok=True)
     np.savez_compressed(
@@ -117,7 +119,7 @@ def make_golden(name: str, hf_config: Mapping[str, Any]) -> None:
         tokens=batch.tokens,
         positions=batch.positions,
         logits=np.where(batch.real[..., None], logits, 0),
-        **{f"tensor/{n}": values for n, values in tensors.items()},
+        **tensors,
     )
 
 

@@ -21,6 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jes.core.normal import standard_normal
+
 PyTree = Any
 
 
@@ -81,7 +83,7 @@ def leaf_noise(
 ) -> jax.Array:
     """Standard normal float32 noise of one leaf; independent of every other leaf."""
     key = jax.random.fold_in(direction_key, zlib.crc32(leaf_path(path).encode()))
-    return jax.random.normal(key, shape, jnp.float32)
+    return standard_normal(key, shape)
 
 
 def perturb(params: PyTree, key: jax.Array, sigma: jax.typing.ArrayLike) -> PyTree:

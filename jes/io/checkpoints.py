@@ -9,7 +9,6 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-
 KEPT = 2
 """How many checkpoints are kept: if the last is damaged there is one before it."""
 

@@ -112,17 +112,18 @@ class Decoder(nn.Module):
             out_axes=0,
             length=self.config.num_hidden_layers,
         )(self.config, name="layers")
-        stacked = [None if cache is None else jnp.stack(c) for c in (cache or [])[:2]]
-        stacked = stacked or [None, None]
-        x, (keys, values) = layers(x, *stacked, visible, angles, slot)
+        keys = None if cache is None else jnp.stack(cache.keys)
+        values = None if cache is None else jnp.stack(cache.values)
+        x, (keys, values) = layers(x, keys, values, visible, angles, slot)
         return x, tuple(keys), tuple(values)
 
     def _unrolled(self, x, visible, angles, cache, slot):
         keys, values = [], []
         for i in range(self.config.num_hidden_layers):
-            cached = (None, None) if cache is None else (cache.keys[i], cache.values[i])
+            key = None if cache is None else cache.keys[i]
+            value = None if cache is None else cache.values[i]
             layer = Layer(self.config, name=f"layers_{i}")
-            x, (key, value) = layer(x, *cached, visible, angles, slot)
+            x, (key, value) = layer(x, key, value, visible, angles, slot)
             keys.append(key)
             values.append(value)
         return x, tuple(keys), tuple(values)

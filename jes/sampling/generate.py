@@ -5,7 +5,6 @@ Axis letters: M members, B prompts, T prompt tokens, N new tokens, V vocabulary.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import jax

@@ -1,0 +1,59 @@
+"""`jax.random.normal`, fused: the same numbers, with no arrays in between.
+
+On the CPU, jax compiles its random bits to a loop over rounds that passes over several
+arrays of the size of the result. Written out, rounds and all, the bits, the normal
+number and whatever uses it are one pass: half the time for large arrays, no memory
+beside the result, and a slice of the result computes that slice only.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+"""Of Threefry-2x32 (Salmon et al. 2011), by turns four rounds each."""
+
+
+def standard_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """What `jax.random.normal(key, shape)` returns, bit for bit, in float32.
+
+    Keys of other generators than threefry, and arrays too large for a 32-bit counter,
+    are left to `jax.random.normal`.
+    """
+    threefry = str(jax.random.key_impl(key)) == "threefry2x32"
+    size = math.prod(shape)
+    if not threefry or size >= 2**32 or not jax.config.jax_threefry_partitionable:
+        return jax.random.normal(key, shape, jnp.float32)
+    first, second = jax.random.key_data(key)
+    counter = jax.lax.iota(jnp.uint32, size).reshape(shape)
+    left, right = threefry_2x32(first, second, jnp.zeros_like(counter), counter)
+    return normal_of_bits(left ^ right)
+
+
+def threefry_2x32(
+    first: jax.Array, second: jax.Array, left: jax.Array, right: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Twenty rounds on the counters (left, right) with the key (first, second)."""
+    keys = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
+    left, right = left + keys[0], right + keys[1]
+    for group in range(5):
+        for rotation in ROTATIONS[group % 2]:
+            left = left + right
+            turned = (right << np.uint32(rotation)) | (
+                right >> np.uint32(32 - rotation)
+            )
+            right = left ^ turned
+        left = left + keys[(group + 1) % 3]
+        right = right + keys[(group + 2) % 3] + np.uint32(group + 1)
+    return left, right
+
+
+def normal_of_bits(bits: jax.Array) -> jax.Array:
+    """Standard normal numbers from 32 random bits each, by the inverse of erf."""
+    mantissa = (bits >> np.uint32(9)) | np.uint32(0x3F800000)
+    unit = jax.lax.bitcast_convert_type(mantissa, jnp.float32) - np.float32(1)
+    lowest = np.nextafter(np.float32(-1), np.float32(0))
+    uniform = jnp.maximum(lowest, unit * (np.float32(1) - lowest) + lowest)
+    return np.float32(np.sqrt(2)) * jax.lax.erf_inv(uniform)
