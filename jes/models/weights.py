@@ -348,10 +348,15 @@ def _load_tokenizer(folder: Path) -> Any:
     vocabularies = ("tokenizer.json", "vocab.json", "tokenizer.model")
     if not any((folder / name).is_file() for name in vocabularies):
         return None
-    from transformers import AutoTokenizer  # here: the import takes seconds
+    # Here, because the import takes seconds.
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # tokenizer.json says all about a tokenizer, but AutoTokenizer of transformers 5
+    # takes only the vocabulary from it where config.json names a Qwen2.
+    whole = (folder / "tokenizer.json").is_file()
+    kind = PreTrainedTokenizerFast if whole else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(
+        return kind.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # of many kinds, and a broken file raises most of them

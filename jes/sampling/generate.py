@@ -95,7 +95,7 @@ def decode(
         return draw(fold(row_keys), restrict(logits, sampling)).astype(jnp.int32)
 
     def ended(token: jax.Array) -> jax.Array:
-        return (token[..., None] == jnp.array(eos_ids, jnp.int32)).any(-1)
+        return jnp.isin(token, jnp.array(eos_ids, jnp.int32))
 
     logits, cache = jax.vmap(prefill, out_axes=axes)(params)
     token = choose(logits, jnp.int32(0))

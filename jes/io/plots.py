@@ -1,0 +1,61 @@
+"""Pictures of a run."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from jes.io.metrics import read_rows
+
+
+def training_curves(workdir: Path) -> Path:
+    """Draws `curves.png` of a run: reward, held-out accuracy, distance from the start.
+
+    Bars on the accuracies are one binomial standard error over the examples.
+    """
+    metrics = read_rows(workdir / "metrics.jsonl")
+    evaluations = read_rows(workdir / "evaluations.jsonl")
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    reward, accuracy, distance = figure.subplots(1, 3)
+
+    generations = [row["generation"] + 1 for row in metrics]
+    mean = [row["fitness_mean"] for row in metrics]
+    spread = [row["fitness_std"] for row in metrics]
+    best = [row["fitness_max"] for row in metrics]
+    low = [m - s for m, s in zip(mean, spread, strict=True)]
+    high = [m + s for m, s in zip(mean, spread, strict=True)]
+    reward.fill_between(generations, low, high, alpha=0.25, label="± one std")
+    reward.plot(generations, mean, label="mean of the members")
+    reward.plot(generations, best, linewidth=0.8, label="best member")
+    _label(reward, "training reward", "reward")
+
+    for task in dict.fromkeys(row["task"] for row in evaluations):
+        rows = [row for row in evaluations if row["task"] == task]
+        share = [row["accuracy"] for row in rows]
+        error = [
+            100 * (a * (1 - a) / row["examples"]) ** 0.5
+            for a, row in zip(share, rows, strict=True)
+        ]
+        at = [row["generation"] for row in rows]
+        percent = [100 * a for a in share]
+        accuracy.errorbar(at, percent, error, marker="o", capsize=3, label=task)
+    accuracy.set_ylim(-2, 102)
+    _label(accuracy, "held-out accuracy", "%")
+
+    norm = [row["displacement_norm"] for row in metrics]
+    drift = [row["displacement_norm_drift"] for row in metrics]
+    distance.plot(generations, norm, label="measured")
+    distance.plot(generations, drift, "--", label="noise alone: α√(Td/N)")
+    _label(distance, "distance from the base model", "‖θ - θ₀‖")
+
+    path = workdir / "curves.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _label(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel("generation")
+    axes.set_ylabel(unit)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
