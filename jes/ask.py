@@ -14,15 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from jes.core.noise import Noise, PyTree
-from jes.core.population import evaluate, map_members
+from jes.core.population import draw_members, evaluate
 from jes.errors import InputError
-from jes.sampling.generate import GREEDY, Sampling, decode, trim
+from jes.sampling.generate import (
+    GREEDY,
+    Sampling,
+    decode_members,
+    trim,
+    unrolled_members,
+)
 from jes.sampling.likelihood import (
     ChoiceBatch,
     choice_log_likelihoods,
     pad_choices,
 )
-from jes.sampling.prompts import BUCKETS, PromptBatch, encode, pad
+from jes.sampling.prompts import BUCKETS, encode, pad
 from jes.tasks.task import Example, Reward, Task
 
 MODES = ("generate", "likelihood")
@@ -197,64 +203,55 @@ def examine(
 def _rollout(
     examiner: Examiner, questions: Sequence[Question], fill_to: int = 0
 ) -> tuple[Callable[..., jax.Array], Callable[[jax.Array], list[Score]]]:
-    """The device's part of answering these questions, and the host's."""
+    """The device's part of answering these questions, and the host's.
+
+    The first takes (params, key, members [C], noise) and gives tokens [C, B, N] or
+    log-likelihoods [C, R]; the second gives a `Score` a member.
+    """
     filled = [*questions, *[questions[-1]] * (fill_to - len(questions))]
     prompts = [q.prompt for q in filled]
-    shared = {"dtype": jnp.dtype(examiner.dtype)}
+    model = examiner.model
+    draw = partial(_draw, dtype=jnp.dtype(examiner.dtype))
+
     if examiner.mode == "likelihood":
         batch = pad_choices(prompts, [q.choices for q in filled], examiner.buckets)
-        run = partial(_member_likelihoods, examiner.model, batch, **shared)
-        return run, partial(_score_likelihoods, examiner, questions, batch)
-    run = partial(
-        _member_answers,
-        examiner.model,
-        pad(prompts, examiner.buckets),
-        max_new_tokens=examiner.max_new_tokens,
-        eos_ids=examiner.eos_ids,
-        sampling=examiner.sampling,
-        **shared,
-    )
-    return run, partial(_score_answers, examiner, questions)
+
+        def rate(
+            params: PyTree, key: jax.Array, members: Any, noise: Noise | None = None
+        ) -> jax.Array:
+            weights = draw(params, key, members, noise=noise)
+            return _log_likelihoods(model, weights, batch)
+
+        return rate, partial(_score_likelihoods, examiner, questions, batch)
+
+    padded = pad(prompts, examiner.buckets)
+
+    def answer(
+        params: PyTree, key: jax.Array, members: jax.Array, noise: Noise | None = None
+    ) -> jax.Array:
+        weights = draw(params, key, members, noise=noise)
+        return decode_members(
+            model.unrolled(),
+            unrolled_members(model, weights),
+            padded,
+            _sampling_keys(key, members),
+            max_new_tokens=examiner.max_new_tokens,
+            eos_ids=examiner.eos_ids,
+            sampling=examiner.sampling,
+        )
+
+    return answer, partial(_score_answers, examiner, questions)
 
 
-@partial(
-    jax.jit,
-    static_argnums=0,
-    static_argnames=("noise", "dtype", "max_new_tokens", "eos_ids", "sampling"),
-)
-def _member_answers(
-    model: Any,
-    prompts: PromptBatch,
-    params: PyTree,
-    key: jax.Array,
-    members: jax.Array,
-    *,
-    noise: Noise | None = None,
-    dtype: Any,
-    **settings: Any,
-) -> jax.Array:
-    """Generated tokens of a chunk of members, or of the centre: int32 [C, B, N]."""
-    # Where answers are sampled, each member draws from a key of its own.
+@jax.jit
+def _sampling_keys(key: jax.Array, members: jax.Array) -> jax.Array:
+    """Where answers are sampled, each member draws from a key of its own: [C]."""
     sampling_key = jax.random.fold_in(key, zlib.crc32(b"sampling"))
-    keys = jax.vmap(partial(jax.random.fold_in, sampling_key))(members)
-    answer = partial(decode, model, prompts=prompts, keys=keys, **settings)
-    return map_members(answer, params, key, members, noise, dtype)
+    return jax.vmap(partial(jax.random.fold_in, sampling_key))(members)
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("noise", "dtype"))
-def _member_likelihoods(
-    model: Any,
-    batch: ChoiceBatch,
-    params: PyTree,
-    key: jax.Array,
-    members: jax.Array,
-    *,
-    noise: Noise | None = None,
-    dtype: Any,
-) -> jax.Array:
-    """Log-likelihood of every choice under a chunk of members: float32 [C, R]."""
-    score = partial(choice_log_likelihoods, model, batch=batch)
-    return map_members(score, params, key, members, noise, dtype)
+_draw = jax.jit(draw_members, static_argnames=("noise", "dtype"))
+_log_likelihoods = jax.jit(choice_log_likelihoods, static_argnums=0)
 
 
 def _score_answers(

@@ -15,30 +15,32 @@ from rich.table import Table
 
 from jes.ask import MODES, Examiner, Score, examine, prepare
 from jes.errors import InputError
-from jes.export import read_ledger
-from jes.io import checkpoints, command_line
+from jes.export import evolution_of, load_base, read_ledger
+from jes.io.command_line import at_least, guarded
 from jes.io.metrics import write_json
 from jes.io.progress import console
 from jes.models.weights import Pretrained, load
 from jes.tasks import TASKS, load_task
-from jes.tell import Evolution
-from jes.train import resume
+from jes.train import DTYPES, resume
 
 
-def load_model(path: str) -> Pretrained:
+def load_model(path: str) -> tuple[Pretrained, str]:
     """A model folder, hub id or 'tiny'; or the newest weights of a run folder.
 
-    A run's weights are its newest checkpoint and what the ledger has after that.
+    A run's weights are its newest checkpoint and what the ledger has after that; the
+    run may be going on meanwhile.
+
+    Returns:
+      The model, and the dtype it is to answer in: float32, or that of the run.
     """
     if not (Path(path) / "ledger.jsonl").is_file():
-        return load(path)
+        return load(path), "float32"
     ledger = read_ledger(Path(path))
-    base = load(ledger.header["model"])
-    evolution = Evolution(**ledger.header["evolution"])
-    with checkpoints.checkpointer(Path(path) / "checkpoints") as saver:
-        state = resume(evolution, base.params, ledger, saver)
+    base = load_base(ledger)
+    folder = Path(path) / "checkpoints"
+    state = resume(evolution_of(ledger), base.params, ledger, folder)
     console.print(f"{path} after {state.generation} generations")
-    return dataclasses.replace(base, params=state.params)
+    return dataclasses.replace(base, params=state.params), ledger.header["dtype"]
 
 
 def evaluate(
@@ -104,24 +106,27 @@ def main() -> None:
         "--model", default="tiny", help="folder, hub id, 'tiny', or run"
     )
     parser.add_argument("--tasks", help="comma-separated; one of: " + ", ".join(TASKS))
-    parser.add_argument("--examples", type=int, default=0, help="of each; 0 for all")
+    parser.add_argument("--examples", type=at_least(0), default=0, help="of each task")
     parser.add_argument("--root", default="", help="folder of parquet files")
     parser.add_argument("--mode", default="generate", choices=MODES)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights; by default a run's, or float32"
+    )
+    parser.add_argument("--batch-size", type=at_least(1), default=256)
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of drawn examples")
     parser.add_argument("--out", type=Path, help="JSON file to write too")
     args = parser.parse_args()
 
     def command() -> None:
         tiny = [name for name in TASKS if name.startswith("tiny/")]
+        pretrained, dtype = load_model(args.model)
         scores = evaluate(
-            load_model(args.model),
+            pretrained,
             args.tasks.split(",") if args.tasks else tiny,
             examples=args.examples,
             root=args.root,
             mode=args.mode,
-            dtype=args.dtype,
+            dtype=args.dtype or dtype,
             batch_size=args.batch_size,
             seed=args.seed,
         )
@@ -129,7 +134,7 @@ def main() -> None:
         if args.out:
             write_json(args.out, {name: s._asdict() for name, s in scores.items()})
 
-    command_line.guarded(command)
+    guarded(command)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ import jax
 
 from jes.core import ledger as ledgers
 from jes.errors import InputError
-from jes.io import command_line, runs
+from jes.io import runs
+from jes.io.command_line import at_least, guarded
 from jes.io.progress import console
 from jes.models.weights import Pretrained, fingerprint, load
 from jes.tell import Evolution, make_optimizer, replay
+from jes.train import DTYPES
 
 
 def rebuild(
@@ -35,36 +37,67 @@ def rebuild(
       InputError: if the base is another one, the ledger is shorter than that, or the
         result is not what the run had (its fingerprint differs).
     """
-    header = ledger.header
     count = len(ledger.fitness) if generations is None else generations
     if not 0 <= count <= len(ledger.fitness):
-        raise InputError(f"the ledger has {len(ledger.fitness)} generations")
-    pretrained = load(model or header["model"])
-    if fingerprint(pretrained.params) != header["base"]:
         raise InputError(
-            f"{model or header['model']} is not the model that the run started from "
-            "(its fingerprint differs)"
+            f"there is no state after {count} generations: {ledger.path} has "
+            f"{len(ledger.fitness)}"
         )
-    evolution = Evolution(**header["evolution"])
+    pretrained = load_base(ledger, model)
+    evolution = evolution_of(ledger)
     optimizer = make_optimizer(evolution).init(pretrained.params)
-    root = jax.random.key(header["seed"])
+    root = jax.random.key(ledger.header["seed"])
     params, _ = replay(
         evolution, pretrained.params, optimizer, root, ledger.fitness[:count]
     )
+    check_fingerprint(ledger, count, fingerprint(params))
+    return dataclasses.replace(pretrained, params=params)
+
+
+def load_base(ledger: ledgers.Ledger, model: str = "") -> Pretrained:
+    """The model that a run started from.
+
+    Raises:
+      InputError: if there is another one now.
+    """
+    name = model or ledger.header["model"]
+    pretrained = load(name)
+    if fingerprint(pretrained.params) != ledger.header["base"]:
+        raise InputError(
+            f"{name} is not the model that the run started from (its fingerprint "
+            "differs)"
+        )
+    return pretrained
+
+
+def evolution_of(ledger: ledgers.Ledger) -> Evolution:
+    """The settings of the update, as the run had them."""
+    try:
+        return Evolution(**ledger.header["evolution"])
+    except TypeError as error:  # of another version of jes
+        raise InputError(f"{ledger.path}: its settings: {error}") from error
+
+
+def check_fingerprint(ledger: ledgers.Ledger, count: int, found: str) -> None:
+    """Compares rebuilt weights with what the run noted after `count` generations.
+
+    Raises:
+      InputError: if they differ.
+    """
     expected = ledger.fingerprints.get(count)
     if expected is None:
         console.print(f"the run left no fingerprint after {count} generations to check")
-    elif fingerprint(params) != expected:
-        now = runs.versions()
-        others = {k: (v, now.get(k)) for k, v in header["versions"].items()}
-        changed = [f"{k} {a} then, {b} now" for k, (a, b) in others.items() if a != b]
-        raise InputError(
-            "the rebuilt weights are not bit for bit those of the run"
-            + (f" ({'; '.join(changed)})" if changed else "")
-        )
-    else:
+        return
+    if found == expected:
         console.print(f"fingerprint after {count} generations is right: {expected}")
-    return dataclasses.replace(pretrained, params=params)
+        return
+    now = runs.versions()
+    others = {k: (v, now.get(k)) for k, v in ledger.header["versions"].items()}
+    changed = [f"{k} {a} then, {b} now" for k, (a, b) in others.items() if a != b]
+    raise InputError(
+        "the rebuilt weights are not bit for bit those of the run"
+        + (f" ({'; '.join(changed)})" if changed else "; was the ledger changed?")
+    )
 
 
 def read_ledger(run: Path) -> ledgers.Ledger:
@@ -75,11 +108,16 @@ def read_ledger(run: Path) -> ledgers.Ledger:
     """
     path = run / "ledger.jsonl" if run.is_dir() else run
     try:
-        return ledgers.read(path)
+        ledger = ledgers.read(path)
     except FileNotFoundError:
         raise InputError(f"there is no ledger at {path}") from None
     except ValueError as error:
         raise InputError(str(error)) from error
+    missing = {"model", "base", "seed", "evolution", "dtype", "versions"}
+    missing -= ledger.header.keys()
+    if missing:
+        raise InputError(f"{path}: the header lacks {', '.join(sorted(missing))}")
+    return ledger
 
 
 def main() -> None:
@@ -90,8 +128,10 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="run folder or ledger")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     parser.add_argument("--model", default="", help="where the base model is now")
-    parser.add_argument("--generations", type=int, help="how many; by default all")
-    parser.add_argument("--dtype", help="of the written weights; by default the run's")
+    parser.add_argument("--generations", type=at_least(0), help="by default all")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the written weights; by default the run's"
+    )
     args = parser.parse_args()
 
     def command() -> None:
@@ -100,7 +140,7 @@ def main() -> None:
         rebuilt.save(args.out, dtype=args.dtype or ledger.header["dtype"])
         console.print(f"model in {args.out}")
 
-    command_line.guarded(command)
+    guarded(command)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ MIXTURE = {
     "seldom": 0.016,
     "meta": 0.02,
     "tiny/countdown": 0.03,
-    "tiny/min": 0.0002,
+    "tiny/min": 0.0005,
 }
 """Shares of the short rows: tasks, facts by class, and the question about facts."""
 RULES_SHARE = 0.3

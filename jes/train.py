@@ -26,7 +26,6 @@ import ml_collections
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
-from orbax.checkpoint import v1 as ocp
 
 from jes.ask import Examiner, Question, Score, ask, examine, longest, prepare
 from jes.core import ledger as ledgers
@@ -36,11 +35,15 @@ from jes.errors import InputError
 from jes.io import checkpoints, command_line, memory, runs
 from jes.io.interrupts import Stopped, StopRequest, stop_request
 from jes.io.metrics import Writer, keep_rows, read_rows, write_json
+from jes.io.plots import training_curves
 from jes.io.progress import bar, console
 from jes.models.weights import Pretrained, fingerprint, load
-from jes.sampling.generate import Sampling
+from jes.sampling.generate import GREEDY, Sampling
 from jes.tasks import load_task
 from jes.tell import Evolution, displacement, drift, make_optimizer, replay, tell
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of the weights that answer. The master, which is trained, is float32."""
 
 
 class Setup(NamedTuple):
@@ -84,30 +87,40 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     Raises:
       InputError: if a setting, the model, the data or the folder cannot work.
       Stopped: after SIGINT or SIGTERM, with everything saved.
+      OSError: if the disk is full or the like; what happened before is saved.
     """
+    check_settings(config)
     evolution = make_evolution(config)
-    summary = finished(config, workdir)
-    if summary is not None:
-        return summary
+    with runs.alone(workdir):
+        return finished(config, workdir) or evolve(config, evolution, workdir)
+
+
+def evolve(
+    config: ml_collections.ConfigDict, evolution: Evolution, workdir: Path
+) -> dict[str, Any]:
+    """The run itself, from start or resumption to the summary."""
     setup = make_setup(config, evolution)
-    chunk = choose_chunk(setup)
-    chunk = runs.claim(workdir, config.to_dict(), {"chunk": chunk})["chunk"]
+    resolved = {"chunk": choose_chunk(setup)}
+    chunk = runs.claim(workdir, config.to_dict(), resolved)["chunk"]
     ledger = open_ledger(setup, workdir / "ledger.jsonl")
     base = stored_copy(setup.pretrained)
     root = jax.random.key(config.seed)
+    folder = workdir / "checkpoints"
+    checkpoints.tidy(folder, len(ledger.fitness))
     with (
         stop_request() as stop,
-        checkpoints.checkpointer(workdir / "checkpoints") as saver,
         bar(len(ledger.fitness), config.generations) as progress,
         writing(workdir, len(ledger.fitness)) as writer,
     ):
-        state = resume(evolution, setup.pretrained.params, ledger, saver)
+        state = resume(evolution, setup.pretrained.params, ledger, folder)
         if state.generation:
             console.print(f"going on after {state.generation} generations")
         try:
+            if state.generation:  # nothing to do, unless somebody deleted the rows
+                evaluate(setup, 0, base, writer, stop)
             for generation in range(state.generation, config.generations):
                 if generation % config.eval_every == 0:
-                    evaluate(setup, state, writer, stop)
+                    evaluate(setup, generation, state.params, writer, stop)
                 began = time.perf_counter()
                 key = generation_key(root, generation)
                 scores = ask(
@@ -130,27 +143,21 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                 ledgers.append_generation(ledger.path, generation, fitness)
                 progress.update(generation + 1, row)
                 if state.generation % config.checkpoint_every == 0:
-                    state = save(saver, state)
-            evaluate(setup, state, writer, stop)
+                    state = save(folder, state)
+            evaluate(setup, state.generation, state.params, writer, stop)
         except Stopped:
             if state.generation > state.saved:
-                state = save(saver, state)
+                state = save(folder, state)
             console.print(
                 f"stopped after {state.generation} of {config.generations} "
                 f"generations; the same command goes on from {workdir}"
             )
             raise
-    return finish(setup, state, ledger.path)
+    return finish(setup, state, ledger)
 
 
 def make_evolution(config: ml_collections.ConfigDict) -> Evolution:
     """The settings of the update, checked."""
-    for name in ("generations", "eval_every", "checkpoint_every", "eval_batch"):
-        if config[name] < 1:
-            raise InputError(f"{name} must be at least 1, not {config[name]}")
-    for name in ("prompts", "max_new_tokens", "chunk", "memory_gb"):
-        if config[name] < 0:
-            raise InputError(f"{name} cannot be negative: {config[name]}")
     try:
         evolution = Evolution(
             population=config.population,
@@ -161,12 +168,33 @@ def make_evolution(config: ml_collections.ConfigDict) -> Evolution:
         )
         evolution.noise.check_population(evolution.population)
         make_optimizer(evolution)
-        jnp.dtype(config.dtype)
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from error
-    if not np.isfinite(config.alpha):
-        raise InputError(f"alpha must be finite, not {config.alpha}")
     return evolution
+
+
+def check_settings(config: ml_collections.ConfigDict) -> None:
+    """Raises InputError for a setting that no run can have."""
+    for name in ("generations", "eval_every", "checkpoint_every", "eval_batch"):
+        if config[name] < 1:
+            raise InputError(f"{name} must be at least 1, not {config[name]}")
+    for name in ("prompts", "max_new_tokens", "chunk", "memory_gb"):
+        if config[name] < 0:
+            raise InputError(f"{name} cannot be negative: {config[name]}")
+    for name, value in config.data.items():
+        if isinstance(value, int) and value < 0:
+            raise InputError(f"data.{name} cannot be negative: {value}")
+    for name in ("alpha", "temperature", "memory_gb"):
+        if not np.isfinite(config[name]):
+            raise InputError(f"{name} must be finite, not {config[name]}")
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"seed must be from 0 to {2**32 - 1}, not {config.seed}")
+    if config.dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {DTYPES}, not {config.dtype!r}")
+    if not config.buckets or any(
+        not isinstance(bucket, int) or bucket < 1 for bucket in config.buckets
+    ):
+        raise InputError(f"buckets are prompt lengths in tokens, not {config.buckets}")
 
 
 def make_setup(config: ml_collections.ConfigDict, evolution: Evolution) -> Setup:
@@ -199,7 +227,8 @@ def make_setup(config: ml_collections.ConfigDict, evolution: Evolution) -> Setup
         max_new_tokens=config.max_new_tokens,
         sampling=make_sampling(config),
     )
-    evaluated = {config.task: trained}
+    # Members may sample their answers; what is reported is the greedy answer's.
+    evaluated = {config.task: dataclasses.replace(trained, sampling=GREEDY)}
     evaluated |= {name: examiner(name) for name in config.eval_tasks}
     train = prepare(trained, trained.task.train)
     if not train:
@@ -213,6 +242,9 @@ def make_setup(config: ml_collections.ConfigDict, evolution: Evolution) -> Setup
     evaluations = {
         name: (each, prepare(each, each.task.test)) for name, each in evaluated.items()
     }
+    for name, (_, test) in evaluations.items():
+        if not test:
+            raise InputError(f"task {name} has no examples to evaluate on")
     parameters = sum(leaf.size for leaf in jax.tree.leaves(pretrained.params))
     return Setup(
         config, evolution, pretrained, parameters, trained_on, train, evaluations
@@ -284,7 +316,18 @@ def open_ledger(setup: Setup, path: Path) -> ledgers.Ledger:
         raise InputError(
             f"{path} starts from other weights than those of {setup.config.model}"
         )
+    check_length(path.parent, len(ledger.fitness), setup.config.generations)
     return ledger
+
+
+def check_length(workdir: Path, done: int, generations: int) -> None:
+    """Raises InputError where a run has gone further than it is to go."""
+    if done > generations:
+        raise InputError(
+            f"{workdir} has gone {done} generations, more than {generations}; an "
+            f"earlier state is rebuilt by: python -m jes.export --run={workdir} "
+            f"--out=FOLDER --generations={generations}"
+        )
 
 
 def stored_copy(pretrained: Pretrained) -> PyTree:
@@ -311,7 +354,7 @@ def resume(
     evolution: Evolution,
     params: PyTree,
     ledger: ledgers.Ledger,
-    saver: ocp.training.Checkpointer,
+    folder: Path,
 ) -> State:
     """The state that the ledger says the run has reached.
 
@@ -319,11 +362,11 @@ def resume(
       evolution: settings of the update.
       params: the base weights.
       ledger: what happened.
-      saver: the run's checkpoints, to start from the newest that can be read.
+      folder: of the run's checkpoints, to start from the newest that can be read.
     """
     optimizer = make_optimizer(evolution).init(params)
     saved, done = 0, len(ledger.fitness)
-    restored = checkpoints.restore_latest(saver, (params, optimizer), done)
+    restored = checkpoints.restore_latest(folder, (params, optimizer), done)
     if restored is not None:
         saved, (params, optimizer) = restored
     root = jax.random.key(ledger.header["seed"])
@@ -373,7 +416,8 @@ def metrics_row(
     setup: Setup, scores: Score, state: State, base: PyTree, began: float
 ) -> dict[str, Any]:
     """One row of `metrics.jsonl`; `generation` counts from 0."""
-    fitness = scores.reward[np.isfinite(scores.reward)]
+    counted = np.isfinite(scores.reward)
+    fitness = scores.reward[counted]
     moved = float(displacement(state.params, base))
     seconds = time.perf_counter() - began
     return {
@@ -381,11 +425,11 @@ def metrics_row(
         "fitness_mean": float(fitness.mean()),
         "fitness_max": float(fitness.max()),
         "fitness_std": float(fitness.std()),
-        "members_dropped": len(scores.reward) - len(fitness),
-        "accuracy": float(np.mean(scores.accuracy)),
-        "strict": float(np.mean(scores.strict)),
-        "formatted": float(np.mean(scores.formatted)),
-        "truncated": float(np.mean(scores.truncated)),
+        "members_dropped": int((~counted).sum()),
+        "accuracy": float(np.mean(scores.accuracy[counted])),
+        "strict": float(np.mean(scores.strict[counted])),
+        "formatted": float(np.mean(scores.formatted[counted])),
+        "truncated": float(np.mean(scores.truncated[counted])),
         "displacement_norm": moved,
         "displacement_norm_drift": drift(
             setup.evolution, setup.parameters, state.generation
@@ -396,50 +440,62 @@ def metrics_row(
     }
 
 
-def evaluate(setup: Setup, state: State, writer: Writer, stop: StopRequest) -> None:
-    """Scores the centre on held-out examples, unless a run before this did."""
+def evaluate(
+    setup: Setup, generation: int, params: PyTree, writer: Writer, stop: StopRequest
+) -> None:
+    """Scores the centre on held-out examples, unless a run before this did.
+
+    Args:
+      setup: of the run.
+      generation: how many generations led to `params`.
+      params: the centre.
+      writer: of the rows.
+      stop: asked before every batch.
+    """
     rows = read_rows(writer.workdir / "evaluations.jsonl")
-    have = {row["task"] for row in rows if row["generation"] == state.generation}
+    have = {row["task"] for row in rows if row["generation"] == generation}
     for name, (examiner, questions) in setup.evaluations.items():
         if name in have:
             continue
         score = examine(
             examiner,
-            state.params,
+            params,
             questions,
             batch_size=setup.config.eval_batch,
             before_batch=stop.check,
         )
         row = {
-            "generation": state.generation,
+            "generation": generation,
             "task": name,
             "examples": len(questions),
             **score._asdict(),
         }
-        writer.write("evaluations", state.generation, row)
+        writer.write("evaluations", generation, row)
         console.print(
-            f"after {state.generation} generations: {name} "
+            f"after {generation} generations: {name} "
             f"{100 * score.accuracy:.1f} % of {len(questions)} held-out examples"
         )
 
 
-def save(saver: ocp.training.Checkpointer, state: State) -> State:
+def save(folder: Path, state: State) -> State:
     """Writes a checkpoint; the ledger alone would do, so that a full disk is no end."""
     try:
-        checkpoints.save(saver, state.generation, (state.params, state.optimizer))
+        checkpoints.save(folder, state.generation, (state.params, state.optimizer))
     except OSError as error:
         console.print(f"no checkpoint written ({error}); the ledger has everything")
         return state
     return state._replace(saved=state.generation)
 
 
-def finish(setup: Setup, state: State, ledger_path: Path) -> dict[str, Any]:
+def finish(setup: Setup, state: State, ledger: ledgers.Ledger) -> dict[str, Any]:
     """Saves the model, seals the ledger, and writes the summary last."""
-    workdir, config = ledger_path.parent, setup.config
-    ledgers.append_fingerprint(ledger_path, state.generation, fingerprint(state.params))
+    workdir = ledger.path.parent
+    sealed = fingerprint(state.params)
+    if ledger.fingerprints.get(state.generation) != sealed:
+        ledgers.append_fingerprint(ledger.path, state.generation, sealed)
     trained = dataclasses.replace(setup.pretrained, params=state.params)
     # In the precision that the members answered in, so that it answers as evaluated.
-    trained.save(workdir / "model", dtype=config.dtype)
+    trained.save(workdir / "model", dtype=setup.config.dtype)
     rows = read_rows(workdir / "evaluations.jsonl")
     evaluations = {}
     for name in setup.evaluations:
@@ -449,13 +505,14 @@ def finish(setup: Setup, state: State, ledger_path: Path) -> dict[str, Any]:
             "after": of_task[state.generation]["accuracy"],
             "examples": of_task[0]["examples"],
         }
+    training_curves(workdir)
     metrics = read_rows(workdir / "metrics.jsonl")
     summary = {
         "evaluations": evaluations,
         "generations": state.generation,
         "seconds": sum(row["seconds"] for row in metrics),
         "tokens": sum(row["tokens"] for row in metrics),
-        "displacement_norm": metrics[-1]["displacement_norm"],
+        "displacement_norm": metrics[-1]["displacement_norm"] if metrics else None,
     }
     write_json(workdir / "summary.json", summary)
     report(workdir, summary)
@@ -463,14 +520,19 @@ def finish(setup: Setup, state: State, ledger_path: Path) -> dict[str, Any]:
 
 
 def finished(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do; None for any other."""
+    """The summary of a run that has nothing left to do; None for any other.
+
+    Raises:
+      InputError: if the folder is another run's, or a longer one's.
+    """
     path = workdir / "summary.json"
-    if not path.is_file():
+    if runs.check(workdir, config.to_dict()) is None or not path.is_file():
         return None
     summary = json.loads(path.read_text())
+    check_length(workdir, summary["generations"], config.generations)
     if summary["generations"] < config.generations:
+        path.unlink()  # its presence says that the run is complete
         return None
-    runs.claim(workdir, config.to_dict(), {})
     console.print("this run finished before; give another --workdir for a new one")
     report(workdir, summary)
     return summary
@@ -478,10 +540,13 @@ def finished(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]
 
 def report(workdir: Path, summary: dict[str, Any]) -> None:
     """Prints what changed and where everything is."""
+
+    def percent(share: float | None) -> str:
+        return "not finite" if share is None else f"{100 * share:.1f} %"
+
     for name, accuracy in summary["evaluations"].items():
         console.print(
-            f"{name}: {100 * accuracy['before']:.1f} % -> "
-            f"{100 * accuracy['after']:.1f} % "
+            f"{name}: {percent(accuracy['before'])} -> {percent(accuracy['after'])} "
             f"on {accuracy['examples']} held-out examples"
         )
     console.print(
@@ -504,7 +569,8 @@ def main() -> None:
     def command(argv: list[str]) -> None:
         if len(argv) > 1:
             raise InputError(f"unexpected {' '.join(argv[1:])!r}")
-        file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+        file_name = config_flags.get_config_filename(flags.FLAGS["config"])
+        file, _, variant = file_name.partition(":")
         name = "_".join(filter(None, [Path(file).stem, variant]))
         run(config_flag.value, Path(workdir_flag.value or f"runs/{name}"))
 

@@ -8,7 +8,15 @@ import pytest
 import jes
 from jes.models.config import ModelConfig
 from jes.models.qwen import Decoder
-from jes.sampling.generate import GREEDY, Sampling, _decode_one, decode, restrict, trim
+from jes.sampling.generate import (
+    GREEDY,
+    Sampling,
+    decode,
+    decode_members,
+    restrict,
+    trim,
+    unrolled_members,
+)
 from jes.sampling.likelihood import choice_log_likelihoods, pad_choices
 from jes.sampling.prompts import encode, pad
 
@@ -66,13 +74,8 @@ def test_answers_end_before_an_end_token(params: dict) -> None:
 class CountingModel:
     """A decoder that counts how often it is run."""
 
-    unrolled_params = staticmethod(MODEL.unrolled_params)
-
     def __init__(self) -> None:
         self.runs = 0
-
-    def unrolled(self) -> "CountingModel":
-        return self
 
     def apply(self, *args: jax.Array, **settings: int) -> tuple:
         jax.debug.callback(self.count)
@@ -89,8 +92,8 @@ def test_decoding_stops_when_every_row_has_ended(params: dict) -> None:
         next(i for i, token in enumerate(answer) if token in eos) for answer in free
     )
     model = CountingModel()
-    stack = jax.tree.map(lambda leaf: leaf[None], params)
     keys = jax.random.split(jax.random.key(0), 1)
+    stack = unrolled_members(MODEL, jax.tree.map(lambda x: x[None], params))
     answers = decode(
         model, stack, pad(PROMPTS, (16,)), keys, max_new_tokens=20, eos_ids=eos
     )
@@ -103,9 +106,10 @@ def test_decoding_stops_when_every_row_has_ended(params: dict) -> None:
 def test_members_answer_as_each_does_alone(params: dict) -> None:
     members = [jes.perturb(params, jax.random.key(i), 0.05) for i in range(3)]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    stack = unrolled_members(MODEL, stack)
     keys = jax.random.split(jax.random.key(0), 3)
     together = decode(
-        MODEL, stack, pad(PROMPTS, (16,)), keys, max_new_tokens=6, eos_ids=()
+        MODEL.unrolled(), stack, pad(PROMPTS, (16,)), keys, max_new_tokens=6, eos_ids=()
     )
     for weights, answers in zip(members, together, strict=True):
         alone = jes.generate(MODEL, weights, PROMPTS, 6, buckets=(16,))
@@ -114,14 +118,14 @@ def test_members_answer_as_each_does_alone(params: dict) -> None:
 
 def test_each_shape_compiles_once(params: dict) -> None:
     settings = {"eos_ids": (7,), "buckets": (8, 32), "batch_size": 4}
-    start = _decode_one._cache_size()
+    start = decode_members._cache_size()
     for seed in range(4):
         weights = jes.perturb(params, jax.random.key(seed), 0.1)
         rng = np.random.default_rng(seed)
         lengths = [*rng.integers(1, 9, 4), *rng.integers(9, 33, 4)]
         prompts = [rng.integers(0, 50, n).tolist() for n in lengths]
         jes.generate(MODEL, weights, prompts, 3, **settings)
-    assert _decode_one._cache_size() - start == 2
+    assert decode_members._cache_size() - start == 2
 
 
 def test_sampling_follows_the_distribution(params: dict) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from jes.core.noise import Noise, generation_key, leaf_noise, perturb, perturb_member
 from jes.core.normal import standard_normal
-from jes.core.population import chunk_size, chunks, evaluate, map_members
+from jes.core.population import chunk_size, chunks, draw_members, evaluate
 
 PARAMS = {
     "a": {"kernel": jnp.zeros((300, 200)), "other": jnp.ones((300, 200))},
@@ -132,7 +132,7 @@ def test_evaluation_does_not_depend_on_the_chunk(chunk: int) -> None:
         return sum(leaf.sum(range(1, leaf.ndim)) for leaf in jax.tree.leaves(stack))
 
     def rollout(members: np.ndarray) -> jax.Array:
-        return map_members(total, PARAMS, KEY, jnp.asarray(members), noise, "float32")
+        return total(draw_members(PARAMS, KEY, jnp.asarray(members), noise, "float32"))
 
     fitness = evaluate(rollout, np.asarray, 8, chunk)
     alone = [

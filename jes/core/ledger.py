@@ -43,19 +43,20 @@ class Ledger(NamedTuple):
 def create(path: Path, header: Mapping[str, Any]) -> None:
     """Starts a ledger; the file appears whole or not at all."""
     part = path.with_suffix(".part")
-    _append(part, {"format": FORMAT, **header})
+    part.unlink(missing_ok=True)  # a kill can leave one
+    append_row(part, {"format": FORMAT, **header})
     part.replace(path)
 
 
 def append_generation(path: Path, generation: int, fitness: np.ndarray) -> None:
     """Commits a generation: it has happened once this returns."""
     values = [_shortest(f) for f in fitness]
-    _append(path, {"generation": generation, "fitness": values})
+    append_row(path, {"generation": generation, "fitness": values})
 
 
 def append_fingerprint(path: Path, generations: int, fingerprint: str) -> None:
     """Notes the hash of the weights after this many generations."""
-    _append(path, {"generation": generations, "fingerprint": fingerprint})
+    append_row(path, {"generation": generations, "fingerprint": fingerprint})
 
 
 def read(path: Path) -> Ledger:
@@ -65,34 +66,48 @@ def read(path: Path) -> Ledger:
       FileNotFoundError: if there is none.
       ValueError: if it is not a ledger, or is damaged before its last line.
     """
+    rows, size = _complete_rows(path)
+    if not rows or rows[0].get("format") != FORMAT:
+        raise ValueError(f"{path} is not a ledger of this version ({FORMAT})")
+    ledger = Ledger(path, rows[0], [], {}, size)
+    for number, row in enumerate(rows[1:], 2):
+        try:
+            _add_row(ledger, row)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: line {number} is damaged ({error})") from None
+    return ledger
+
+
+def _complete_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a file, and the bytes up to the end of the last complete one."""
     rows, size = [], 0
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
-            if not line.endswith(b"\n"):
-                raise ValueError("no end of line")
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            if not (line.endswith(b"\n") and isinstance(row, dict)):
+                raise ValueError("it is cut short")
         except ValueError as error:
             if number == len(lines):
                 break
             raise ValueError(f"{path}: line {number} is damaged ({error})") from None
+        rows.append(row)
         size += len(line)
-    if not rows or rows[0].get("format") != FORMAT:
-        raise ValueError(f"{path} is not a ledger of this version ({FORMAT})")
-    fitness: list[np.ndarray] = []
-    fingerprints: dict[int, str] = {}
-    for number, row in enumerate(rows[1:], 2):
-        if "fingerprint" in row:
-            fingerprints[row["generation"]] = row["fingerprint"]
-        elif row["generation"] != len(fitness):
-            raise ValueError(
-                f"{path}: line {number} is generation {row['generation']}, "
-                f"expected {len(fitness)}"
-            )
-        else:
-            values = [math.nan if f is None else f for f in row["fitness"]]
-            fitness.append(np.array(values, np.float32))
-    return Ledger(path, rows[0], fitness, fingerprints, size)
+    return rows, size
+
+
+def _add_row(ledger: Ledger, row: Mapping[str, Any]) -> None:
+    if "fingerprint" in row:
+        ledger.fingerprints[row["generation"]] = row["fingerprint"]
+        return
+    if row["generation"] != len(ledger.fitness):
+        raise ValueError(
+            f"generation {row['generation']} where {len(ledger.fitness)} is due"
+        )
+    values = [math.nan if f is None else f for f in row["fitness"]]
+    if ledger.fitness and len(values) != len(ledger.fitness[0]):
+        raise ValueError(f"{len(values)} members, {len(ledger.fitness[0])} before")
+    ledger.fitness.append(np.array(values, np.float32))
 
 
 def repair(path: Path) -> Ledger:
@@ -103,11 +118,20 @@ def repair(path: Path) -> Ledger:
     return ledger
 
 
-def _append(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Appends a line to a JSONL file; it is on disk when this returns.
+
+    Raises:
+      OSError: if it could not be written; the error names the file.
+    """
+    line = json.dumps(row, allow_nan=False) + "\n"
+    try:
+        with path.open("a") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # that of a full disk has no file name
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _shortest(value: float) -> float | None:

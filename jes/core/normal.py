@@ -19,17 +19,19 @@ ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 def standard_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """What `jax.random.normal(key, shape)` returns, bit for bit, in float32.
 
+    (With `jax_threefry_partitionable`, jax's default, whatever the setting is.)
     Keys of other generators than threefry, and arrays too large for a 32-bit counter,
     are left to `jax.random.normal`.
     """
-    threefry = str(jax.random.key_impl(key)) == "threefry2x32"
     size = math.prod(shape)
-    if not threefry or size >= 2**32 or not jax.config.jax_threefry_partitionable:
+    if str(jax.random.key_impl(key)) != "threefry2x32" or size >= 2**32:
         return jax.random.normal(key, shape, jnp.float32)
     first, second = jax.random.key_data(key)
-    counter = jax.lax.iota(jnp.uint32, size).reshape(shape)
+    # In one dimension up to the end: a counter of several dimensions is arithmetic
+    # that the compiler moves out of loops over keys, and keeps in memory there.
+    counter = jax.lax.iota(jnp.uint32, size)
     left, right = threefry_2x32(first, second, jnp.zeros_like(counter), counter)
-    return normal_of_bits(left ^ right)
+    return normal_of_bits(left ^ right).reshape(shape)
 
 
 def threefry_2x32(

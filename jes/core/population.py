@@ -30,18 +30,16 @@ def chunk_size(population: int, bytes_per_member: int, budget: int) -> int:
     return -(-population // -(-population // most))
 
 
-def map_members(
-    function: Callable[[PyTree], Any],
+def draw_members(
     params: PyTree,
     key: jax.Array,
     members: jax.Array,
     noise: Noise | None,
     dtype: Any,
-) -> Any:
-    """`function` of the weights of a chunk of members, stacked [C, ...].
+) -> PyTree:
+    """The weights of a chunk of members, stacked [C, ...].
 
     Args:
-      function: takes parameters whose leaves have a leading member axis.
       params: the centre θ.
       key: the generation key.
       members: int [C], member numbers.
@@ -55,7 +53,7 @@ def map_members(
             weights = perturb_member(params, key, member, noise)
         return jax.tree.map(lambda leaf: leaf.astype(dtype), weights)
 
-    return function(jax.vmap(draw)(members))
+    return jax.vmap(draw)(members)
 
 
 def evaluate(
@@ -79,6 +77,7 @@ def evaluate(
     scores: list[Any] = []
     waiting = None
     for members in chunks(population, chunk):
+        jax.block_until_ready(waiting)  # two chunks at once need twice the memory
         running = rollout(members)
         if waiting is not None:
             scores.extend(score(waiting))

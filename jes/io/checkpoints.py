@@ -1,6 +1,7 @@
 """Checkpoints with orbax: the weights and optimizer state after some generations."""
 
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,68 +10,92 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from jes.io.progress import console
+
 KEPT = 2
 """How many checkpoints are kept: if the last is damaged there is one before it."""
 
 
-@contextmanager
-def checkpointer(folder: Path) -> Iterator[ocp.training.Checkpointer]:
-    """Opens a run's checkpoint folder."""
-    # Orbax reports every save through the root logger's absl handler.
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    keep = ocp.training.preservation_policies.LatestN(KEPT)
-    saver = ocp.training.Checkpointer(
-        folder.absolute(),
-        preservation_policy=keep,
-        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-        cleanup_tmp_directories=True,
-    )
-    try:
-        yield saver
-    finally:
-        saver.close()
+def tidy(folder: Path, generations: int) -> None:
+    """Deletes what a killed run left half written, and what has not happened.
+
+    Args:
+      folder: of the checkpoints; it need not exist.
+      generations: how many have happened, by the ledger.
+    """
+    for path in folder.glob("*"):
+        if not path.name.isdigit() or int(path.name) > generations:
+            shutil.rmtree(path)
 
 
-def save(saver: ocp.training.Checkpointer, generations: int, state: Any) -> None:
+def save(folder: Path, generations: int, state: Any) -> None:
     """Writes the state after this many generations; returns when it is on disk.
 
     Raises:
       OSError: if the disk is full or the folder cannot be written.
     """
-    saver.save(generations, state, overwrite=True)
+    try:
+        with quiet():
+            path = (folder / str(generations)).absolute()
+            ocp.save(path, state, overwrite=True)
+    except Exception as error:  # the storage layers below have errors of their own
+        tidy(folder, generations)  # half a checkpoint may be what fills the disk
+        if isinstance(error, OSError):
+            raise
+        raise OSError(str(error).strip().partition("\n")[0][:300]) from error
+    for old in saved(folder)[KEPT:]:
+        shutil.rmtree(folder / str(old))
 
 
-def restore_latest(
-    saver: ocp.training.Checkpointer, like: Any, at_most: int
-) -> tuple[int, Any] | None:
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps back what orbax logs: every save, and an error from each of its threads."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def saved(folder: Path) -> list[int]:
+    """After how many generations there are checkpoints, the newest first."""
+    names = [path.name for path in folder.glob("*") if path.name.isdigit()]
+    return sorted(map(int, names), reverse=True)
+
+
+def restore_latest(folder: Path, like: Any, at_most: int) -> tuple[int, Any] | None:
     """The newest state that can be read, and after how many generations it was.
 
-    A damaged checkpoint is passed over for the one before it.
+    A damaged checkpoint is passed over for the one before it. Nothing is written, so
+    that a run can be looked at while it goes on.
 
     Args:
-      saver: the open folder.
+      folder: of the checkpoints; it need not exist.
       like: a state with the shapes and dtypes to restore.
       at_most: newer checkpoints than this many generations are not used.
 
     Returns:
       (generations, state), or None where there is none to be had.
     """
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=leaf.sharding
-        ),
-        like,
-    )
-    for checkpoint in sorted(saver.checkpoints, key=lambda c: -c.step):
-        if checkpoint.step > at_most:
+
+    def describe(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    abstract = jax.tree.map(describe, like)
+    for generations in saved(folder):
+        if generations > at_most:
             continue
+        path = (folder / str(generations)).absolute()
         try:
-            return checkpoint.step, saver.load(checkpoint.step, abstract)
+            return generations, ocp.load(path, abstract)
         except Exception as error:  # orbax raises whatever its storage layers raise
-            reason = str(error).strip().split("\n")[0][:200]
-            logging.warning(
-                "checkpoint %d cannot be read (%s); using an earlier one",
-                checkpoint.step,
-                reason,
+            first_line = str(error).strip().partition("\n")[0][:100]
+            console.print(
+                f"the checkpoint after {generations} generations cannot be read, so an "
+                f"earlier state is replayed ({first_line})"
             )
     return None

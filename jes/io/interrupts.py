@@ -1,9 +1,15 @@
 """Ctrl-C and SIGTERM: finish what is running on the device, save, then go."""
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from jes.io.progress import console
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
@@ -32,22 +38,49 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Turns the first SIGINT or SIGTERM into a request; a second one acts at once."""
+    """Turns the first SIGINT or SIGTERM into a request; a second one acts at once.
+
+    Python runs signal handlers between two steps of the main thread, which compiles
+    and waits for the device for minutes. So a thread answers: the system writes the
+    numbers of signals to its pipe as they come.
+    """
     request = StopRequest()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # only the main thread can ask for signals
+        return
 
     def note(number: int, frame: FrameType | None) -> None:
         del frame
         request.signal_number = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        print("\nstopping: saving first (once more to stop at once)", flush=True)
 
-    for number in numbers:
-        signal.signal(number, note)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    watcher = threading.Thread(target=_watch, args=(reader, request), daemon=True)
+    watcher.start()
+    pipe_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    before = {number: signal.signal(number, note) for number in SIGNALS}
     try:
         yield request
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(pipe_before)
+        os.close(writer)
+        watcher.join()
+        os.close(reader)
+
+
+def _watch(reader: int, request: StopRequest) -> None:
+    """Answers the signals that arrive in a pipe until its other end is closed."""
+    asked = False
+    while byte := os.read(reader, 1):
+        number = byte[0]
+        if number not in SIGNALS:
+            continue
+        if asked:
+            console.show_cursor()  # which a progress bar hides
+            # No clean-up: a run can be killed at any moment and goes on.
+            os._exit(128 + number)
+        asked = True
+        request.signal_number = number
+        console.print("stopping: saving first (once more to stop at once)")

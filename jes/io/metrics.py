@@ -2,21 +2,30 @@
 
 import json
 import math
+import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+from jes.core.ledger import append_row
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The complete rows of a JSONL file, none if there is no file."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:  # a kill can cut the last line short
             continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 
@@ -30,35 +39,74 @@ def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file that appears whole or not at all."""
+    """Writes a JSON file that appears whole or not at all.
+
+    Raises:
+      OSError: if it could not be written; the error names the file.
+    """
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    part.replace(path)
+    try:
+        with part.open("w") as file:
+            file.write(json.dumps(value, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with None for numbers that JSON does not have."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+
+
+class Board:
+    """TensorBoard events, written at once.
+
+    `tensorboardX.SummaryWriter` writes from a thread, which a full disk ends; the
+    program then waits for it for ever.
+    """
+
+    def __init__(self, folder: Path, start: int) -> None:
+        """Starts a file of events; earlier files' steps from `start` are superseded."""
+        folder.mkdir(exist_ok=True)
+        # Two processes may start within a second, which is all their names tell.
+        self.file = EventsWriter(str(folder / "events"), f".{os.getpid()}.{start}")
+        log = SessionLog(status=SessionLog.START)
+        self._add(start, session_log=log)
+
+    def write(self, name: str, step: int, row: Mapping[str, Any]) -> None:
+        """Adds the numbers of a row, as `<name>/[<task>/]<key>`."""
+        task = f"{row['task']}/" if "task" in row else ""
+        for key, value in row.items():
+            if isinstance(value, int | float):
+                self._add(step, summary=scalar(f"{name}/{task}{key}", value))
+        self.file.flush()
+
+    def _add(self, step: int, **what: Any) -> None:
+        self.file.write_event(Event(step=step, wall_time=time.time(), **what))
 
 
 class Writer:
-    """Appends rows to a JSONL file and their numbers to TensorBoard."""
+    """Appends rows to JSONL files and their numbers to TensorBoard."""
 
     def __init__(self, workdir: Path, start: int) -> None:
         """Opens the files; events of steps from `start` on are superseded."""
         self.workdir = workdir
-        self.board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start
-        )
+        self.board = Board(workdir / "tensorboard", start)
+        # Superseded as events, but the evaluation at the start is not done again.
+        for row in read_rows(workdir / "evaluations.jsonl"):
+            if row["generation"] >= start:
+                self.board.write("evaluations", row["generation"], row)
 
     def write(self, name: str, step: int, row: Mapping[str, Any]) -> None:
         """Appends `row` to `<name>.jsonl`; non-finite numbers are written as null."""
-        clean = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in row.items()
-        }
-        with (self.workdir / f"{name}.jsonl").open("a") as file:
-            file.write(json.dumps(clean) + "\n")
-        task = f"{row['task']}/" if "task" in row else ""
-        for key, value in row.items():
-            if isinstance(value, int | float):
-                self.board.add_scalar(f"{name}/{task}{key}", value, step)
+        append_row(self.workdir / f"{name}.jsonl", finite(row))
+        self.board.write(name, step, row)
 
     def close(self) -> None:
-        """Flushes the events."""
-        self.board.close()
+        """Closes the events."""
+        self.board.file.close()

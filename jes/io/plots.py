@@ -31,6 +31,7 @@ def training_curves(workdir: Path) -> Path:
 
     for task in dict.fromkeys(row["task"] for row in evaluations):
         rows = [row for row in evaluations if row["task"] == task]
+        rows = [row for row in rows if row["accuracy"] is not None]
         share = [row["accuracy"] for row in rows]
         error = [
             100 * (a * (1 - a) / row["examples"]) ** 0.5
@@ -45,7 +46,8 @@ def training_curves(workdir: Path) -> Path:
     norm = [row["displacement_norm"] for row in metrics]
     drift = [row["displacement_norm_drift"] for row in metrics]
     distance.plot(generations, norm, label="measured")
-    distance.plot(generations, drift, "--", label="noise alone: α√(Td/N)")
+    law = "noise alone: α√(Td/N)"  # noqa: RUF001
+    distance.plot(generations, drift, "--", label=law)
     _label(distance, "distance from the base model", "‖θ - θ₀‖")
 
     path = workdir / "curves.png"

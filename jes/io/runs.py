@@ -1,8 +1,11 @@
 """The run folder: what is in `--workdir`, and whether a run may go on there."""
 
+import fcntl
 import json
+import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,11 @@ import jax
 from jes.errors import InputError
 from jes.io.metrics import write_json
 
-MAY_CHANGE = ("generations", "eval_every", "checkpoint_every")
+MEMORY = ("chunk", "memory_gb")
+MAY_CHANGE = ("generations", "eval_every", "eval_batch", "checkpoint_every", *MEMORY)
 """Settings that a run may be continued with other values of: they decide when it
-looks and how long it goes on, not what it computes."""
+looks, how long it goes on and how much memory it takes, not what it computes (beyond
+the order of sums, for the last)."""
 
 
 def versions() -> dict[str, str]:
@@ -28,41 +33,59 @@ def versions() -> dict[str, str]:
     }
 
 
-def claim(workdir: Path, config: Mapping[str, Any], resolved: dict[str, Any]) -> Any:
-    """Makes the folder this run's, or finds that it is so already.
+@contextmanager
+def alone(workdir: Path) -> Iterator[None]:
+    """Makes the run folder, and keeps other processes from running in it.
 
-    Args:
-      workdir: the run folder.
-      config: all settings.
-      resolved: what was chosen by the program where the settings leave it open.
+    The lock goes with the process, however it ends. A folder that is still empty in
+    the end is not left behind.
+
+    Raises:
+      InputError: if another process runs in the folder, or it cannot be one.
+    """
+    made = not workdir.exists()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{workdir} cannot be the run folder: {error.strerror}"
+        ) from None
+    folder = os.open(workdir, os.O_RDONLY)
+    try:
+        _lock(folder, workdir)
+        yield
+    finally:
+        if made and not any(workdir.iterdir()):
+            workdir.rmdir()
+        os.close(folder)
+
+
+def _lock(folder: int, workdir: Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another process is running in {workdir}") from None
+
+
+def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Looks whether a run with these settings may go on, or start, in the folder.
 
     Returns:
-      `resolved` as the run was started with.
+      What `claim` has written there; None if the run has not started.
 
     Raises:
       InputError: if the folder belongs to a run with other settings, or holds
         something that is not a run.
     """
-    path = workdir / "config.json"
-    config = json.loads(json.dumps(config))
-    if not path.exists():
-        # Anything but what a run killed before this line could have left.
-        if workdir.is_dir() and any(f.suffix != ".part" for f in workdir.iterdir()):
+    record = recorded(workdir)
+    if record is None:
+        # Anything but what a run killed before `claim` could have left.
+        if any(file.suffix != ".part" for file in workdir.iterdir()):
             raise InputError(
                 f"{workdir} is not empty and holds no run: give another --workdir"
             )
-        if workdir.exists() and not workdir.is_dir():
-            raise InputError(f"{workdir} is a file; --workdir is a folder")
-        workdir.mkdir(parents=True, exist_ok=True)
-        record = {"config": config, "resolved": resolved, "versions": versions()}
-        write_json(path, record)
-        return resolved
-    try:
-        record = json.loads(path.read_text())
-        before, resolved = flat(record["config"]), record["resolved"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not the config of a run ({error})") from error
-    now = flat(config)
+        return None
+    before, now = flat(record["config"]), flat(plain(config))
     differing = [
         f"  {name}: {before.get(name)!r} there, {now.get(name)!r} here"
         for name in sorted(before | now)
@@ -74,8 +97,54 @@ def claim(workdir: Path, config: Mapping[str, Any], resolved: dict[str, Any]) ->
             + "\n".join(differing)
             + "\ngive another --workdir, or the same settings"
         )
-    write_json(path, {**record, "config": config})
-    return resolved
+    return record
+
+
+def claim(
+    workdir: Path, config: Mapping[str, Any], resolved: dict[str, Any]
+) -> dict[str, Any]:
+    """Makes the folder this run's, or finds that it is so already: see `check`.
+
+    Args:
+      workdir: the run folder, which exists.
+      config: all settings.
+      resolved: what was chosen by the program where the settings leave it open.
+
+    Returns:
+      `resolved` as the run was started with, or as it is now where the settings that
+      it follows from have changed.
+    """
+    record = check(workdir, config)
+    if record is None:
+        record = {"config": {}, "resolved": resolved, "versions": versions()}
+    before, now = record["config"], plain(config)
+    if any(before.get(name) != now.get(name) for name in MEMORY):
+        record["resolved"] = resolved
+    write_json(workdir / "config.json", {**record, "config": now})
+    return record["resolved"]
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as they come back from JSON."""
+    return json.loads(json.dumps(config))
+
+
+def recorded(workdir: Path) -> dict[str, Any] | None:
+    """The contents of a run's config.json; None where there is none.
+
+    Raises:
+      InputError: if it is not one.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        if not {"config", "resolved", "versions"} <= record.keys():
+            raise ValueError("entries are missing")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path} is not the config of a run ({error})") from error
+    return record
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

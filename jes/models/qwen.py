@@ -90,16 +90,17 @@ class Decoder(nn.Module):
         if last is not None:
             x = x[:, -last:]
         x = RMSNorm(cfg.rms_norm_eps, name="final_norm")(x)
-        head = (
-            embed.embedding.T
-            if cfg.tie_word_embeddings
-            else self.param(
-                "lm_head",
-                nn.initializers.normal(0.02),
-                (cfg.hidden_size, cfg.vocab_size),
-            )
-        )
-        logits = jnp.matmul(x, head, preferred_element_type=jnp.float32)
+        f32 = jnp.float32
+        if cfg.tie_word_embeddings:
+            # The embedding first: under vmap, XLA for the CPU writes a transposed
+            # second factor out in full, half a gigabyte a token for 151936 words.
+            table = embed.embedding
+            logits = jnp.einsum("vd,btd->vbt", table, x, preferred_element_type=f32)
+            logits = jnp.moveaxis(logits, 0, -1)
+        else:
+            shape = (cfg.hidden_size, cfg.vocab_size)
+            head = self.param("lm_head", nn.initializers.normal(0.02), shape)
+            logits = jnp.matmul(x, head, preferred_element_type=f32)
         return logits, Cache(keys, values, key_positions, slot + length)
 
     def _scanned(self, x, visible, angles, cache, slot):

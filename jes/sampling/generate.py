@@ -5,6 +5,7 @@ Axis letters: M members, B prompts, T prompt tokens, N new tokens, V vocabulary.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -53,8 +54,8 @@ def decode(
     rows of finished members.
 
     Args:
-      model: a decoder; decoded in its unrolled form.
-      params: stacked parameters, each leaf with a leading member axis [M, ...].
+      model: a decoder in its unrolled form.
+      params: unrolled parameters, each leaf with a leading member axis [M, ...].
       prompts: left-padded prompts, the same for all members.
       keys: typed PRNG keys [M], used where the temperature is above 0. A row's draws
         depend on its member's key and its number alone.
@@ -65,8 +66,6 @@ def decode(
     Returns:
       int32 [M, B, N]; after an end token the row holds that token or `eos_ids[0]`.
     """
-    fast = model.unrolled()
-    params = jax.vmap(model.unrolled_params)(params)
     rows = jnp.arange(prompts.tokens.shape[0])
     fold_rows = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     row_keys = jax.vmap(fold_rows, in_axes=(0, None))(keys, rows)
@@ -74,7 +73,7 @@ def decode(
 
     def forward(params: Any, tokens: Any, positions: Any, cache: Any = None) -> Any:
         variables = {"params": params}
-        logits, cache = fast.apply(variables, tokens, positions, cache, last=1)
+        logits, cache = model.apply(variables, tokens, positions, cache, last=1)
         return logits[:, 0], cache
 
     def prefill(params: Any) -> Any:
@@ -141,13 +140,20 @@ def trim(answers: np.ndarray, eos_ids: Iterable[int]) -> list[list[int]]:
     return [row[:n].tolist() for row, n in zip(answers, lengths, strict=True)]
 
 
-_decode_one = jax.jit(
-    lambda model, params, *args, **settings: decode(
-        model, jax.tree.map(lambda leaf: leaf[None], params), *args, **settings
-    )[0],
-    static_argnums=0,
-    static_argnames=("max_new_tokens", "eos_ids", "sampling"),
+decode_members = jax.jit(
+    decode, static_argnums=0, static_argnames=("max_new_tokens", "eos_ids", "sampling")
 )
+"""`decode`, compiled once for each shape and setting."""
+
+
+@partial(jax.jit, static_argnums=0)
+def unrolled_members(model: Any, params: Any) -> Any:
+    """Members' stacked parameters [M, L, ...] with one subtree a layer, [M, ...].
+
+    A program of its own, after which the stack can be dropped: as a part of `decode`,
+    or of drawing the members, both forms would be held while it runs.
+    """
+    return jax.vmap(model.unrolled_params)(params)
 
 
 def generate(
@@ -198,19 +204,21 @@ def generate(
     size = min(batch_size, len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
+    one = jax.tree.map(lambda leaf: leaf[None], params)
+    weights = unrolled_members(model, one)
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
         filled = chosen + chosen[-1:] * (size - len(chosen))
         batch = pad([prompts[i] for i in filled], buckets)
-        out = _decode_one(
-            model,
-            params,
+        out = decode_members(
+            model.unrolled(),
+            weights,
             batch,
             jax.random.fold_in(key, start)[None],
             max_new_tokens=max_new_tokens,
             eos_ids=tuple(int(i) for i in eos_ids),
             sampling=sampling,
         )
-        for i, answer in zip(chosen, trim(np.asarray(out), eos_ids), strict=False):
+        for i, answer in zip(chosen, trim(np.asarray(out[0]), eos_ids), strict=False):
             answers[i] = answer
     return answers
