@@ -128,7 +128,8 @@ def generation(case: Case, members: int, *, update: bool) -> Callable[[], Any]:
         case.prompt,
         case.new,
     )
-    chunk = chunk_size(members, each, memory.free_bytes())
+    most = memory.most_members(case.rows)
+    chunk = chunk_size(members, each, memory.free_bytes(), most)
     key = generation_key(jax.random.key(0), 0)
 
     def run() -> Any:

@@ -118,6 +118,8 @@ def main() -> None:
     args = parser.parse_args()
 
     def command() -> None:
+        if args.out:  # found out before the work, not after it
+            args.out.parent.mkdir(parents=True, exist_ok=True)
         tiny = [name for name in TASKS if name.startswith("tiny/")]
         pretrained, dtype = load_model(args.model)
         scores = evaluate(

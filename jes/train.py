@@ -287,7 +287,7 @@ def choose_chunk(setup: Setup) -> int:
     budget = int(config.memory_gb * 1e9) or memory.free_bytes()
     # The centre, its anchor and one update are there too.
     budget -= 0 if config.memory_gb else 3 * 4 * setup.parameters
-    return chunk_size(config.population, each, budget)
+    return chunk_size(config.population, each, budget, memory.most_members(rows))
 
 
 def ledger_header(setup: Setup, base: str) -> dict[str, Any]:

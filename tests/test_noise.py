@@ -124,6 +124,12 @@ def test_chunk_size(population: int, each: int, budget: int, expected: int) -> N
     assert chunk_size(population, each, budget) == expected
 
 
+def test_chunk_size_stays_below_what_is_worth_holding() -> None:
+    assert chunk_size(32, 10, 1000, most=4) == 4
+    assert chunk_size(32, 10, 20, most=4) == 2
+    assert chunk_size(3, 10, 1000, most=4) == 3
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 5, 8])
 def test_evaluation_does_not_depend_on_the_chunk(chunk: int) -> None:
     noise = Noise(sigma=0.1)

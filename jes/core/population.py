@@ -18,15 +18,19 @@ def chunks(population: int, size: int) -> Iterator[np.ndarray]:
         yield np.minimum(np.arange(start, start + size), population - 1)
 
 
-def chunk_size(population: int, bytes_per_member: int, budget: int) -> int:
+def chunk_size(
+    population: int, bytes_per_member: int, budget: int, most: int | None = None
+) -> int:
     """How many members to hold at once: what fits, spread evenly over the chunks.
 
     Args:
       population: number of members.
       bytes_per_member: memory of one member's weights, cache and activations.
       budget: bytes to spend; one member is held even where it does not fit.
+      most: members that are worth holding at once, if there is a limit to it.
     """
-    most = max(1, min(population, budget // max(bytes_per_member, 1)))
+    fitting = min(population, budget // max(bytes_per_member, 1))
+    most = max(1, fitting if most is None else min(fitting, most))
     return -(-population // -(-population // most))
 
 

@@ -50,15 +50,15 @@ def save(folder: Path, generations: int, state: Any) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keeps back what orbax logs: every save, and an error from each of its threads."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    # For good: its tasks complain when they are collected, some time later.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logger.setLevel(level)
 
 
 def saved(folder: Path) -> list[int]:

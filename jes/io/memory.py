@@ -10,6 +10,16 @@ SHARE = 0.6
 """Of the free memory to plan with: compilers and allocators need room too."""
 
 
+CPU_ROWS = 64
+"""Prompts that keep a CPU busy: further members at once would only leave its caches
+(measured: a chunk of 16 members with 64 prompts takes 1.4 times as long as 16 of one)."""
+
+
+def most_members(rows: int) -> int | None:
+    """Members worth holding at once with `rows` prompts each; None for no limit."""
+    return -(-CPU_ROWS // rows) if jax.default_backend() == "cpu" else None
+
+
 def free_bytes() -> int:
     """Memory to plan with, on the accelerator or, without one, of the machine."""
     stats = jax.local_devices()[0].memory_stats()

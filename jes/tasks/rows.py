@@ -1,4 +1,4 @@
-"""Rows of public data sets, through Hugging Face `datasets`."""
+"""Rows of public data sets: parquet files, or from the Hugging Face hub."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,39 +17,46 @@ def read_rows(
       config: configuration of the data set; '' where it has only one.
       split: 'train', 'validation' or 'test'.
       columns: the columns that must be there.
-      root: folder that holds `<name without owner>/<config>/<split>.parquet`; without
-        it the rows come from the hub, or from its cache.
+      root: folder that holds `<name without owner>/<config>/<split>.parquet`, or the
+        files `<split>-00000-of-00001.parquet` of the hub; without it the rows come
+        from the hub, or from its cache.
 
     Raises:
       InputError: if the split or a column is missing, or there is no way to the hub.
     """
-    data = _from_folder(repository, config, split, root) if root else None
-    if data is None:
-        data = _from_hub(repository, config, split)
-    missing = [c for c in columns if c not in data.column_names]
+    if root:
+        folder = Path(root).expanduser() / repository.split("/")[-1] / config
+        table = _from_folder(folder, split)
+    else:
+        table = _from_hub(repository, config, split)
+    missing = [c for c in columns if c not in table.column_names]
     if missing:
         raise InputError(
             f"{repository} {config} {split}: no column {', '.join(missing)}; the "
-            f"columns are {', '.join(data.column_names)}"
+            f"columns are {', '.join(table.column_names)}"
         )
-    return data.select_columns(list(columns)).to_list()
+    return table.select(list(columns)).to_pylist()
 
 
-def _from_folder(repository: str, config: str, split: str, root: str) -> Any:
-    from datasets import Dataset  # here: the import takes seconds
+def _from_folder(folder: Path, split: str) -> Any:
+    # Not with `datasets`, which would copy the file into its cache first.
+    import pyarrow as pa
+    from pyarrow import parquet
 
-    folder = Path(root).expanduser() / repository.split("/")[-1] / config
-    file = folder / f"{split}.parquet"
-    if not file.is_file():
-        there = sorted(p.name for p in folder.glob("*.parquet"))
+    files = [folder / f"{split}.parquet"]
+    if not files[0].is_file():
+        files = sorted(folder.glob(f"{split}-*-of-*.parquet"))
+    if not files:
+        there = sorted(path.name for path in folder.glob("*.parquet"))
         raise InputError(
-            f"data.root: there is no {file}"
+            f"data.root: there is no {folder / split}.parquet"
             + (f"; the folder has {', '.join(there)}" if there else "")
         )
     try:
-        return Dataset.from_parquet(str(file), keep_in_memory=True)
-    except Exception as error:  # pyarrow's and datasets' own kinds
-        raise InputError(f"{file} cannot be read: {error}") from error
+        return pa.concat_tables([parquet.read_table(file) for file in files])
+    except (pa.ArrowException, OSError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise InputError(f"{folder}: {split} cannot be read: {first_line}") from error
 
 
 def _from_hub(repository: str, config: str, split: str) -> Any:
@@ -63,7 +70,7 @@ def _from_hub(repository: str, config: str, split: str) -> Any:
     except Exception:  # no network: a cached copy will do
         constants.HF_HUB_OFFLINE = True
     try:
-        return load_dataset(repository, config or None, split=split)
+        return load_dataset(repository, config or None, split=split).data.table
     except Exception as error:  # one of a dozen kinds, by the version of the hub
         raise InputError(
             f"{repository} {config} {split} could not be had from the Hugging Face hub "
