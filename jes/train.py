@@ -569,6 +569,7 @@ def main() -> None:
     def command(argv: list[str]) -> None:
         if len(argv) > 1:
             raise InputError(f"unexpected {' '.join(argv[1:])!r}")
+        memory.give_back_freed_blocks()
         file_name = config_flags.get_config_filename(flags.FLAGS["config"])
         file, _, variant = file_name.partition(":")
         name = "_".join(filter(None, [Path(file).stem, variant]))

@@ -3,10 +3,11 @@
     python tests/command_lines.py < jobs.json > results.json
 
 A job is `{"argv": [module, argument, ...], "fault": {...}}`, a result `{"status",
-"stdout", "stderr", "seconds"}`. A fault hits one call of one function: `{"at":
-"jes.tell:tell", "call": 2, "do": "SIGKILL"}`; what it does is the name of a signal, or
-of an errno that is raised as an OSError; `"after": true` lets the call happen first.
-Imports take longer than these runs do, and forking is safe until JAX starts a backend.
+"stdout", "stderr", "seconds"}`. A fault hits one call of one function, just before it
+would run: `{"at": "jes.train:tell", "call": 2, "do": "SIGKILL"}`. What it does is the
+name of a signal (or of several in turn), of an errno that is raised as an OSError, or
+`sleep`. Imports take longer than these runs do, and forking is safe until JAX starts a
+backend.
 """
 
 import errno
@@ -39,19 +40,21 @@ def failing(function: Callable, fault: dict[str, Any]) -> Callable:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls != fault.get("call", 1):
-            return function(*args, **kwargs)
-        result = function(*args, **kwargs) if fault.get("after") else None
-        strike(fault["do"])
-        return result if fault.get("after") else function(*args, **kwargs)
+        if calls == fault.get("call", 1):
+            for what in fault["do"].split():
+                strike(what)
+        return function(*args, **kwargs)
 
     return wrapped
 
 
 def strike(what: str) -> None:
-    """Raises the OSError, or sends this process the signal."""
-    if what.startswith("SIG"):
+    """Sends this process a signal, raises an OSError, or hangs for a minute."""
+    if what == "sleep":
+        time.sleep(60)
+    elif what.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, what))
+        time.sleep(0.1)  # for the thread that answers
     else:
         number = getattr(errno, what)
         raise OSError(number, os.strerror(number))
@@ -79,8 +82,8 @@ def run_main(job: dict[str, Any]) -> int:
     module, *arguments = job["argv"]
     sys.argv = [f"{module}.py", *arguments]
     main = importlib.import_module(module).main
-    for fault in job.get("faults", ()):
-        plant(fault)
+    if "fault" in job:
+        plant(job["fault"])
     try:
         main()
         status = 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -28,6 +29,7 @@ def shape_fitness(rewards: jax.Array, method: str = "zscore") -> jax.Array:
     if method not in METHODS:
         raise ValueError(f"unknown shaping {method!r}; known are {', '.join(METHODS)}")
     rewards = jnp.asarray(rewards, jnp.float32)
+    chex.assert_rank(rewards, 1)
     finite = jnp.isfinite(rewards)
     highest = jnp.max(jnp.where(finite, rewards, -jnp.inf))
     lowest = jnp.min(jnp.where(finite, rewards, jnp.inf))

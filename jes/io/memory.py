@@ -1,6 +1,8 @@
 """How much memory there is, and how much a member of the population takes."""
 
+import ctypes
 import os
+import platform
 from typing import Any
 
 import jax
@@ -10,9 +12,23 @@ SHARE = 0.6
 """Of the free memory to plan with: compilers and allocators need room too."""
 
 
+MMAP_THRESHOLD = 4 * 2**20
+"""Bytes of a block above which glibc gives it back to the system when it is freed."""
+
 CPU_ROWS = 64
 """Prompts that keep a CPU busy: further members at once would only leave its caches
-(measured: a chunk of 16 members with 64 prompts takes 1.4 times as long as 16 of one)."""
+(measured: 16 members of 64 prompts each take 1.4 times as long at once as in turn)."""
+
+
+def give_back_freed_blocks() -> None:
+    """Makes glibc return freed blocks, such as a member's layers, to the system.
+
+    It raises the threshold for that by itself, up to 32 MB, and then keeps what is
+    below: with a model of 0.5B parameters 4 GB in all. Does nothing elsewhere.
+    """
+    if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
+        m_mmap_threshold = -3  # in malloc.h
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, MMAP_THRESHOLD)
 
 
 def most_members(rows: int) -> int | None:

@@ -16,6 +16,7 @@ heads, G query heads per key-value head, H head dimension, S cache slots, V voca
 from collections.abc import Mapping
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -59,11 +60,13 @@ class Decoder(nn.Module):
         Returns:
           float32 logits [B, T or `last`, V], and the new `Cache`.
         """
+        chex.assert_rank(tokens, 2)
         cfg = self.config
         length = tokens.shape[1]
         if positions is None:
             start = 0 if cache is None else cache.length
             positions = jnp.broadcast_to(start + jnp.arange(length), tokens.shape)
+        chex.assert_equal_shape([tokens, positions])
         if cache is None:
             key_positions, slot = positions, jnp.int32(0)
         else:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +67,8 @@ def decode(
     Returns:
       int32 [M, B, N]; after an end token the row holds that token or `eos_ids[0]`.
     """
+    chex.assert_equal_shape(list(prompts))
+    chex.assert_tree_shape_prefix(params, keys.shape)
     rows = jnp.arange(prompts.tokens.shape[0])
     fold_rows = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     row_keys = jax.vmap(fold_rows, in_axes=(0, None))(keys, rows)

@@ -1,0 +1,368 @@
+"""Stopped at any moment, the same command goes on, and ends the same to the bit."""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import Outcome, get_config, outcome, rows, run_jobs, train_command
+
+from jes import train
+from jes.core import ledger as ledgers
+from jes.errors import InputError
+from jes.io import checkpoints, runs
+from jes.io.interrupts import stop_request
+
+APPEND = "jes.core.ledger:append_row"  # header, six generations, fingerprint
+KILLS = {
+    "before the folder is claimed": ("jes.train:load", 1),
+    "before the ledger": ("jes.core.ledger:create", 1),
+    "before the first generation": ("jes.train:ask", 1),
+    "in the middle": ("jes.train:tell", 4),
+    "before a generation is recorded": (APPEND, 5),
+    "during an evaluation": ("jes.train:examine", 2),
+    "before a checkpoint": ("jes.io.checkpoints:save", 2),
+    "during a checkpoint": ("os:rename", 3),
+    "after the last generation": ("jes.train:examine", 3),
+    "before the fingerprint": (APPEND, 8),
+    "before the model": ("jes.models.weights:write_tensors", 1),
+    "before the summary": ("jes.train:write_json", 1),
+}
+STOPS = {
+    "before the first generation": ("jes.train:ask", 1, 0),
+    "in a generation": ("jes.train:ask", 4, 3),
+    "after asking": ("jes.train:tell", 4, 4),
+    "in an evaluation": ("jes.train:examine", 2, 3),
+    "in a checkpoint": ("jes.io.checkpoints:save", 2, 4),
+}
+FULL = {
+    "ledger": (APPEND, 5),
+    "metrics": ("jes.io.metrics:append_row", 4),
+    "checkpoint": ("jes.io.checkpoints:ocp.save", 2),
+    "model": ("jes.models.weights:write_tensors", 1),
+    "summary": ("jes.train:write_json", 1),
+}
+
+Results = dict[str, tuple[dict[str, Any], dict[str, Any], Path]]
+
+
+def names() -> dict[str, dict[str, Any]]:
+    """Every way of stopping that is tried, by its name, as a fault."""
+    faults = {}
+    for where, (at, call) in KILLS.items():
+        faults[f"kill {where}"] = {"at": at, "call": call, "do": "SIGKILL"}
+    for where, (at, call, _) in STOPS.items():
+        faults[f"stop {where}"] = {"at": at, "call": call, "do": "SIGTERM"}
+    for where, (at, call) in FULL.items():
+        faults[f"full {where}"] = {"at": at, "call": call, "do": "ENOSPC"}
+    faults["ctrl-c"] = {"at": "jes.train:tell", "call": 4, "do": "SIGINT"}
+    faults["ctrl-c at start"] = {"at": "jes.train:load", "do": "SIGINT"}
+    # A hang stands for a compilation, or a wait for the device.
+    twice = {"at": "jes.train:tell", "call": 4, "do": "SIGINT SIGINT sleep"}
+    return {**faults, "ctrl-c twice": twice}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Results:
+    """Runs that were stopped in all these ways, and then gone on with."""
+    folder = tmp_path_factory.mktemp("stopped")
+    jobs = []
+    for number, fault in enumerate(names().values()):
+        argv = train_command(small_model, folder / str(number))
+        jobs += [{"argv": argv, "fault": fault}, {"argv": argv}]
+    results = run_jobs(jobs, folder / "compiled")
+    return {
+        name: (results[2 * number], results[2 * number + 1], folder / str(number))
+        for number, name in enumerate(names())
+    }
+
+
+@pytest.fixture(scope="session")
+def expected(finished_run: Path) -> Outcome:
+    """What an undisturbed run comes to."""
+    return outcome(finished_run)
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_same_command_goes_on_and_ends_the_same(
+    name: str, stopped: Results, expected: Outcome
+) -> None:
+    first, second, workdir = stopped[name]
+    if name == "full checkpoint":  # the run does without it
+        assert first["status"] == 0
+    else:
+        assert first["status"] != 0
+        assert "this run finished before" not in second["stdout"]
+    assert second["status"] == 0, second["stderr"]
+    assert second["stderr"] == ""
+    assert outcome(workdir) == expected
+
+
+@pytest.mark.parametrize("where", KILLS)
+def test_a_kill_leaves_no_time_to_say_anything(where: str, stopped: Results) -> None:
+    first, _, _ = stopped[f"kill {where}"]
+    assert first["status"] == -9
+    assert first["stderr"] == ""
+
+
+@pytest.mark.parametrize("where", STOPS)
+def test_sigterm_saves_first_and_says_where(where: str, stopped: Results) -> None:
+    first, second, workdir = stopped[f"stop {where}"]
+    done = STOPS[where][2]
+    assert first["status"] == 143
+    assert first["stderr"] == ""
+    assert "stopping: saving first" in first["stdout"]
+    assert f"stopped after {done} of 6 generations; the same" in first["stdout"]
+    assert str(workdir) in first["stdout"]
+    assert (f"going on after {done} generations" in second["stdout"]) == (done > 0)
+
+
+def test_ctrl_c_is_130(stopped: Results) -> None:
+    first, _, _ = stopped["ctrl-c"]
+    assert first["status"] == 130
+    assert "stopped after 4 of 6 generations" in first["stdout"]
+    early, _, _ = stopped["ctrl-c at start"]
+    assert early["status"] == 130
+    assert early["stderr"] == "error: interrupted\n"
+
+
+def test_a_second_ctrl_c_stops_at_once(stopped: Results) -> None:
+    first, second, _ = stopped["ctrl-c twice"]
+    assert first["status"] == 130
+    assert first["seconds"] < 30
+    assert "once more to stop at once" in first["stdout"]
+    assert "stopped after" not in first["stdout"]
+    assert "going on after 3 generations" in second["stdout"]
+
+
+@pytest.mark.parametrize("where", FULL)
+def test_a_full_disk_is_one_clear_line(where: str, stopped: Results) -> None:
+    first, _, _ = stopped[f"full {where}"]
+    if where == "checkpoint":
+        assert first["status"] == 0
+        assert "no checkpoint written ([Errno 28] No space left" in first["stdout"]
+        return
+    assert first["status"] == 1
+    (line,) = first["stderr"].splitlines()
+    assert line.startswith("error: ")
+    assert "No space left on device" in line
+    assert line.endswith("the same command goes on from what was saved")
+
+
+@pytest.fixture
+def copied(tmp_path: Path, finished_run: Path, small_model: Path) -> Any:
+    """A finished run of one's own to damage, and how to go on with it."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished_run, workdir)
+
+    def go_on(**changes: Any) -> Outcome:
+        config = get_config(str(small_model))
+        config.update(changes)
+        train.run(config, workdir)
+        return outcome(workdir)
+
+    return workdir, go_on
+
+
+def cut_ledger(workdir: Path, generations: int) -> None:
+    """Takes the ledger back to where so many generations had happened."""
+    path = workdir / "ledger.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[: 1 + generations]))
+    (workdir / "summary.json").unlink()
+
+
+def test_half_a_ledger_line_is_asked_again(copied: Any, expected: Outcome) -> None:
+    workdir, go_on = copied
+    cut_ledger(workdir, 5)
+    path = workdir / "ledger.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    # The checkpoint after 6 generations is ahead of the ledger now.
+    assert go_on() == expected
+
+
+def test_rows_of_lost_generations_do_not_stay(
+    copied: Any, expected: Outcome, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir, go_on = copied
+    cut_ledger(workdir, 2)
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"generation": 6, "fitn')
+    got = go_on()
+    assert [row["generation"] for row in got.metrics] == list(range(6))
+    assert [row["generation"] for row in got.evaluations] == [0, 3, 6]
+    assert got == expected
+    assert "going on after 2 generations" in capsys.readouterr().out
+
+
+def empty(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
+def truncate(checkpoint: Path) -> None:
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:1000])
+
+
+def zero(checkpoint: Path) -> None:
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"\0" * path.stat().st_size)
+
+
+def half_write(checkpoint: Path) -> None:
+    checkpoint.rename(checkpoint.with_name("6.orbax-checkpoint-tmp"))
+
+
+@pytest.mark.parametrize("newest_only", [True, False])
+@pytest.mark.parametrize("damage", [empty, truncate, zero, half_write])
+def test_a_damaged_checkpoint_costs_only_time(
+    damage: Callable[[Path], None],
+    newest_only: bool,
+    copied: Any,
+    expected: Outcome,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    workdir, go_on = copied
+    (workdir / "summary.json").unlink()
+    damage(workdir / "checkpoints" / "6")
+    if not newest_only and damage is not half_write:
+        damage(workdir / "checkpoints" / "4")
+    shutil.rmtree(workdir / "model")
+    assert go_on() == expected
+    said = "the checkpoint after 6 generations cannot be read"
+    assert (said in capsys.readouterr().out) == (damage is not half_write)
+    assert not list(workdir.glob("checkpoints/*tmp*"))
+
+
+def test_without_any_checkpoint_the_ledger_is_enough(
+    copied: Any, expected: Outcome
+) -> None:
+    workdir, go_on = copied
+    cut_ledger(workdir, 4)
+    shutil.rmtree(workdir / "checkpoints")
+    assert go_on() == expected
+
+
+def test_a_finished_run_only_says_so(
+    copied: Any, expected: Outcome, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir, go_on = copied
+    before = (workdir / "model" / "model.safetensors").stat().st_mtime_ns
+    assert go_on() == expected
+    assert (workdir / "model" / "model.safetensors").stat().st_mtime_ns == before
+    assert "this run finished before" in capsys.readouterr().out
+
+
+def test_deleted_evaluations_are_made_again(copied: Any, expected: Outcome) -> None:
+    """The base is evaluated before, though the run is long past it."""
+    workdir, go_on = copied
+    (workdir / "summary.json").unlink()
+    (workdir / "evaluations.jsonl").unlink()
+    got = go_on()
+    assert got.summary == expected.summary
+    assert got.evaluations == [expected.evaluations[0], expected.evaluations[-1]]
+
+
+def test_an_extended_run_is_the_longer_run(
+    tmp_path: Path, small_model: Path, copied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = get_config(str(small_model))
+    config.generations = 8
+    config.eval_every = 4
+    train.run(config, tmp_path / "long")
+    longer = outcome(tmp_path / "long")
+    workdir, go_on = copied
+    ask = train.ask
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        # Its presence says that a run is complete.
+        assert not (workdir / "summary.json").exists()
+        return ask(*args, **kwargs)
+
+    monkeypatch.setattr(train, "ask", watching)
+    config.generations = 8
+    train.run(config, workdir)
+    ledger = ledgers.read(workdir / "ledger.jsonl")
+    assert sorted(ledger.fingerprints) == [6, 8]
+    assert ledger.fingerprints[8] == longer.fingerprint
+    assert rows(workdir / "metrics.jsonl")[-1]["generation"] == 7
+    model = (workdir / "model" / "model.safetensors").read_bytes()
+    assert model == longer.model
+    with pytest.raises(InputError, match="has gone 8 generations, more than 6"):
+        go_on()
+    (workdir / "summary.json").unlink()
+    with pytest.raises(InputError, match=r"jes\.export .* --generations=6"):
+        go_on()
+
+
+def test_memory_may_change_and_what_is_computed_may_not(
+    copied: Any, expected: Outcome
+) -> None:
+    workdir, go_on = copied
+    cut_ledger(workdir, 3)
+    with pytest.raises(InputError) as caught:
+        go_on(sigma=0.2, seed=1)
+    text = str(caught.value)
+    assert "belongs to a run with other settings" in text
+    assert "sigma: 0.1 there, 0.2 here" in text
+    assert "seed: 0 there, 1 here" in text
+    assert "alpha" not in text
+    assert go_on(chunk=4).fitness == expected.fitness
+    record = json.loads((workdir / "config.json").read_text())
+    assert record["resolved"] == {"chunk": 4}
+
+
+def test_other_base_weights_under_the_same_name_are_refused(
+    tmp_path: Path, small_model: Path, copied: Any
+) -> None:
+    from small_run import write_model
+
+    workdir, _ = copied
+    cut_ledger(workdir, 3)
+    other = write_model(tmp_path / "other", seed=1)
+    record = json.loads((workdir / "config.json").read_text())
+    record["config"]["model"] = str(other)
+    (workdir / "config.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="starts from other weights than those of"):
+        train.run(get_config(str(other)), workdir)
+
+
+def test_one_process_at_a_time(tmp_path: Path, small_model: Path) -> None:
+    workdir = tmp_path / "run"
+    with (
+        runs.alone(workdir),
+        pytest.raises(InputError, match="another process is running in"),
+    ):
+        train.run(get_config(str(small_model)), workdir)
+    assert not workdir.exists()
+
+
+def test_runs_in_a_thread_too() -> None:
+    """Only the main thread can take signals; a notebook may run in another."""
+    raised: list[Exception] = []
+
+    def target() -> None:
+        try:
+            with stop_request() as request:
+                request.check()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    assert raised == []
+
+
+def test_tidy_keeps_what_happened(tmp_path: Path) -> None:
+    for name in ("2", "4", "6", "5.orbax-checkpoint-tmp-1"):
+        (tmp_path / name).mkdir()
+    checkpoints.tidy(tmp_path, 4)
+    assert checkpoints.saved(tmp_path) == [4, 2]
+    assert len(list(tmp_path.iterdir())) == 2
