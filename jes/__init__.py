@@ -4,11 +4,12 @@ from jes.core.fitness import shape_fitness
 from jes.core.noise import Noise, generation_key, perturb, perturb_member
 from jes.models.weights import Pretrained, load
 from jes.sampling.generate import generate
-from jes.transforms import es_gradient
+from jes.transforms import anchored_weight_decay, es_gradient
 
 __all__ = [
     "Noise",
     "Pretrained",
+    "anchored_weight_decay",
     "es_gradient",
     "generate",
     "generation_key",
