@@ -8,6 +8,8 @@ import pytest
 
 import jes.models
 from jes import pretrain
+from jes.models.weights import load
+from jes.sampling.generate import generate
 from jes.tasks import tiny, tiny_facts
 
 EMBEDDED = pathlib.Path(jes.models.__file__).parent / "tiny"
@@ -108,3 +110,20 @@ def test_embedded_folder_is_small():
         "tokenizer_config.json",
     }
     assert sum(f.stat().st_size for f in files) <= 4_000_000
+
+
+@pytest.mark.parametrize("name", ["tiny/add", "tiny/sort", "tiny/facts_often"])
+def test_embedded_model_has_learned_the_prior_tasks(name):
+    pretrained = load(EMBEDDED)
+    task = tiny.tiny_task(name, train_size=8, test_size=128)
+    prompts = [pretrained.tokenizer.encode(task.prompt(ex)) for ex in task.test]
+    answers = generate(
+        pretrained.model,
+        pretrained.params,
+        prompts,
+        task.max_new_tokens,
+        eos_ids=pretrained.eos_ids,
+    )
+    texts = [pretrained.tokenizer.decode(answer) for answer in answers]
+    strict = [task.reward(*pair).strict for pair in zip(task.test, texts, strict=True)]
+    assert sum(strict) / len(strict) > 0.9

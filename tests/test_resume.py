@@ -19,22 +19,18 @@ from jes.io.interrupts import stop_request
 APPEND = "jes.core.ledger:append_row"  # header, six generations, fingerprint
 KILLS = {
     "before the folder is claimed": ("jes.train:load", 1),
-    "before the ledger": ("jes.core.ledger:create", 1),
     "before the first generation": ("jes.train:ask", 1),
     "in the middle": ("jes.train:tell", 4),
     "before a generation is recorded": (APPEND, 5),
     "during an evaluation": ("jes.train:examine", 2),
-    "before a checkpoint": ("jes.io.checkpoints:save", 2),
     "during a checkpoint": ("os:rename", 3),
     "after the last generation": ("jes.train:examine", 3),
-    "before the fingerprint": (APPEND, 8),
     "before the model": ("jes.models.weights:write_tensors", 1),
     "before the summary": ("jes.train:write_json", 1),
 }
 STOPS = {
     "before the first generation": ("jes.train:ask", 1, 0),
     "in a generation": ("jes.train:ask", 4, 3),
-    "after asking": ("jes.train:tell", 4, 4),
     "in an evaluation": ("jes.train:examine", 2, 3),
     "in a checkpoint": ("jes.io.checkpoints:save", 2, 4),
 }
@@ -46,37 +42,37 @@ FULL = {
     "summary": ("jes.train:write_json", 1),
 }
 
-Results = dict[str, tuple[dict[str, Any], dict[str, Any], Path]]
+Stopped = dict[str, tuple[dict[str, Any], Path]]
 
 
-def names() -> dict[str, dict[str, Any]]:
-    """Every way of stopping that is tried, by its name, as a fault."""
-    faults = {}
+def faults() -> dict[str, dict[str, Any]]:
+    """Every way of stopping that is tried, by its name."""
+    found = {}
     for where, (at, call) in KILLS.items():
-        faults[f"kill {where}"] = {"at": at, "call": call, "do": "SIGKILL"}
+        found[f"kill {where}"] = {"at": at, "call": call, "do": "SIGKILL"}
     for where, (at, call, _) in STOPS.items():
-        faults[f"stop {where}"] = {"at": at, "call": call, "do": "SIGTERM"}
+        found[f"stop {where}"] = {"at": at, "call": call, "do": "SIGTERM"}
     for where, (at, call) in FULL.items():
-        faults[f"full {where}"] = {"at": at, "call": call, "do": "ENOSPC"}
-    faults["ctrl-c"] = {"at": "jes.train:tell", "call": 4, "do": "SIGINT"}
-    faults["ctrl-c at start"] = {"at": "jes.train:load", "do": "SIGINT"}
+        found[f"full {where}"] = {"at": at, "call": call, "do": "ENOSPC"}
+    found["ctrl-c"] = {"at": "jes.train:tell", "call": 4, "do": "SIGINT"}
+    found["ctrl-c at start"] = {"at": "jes.train:load", "do": "SIGINT"}
     # A hang stands for a compilation, or a wait for the device.
     twice = {"at": "jes.train:tell", "call": 4, "do": "SIGINT SIGINT sleep"}
-    return {**faults, "ctrl-c twice": twice}
+    return {**found, "ctrl-c twice": twice}
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Results:
-    """Runs that were stopped in all these ways, and then gone on with."""
+def stopped(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Stopped:
+    """Runs that were stopped in all these ways, each in a process of its own."""
     folder = tmp_path_factory.mktemp("stopped")
-    jobs = []
-    for number, fault in enumerate(names().values()):
-        argv = train_command(small_model, folder / str(number))
-        jobs += [{"argv": argv, "fault": fault}, {"argv": argv}]
+    jobs = [
+        {"argv": train_command(small_model, folder / name), "fault": fault}
+        for name, fault in faults().items()
+    ]
     results = run_jobs(jobs, folder / "compiled")
     return {
-        name: (results[2 * number], results[2 * number + 1], folder / str(number))
-        for number, name in enumerate(names())
+        name: (result, folder / name)
+        for name, result in zip(faults(), results, strict=True)
     }
 
 
@@ -86,63 +82,77 @@ def expected(finished_run: Path) -> Outcome:
     return outcome(finished_run)
 
 
-@pytest.mark.parametrize("name", names())
-def test_the_same_command_goes_on_and_ends_the_same(
-    name: str, stopped: Results, expected: Outcome
+@pytest.mark.parametrize("name", faults())
+def test_the_same_run_goes_on_and_ends_the_same(
+    name: str,
+    stopped: Stopped,
+    expected: Outcome,
+    small_model: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    first, second, workdir = stopped[name]
-    if name == "full checkpoint":  # the run does without it
-        assert first["status"] == 0
-    else:
-        assert first["status"] != 0
-        assert "this run finished before" not in second["stdout"]
-    assert second["status"] == 0, second["stderr"]
-    assert second["stderr"] == ""
+    first, workdir = stopped[name]
+    # The run does without a checkpoint.
+    assert (first["status"] == 0) == (name == "full checkpoint")
+    train.run(get_config(str(small_model)), workdir)
     assert outcome(workdir) == expected
+    said = capsys.readouterr().out
+    assert ("this run finished before" in said) == (name == "full checkpoint")
+    if name == "ctrl-c twice":
+        assert "going on after 3 generations" in said
+
+
+def test_the_same_command_goes_on_in_another_process(
+    tmp_path: Path, small_model: Path, expected: Outcome
+) -> None:
+    argv = train_command(small_model, tmp_path / "run")
+    fault = {"at": "jes.train:ask", "call": 6, "do": "SIGKILL"}
+    jobs = [{"argv": argv, "fault": fault}, {"argv": argv}]
+    first, second = run_jobs(jobs, tmp_path / "compiled")
+    assert (first["status"], second["status"]) == (-9, 0)
+    assert "going on after 5 generations" in second["stdout"]
+    assert second["stderr"] == ""
+    assert outcome(tmp_path / "run") == expected
 
 
 @pytest.mark.parametrize("where", KILLS)
-def test_a_kill_leaves_no_time_to_say_anything(where: str, stopped: Results) -> None:
-    first, _, _ = stopped[f"kill {where}"]
+def test_a_kill_leaves_no_time_to_say_anything(where: str, stopped: Stopped) -> None:
+    first, _ = stopped[f"kill {where}"]
     assert first["status"] == -9
     assert first["stderr"] == ""
 
 
 @pytest.mark.parametrize("where", STOPS)
-def test_sigterm_saves_first_and_says_where(where: str, stopped: Results) -> None:
-    first, second, workdir = stopped[f"stop {where}"]
+def test_sigterm_saves_first_and_says_where(where: str, stopped: Stopped) -> None:
+    first, workdir = stopped[f"stop {where}"]
     done = STOPS[where][2]
     assert first["status"] == 143
     assert first["stderr"] == ""
     assert "stopping: saving first" in first["stdout"]
     assert f"stopped after {done} of 6 generations; the same" in first["stdout"]
     assert str(workdir) in first["stdout"]
-    assert (f"going on after {done} generations" in second["stdout"]) == (done > 0)
 
 
-def test_ctrl_c_is_130(stopped: Results) -> None:
-    first, _, _ = stopped["ctrl-c"]
+def test_ctrl_c_is_130(stopped: Stopped) -> None:
+    first, _ = stopped["ctrl-c"]
     assert first["status"] == 130
     assert "stopped after 4 of 6 generations" in first["stdout"]
-    early, _, _ = stopped["ctrl-c at start"]
+    early, _ = stopped["ctrl-c at start"]
     assert early["status"] == 130
     assert early["stderr"] == "error: interrupted\n"
 
 
-def test_a_second_ctrl_c_stops_at_once(stopped: Results) -> None:
-    first, second, _ = stopped["ctrl-c twice"]
+def test_a_second_ctrl_c_stops_at_once(stopped: Stopped) -> None:
+    first, _ = stopped["ctrl-c twice"]
     assert first["status"] == 130
     assert first["seconds"] < 30
     assert "once more to stop at once" in first["stdout"]
     assert "stopped after" not in first["stdout"]
-    assert "going on after 3 generations" in second["stdout"]
 
 
 @pytest.mark.parametrize("where", FULL)
-def test_a_full_disk_is_one_clear_line(where: str, stopped: Results) -> None:
-    first, _, _ = stopped[f"full {where}"]
+def test_a_full_disk_is_one_clear_line(where: str, stopped: Stopped) -> None:
+    first, _ = stopped[f"full {where}"]
     if where == "checkpoint":
-        assert first["status"] == 0
         assert "no checkpoint written ([Errno 28] No space left" in first["stdout"]
         return
     assert first["status"] == 1
@@ -219,6 +229,8 @@ def half_write(checkpoint: Path) -> None:
     checkpoint.rename(checkpoint.with_name("6.orbax-checkpoint-tmp"))
 
 
+# Of orbax, whose reads go on in an event loop that it has closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("newest_only", [True, False])
 @pytest.mark.parametrize("damage", [empty, truncate, zero, half_write])
 def test_a_damaged_checkpoint_costs_only_time(

@@ -94,7 +94,7 @@ def _split(
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     sets: tuple[dict[str, Example], dict[str, Example]] = ({}, {})
     sizes = (train_size, test_size)
-    for _ in range(100 * (train_size + HELD_OUT_SHARE * test_size)):
+    for _ in range(20 * (train_size + HELD_OUT_SHARE * test_size)):
         example = kind.draw(rng)
         side = int(held_out(example))
         if len(sets[side]) < sizes[side]:
