@@ -53,12 +53,19 @@ def full_forward(params: dict, prompt: list[int], new: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@pytest.fixture(scope="module")
+def reference(params: dict) -> list[list[int]]:
+    return [full_forward(params, prompt, 5) for prompt in PROMPTS]
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 256])
-def test_greedy_is_the_full_forward_pass(params: dict, batch_size: int) -> None:
+def test_greedy_is_the_full_forward_pass(
+    params: dict, reference: list[list[int]], batch_size: int
+) -> None:
     answers = jes.generate(
         MODEL, params, PROMPTS, 5, batch_size=batch_size, buckets=(4, 16)
     )
-    assert answers == [full_forward(params, prompt, 5) for prompt in PROMPTS]
+    assert answers == reference
 
 
 def test_answers_end_before_an_end_token(params: dict) -> None:
