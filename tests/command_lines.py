@@ -1,6 +1,9 @@
 """Runs command lines of jes, each in a fork of one process that has imported it.
 
-    python tests/command_lines.py < jobs.json > results.json
+    python tests/command_lines.py 2 < jobs.json > results.json
+
+The number is how many run at once (the first runs alone, and what it compiles is there
+for the others).
 
 A job is `{"argv": [module, argument, ...], "fault": {...}}`, a result `{"status",
 "stdout", "stderr", "seconds"}`. A fault hits one call of one function, just before it
@@ -60,21 +63,44 @@ def strike(what: str) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Runs a job in a forked child and waits for it."""
-    began = time.monotonic()
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        pid = os.fork()
-        if not pid:
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
+class Child:
+    """A job that runs in a forked child."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.began = time.monotonic()
+        # Open until the child has ended.
+        self.files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
+        self.pid = os.fork()
+        if not self.pid:
+            for number, file in enumerate(self.files, 1):
+                os.dup2(file.fileno(), number)
             os._exit(run_main(job))
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        texts = {}
-        for name, file in (("stdout", out), ("stderr", err)):
+
+    def result(self, status: int) -> dict[str, Any]:
+        """What came of it, once it has ended with this wait status."""
+        for file in self.files:
             file.seek(0)
-            texts[name] = file.read().decode()
-    return {"status": status, "seconds": time.monotonic() - began, **texts}
+        out, err = (file.read().decode() for file in self.files)
+        code = os.waitstatus_to_exitcode(status)
+        seconds = time.monotonic() - self.began
+        return {"status": code, "stdout": out, "stderr": err, "seconds": seconds}
+
+
+def run_jobs(jobs: list[dict[str, Any]], at_once: int) -> list[dict[str, Any]]:
+    """The results of the jobs; one by one where `at_once` is 1."""
+    running: dict[int, tuple[int, Child]] = {}
+    results: dict[int, dict[str, Any]] = {}
+    waiting = list(enumerate(jobs))
+    while waiting or running:
+        # The first is alone: it fills the cache of compiled programs.
+        while waiting and len(running) < (at_once if results else 1):
+            number, job = waiting.pop(0)
+            child = Child(job)
+            running[child.pid] = number, child
+        pid, status = os.wait()
+        number, child = running.pop(pid)
+        results[number] = child.result(status)
+    return [results[number] for number in range(len(jobs))]
 
 
 def run_main(job: dict[str, Any]) -> int:
@@ -100,11 +126,11 @@ def run_main(job: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    """Runs the jobs of standard input, one after the other."""
+    """Runs the jobs of standard input."""
     for name in ("train", "export", "evaluate"):
         importlib.import_module(f"jes.{name}")
     importlib.import_module("transformers").AutoTokenizer  # noqa: B018  loads lazily
-    json.dump([run_job(job) for job in json.load(sys.stdin)], sys.stdout)
+    json.dump(run_jobs(json.load(sys.stdin), int(sys.argv[1])), sys.stdout)
 
 
 if __name__ == "__main__":

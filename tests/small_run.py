@@ -93,10 +93,13 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def run_jobs(jobs: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]]:
+def run_jobs(
+    jobs: list[dict[str, Any]], cache: Path, at_once: int = 2
+) -> list[dict[str, Any]]:
     """Runs jobs of `command_lines.py`; compiled programs are kept in `cache`."""
+    program = str(Path(__file__).with_name("command_lines.py"))
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("command_lines.py"))],
+        [sys.executable, program, str(at_once)],
         input=json.dumps(jobs),
         capture_output=True,
         text=True,

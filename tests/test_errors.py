@@ -1,0 +1,225 @@
+"""What a user can get wrong: one line that names it, and an exit status."""
+
+import json
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import get_config, run_jobs, train_command
+
+from jes import train
+from jes.errors import InputError
+from jes.models import hub
+from jes.tasks.rows import read_rows
+
+TINY = str(Path(__file__).parent.parent / "configs" / "tiny.py")
+ARC = str(Path(__file__).parent.parent / "configs" / "arc_c.py")
+
+SETTINGS = {
+    "sgma=1": """there is no setting 'sgma'; Did you mean "sigma" instead""",
+    "data.rot=x": "there is no setting 'rot'",
+    "population=many": "config.population=many: invalid literal for int()",
+    "population=2.5": "config.population=2.5: invalid literal for int()",
+    "sigma=small": "config.sigma=small: could not convert string to float",
+    "population=0": "population must be at least 1, not 0",
+    "sigma=nan": "sigma must be positive and finite, not nan",
+    "sigma=inf": "sigma must be positive and finite, not inf",
+    "sigma=0": "sigma must be positive and finite, not 0.0",
+    "sigma=-1": "sigma must be positive and finite, not -1.0",
+    "alpha=nan": "alpha must be finite, not nan",
+    "generations=0": "generations must be at least 1, not 0",
+    "eval_every=0": "eval_every must be at least 1, not 0",
+    "checkpoint_every=0": "checkpoint_every must be at least 1, not 0",
+    "eval_batch=0": "eval_batch must be at least 1, not 0",
+    "prompts=-1": "prompts cannot be negative: -1",
+    "prompts=65": "prompts=65, but tiny/reverse has 64 to train on",
+    "data.test=-1": "data.test cannot be negative: -1",
+    "memory_gb=nan": "memory_gb must be finite, not nan",
+    "seed=-1": "seed must be from 0 to 4294967295, not -1",
+    "dtype=float33": "dtype must be one of ('float32', 'bfloat16', 'float16')",
+    "dtype=int8": "dtype must be one of ('float32', 'bfloat16', 'float16')",
+    "shaping=rank": "unknown shaping 'rank'; known are zscore, centered_rank, none",
+    "temperature=nan": "temperature must be finite, not nan",
+    "temperature=-1": "temperature",
+    "top_p=0": "top_p",
+    "buckets=()": "buckets are prompt lengths in tokens, not ()",
+    "buckets=(8,)": "tokens, more than the longest bucket (8): add a longer one",
+    "mode=guess": "mode must be one of ('generate', 'likelihood'), not 'guess'",
+    "mode=likelihood": "task tiny/reverse has no choices: use mode 'generate'",
+    "task=tiny/divide": "there is no task 'tiny/divide'; there are arc_c, tiny/add",
+    "eval_tasks=('tiny/divide',)": "there is no task 'tiny/divide'",
+    "model=/no/such/folder": "there is no folder '/no/such/folder'",
+    "model=qwen": "there is no folder 'qwen'",
+    "model=Qwen/Qwen2.5-0.5B-Instruct": "from the Hugging Face hub it could not be had",
+    "task=arc_c": "allenai/ai2_arc ARC-Challenge train could not be had from the",
+}
+"""A setting, and what the message says of it."""
+
+
+def jobs(folder: Path, model: Path) -> dict[str, tuple[list[str], str]]:
+    """Every mistake that is tried: a command line, and what the message says."""
+    (folder / "empty").mkdir()
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "thesis.tex").touch()
+    (folder / "file").touch()
+    (folder / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
+    run = folder / "runs" / "run"
+    table = {
+        setting: (train_command(model, folder / "runs" / str(i), setting), message)
+        for i, (setting, message) in enumerate(SETTINGS.items())
+    }
+
+    def add(name: str, argv: list[str], message: str) -> None:
+        table[name] = (argv, message)
+
+    add("no config", ["jes.train"], "--config must have a value other than None")
+    add(
+        "flag",
+        [*train_command(model, run), "--confg=x"],
+        "flag 'confg'. Did you mean: config ?",
+    )
+    add(
+        "argument",
+        [*train_command(model, run), "more"],
+        "unexpected 'more'",
+    )
+    add(
+        "no such config",
+        ["jes.train", "--config=/no/such.py"],
+        "No such file or directory: '/no/such.py'",
+    )
+    add(
+        "broken config",
+        ["jes.train", f"--config={folder / 'broken.py'}"],
+        "division by zero",
+    )
+    add("variant", ["jes.train", f"--config={TINY}:huge"], "get_config() takes")
+    add("arc variant", ["jes.train", f"--config={ARC}:huge"], "no variant 'huge'")
+    add(
+        "odd pairs",
+        train_command(model, run, "antithetic=True", "population=3"),
+        "antithetic pairs need an even population, not 3",
+    )
+    add(
+        "empty model",
+        train_command(folder / "empty", folder / "runs" / "empty"),
+        "is not a model folder: it holds no config.json",
+    )
+    add(
+        "no data",
+        train_command(model, folder / "runs" / "a", "task=arc_c", "data.root=/no/such"),
+        "data.root: there is no /no/such/ai2_arc/ARC-Challenge/train.parquet",
+    )
+    add("file as workdir", train_command(model, folder / "file"), "File exists")
+    add("below a file", train_command(model, folder / "file/x"), "Not a directory")
+    add(
+        "foreign workdir",
+        train_command(model, folder / "foreign"),
+        "is not empty and holds no run: give another --workdir",
+    )
+    return table
+
+
+NAMES = [
+    *SETTINGS,
+    *("no config", "flag", "argument", "no such config", "broken config", "variant"),
+    *("arc variant", "odd pairs", "empty model", "no data", "file as workdir"),
+    *("below a file", "foreign workdir"),
+]
+
+
+@pytest.fixture(scope="module")
+def mistakes(
+    tmp_path_factory: pytest.TempPathFactory, small_model: Path, compiled: Path
+) -> dict[str, tuple[dict[str, Any], str]]:
+    """What came of each mistake, and what its message should say."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    table = jobs(folder, small_model)
+    results = run_jobs([{"argv": argv} for argv, _ in table.values()], compiled)
+    assert not list((folder / "runs").iterdir())
+    messages = [message for _, message in table.values()]
+    return dict(zip(table, zip(results, messages, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mistake_is_one_line_and_status_2(name: str, mistakes: dict) -> None:
+    result, message = mistakes[name]
+    assert result["status"] == 2
+    (line,) = result["stderr"].splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert result["stdout"] == ""
+    assert result["seconds"] < 30
+
+
+def test_all_mistakes_are_tried(mistakes: dict) -> None:
+    assert list(mistakes) == NAMES
+
+
+def test_a_run_of_other_settings_lists_them(tmp_path: Path, small_model: Path) -> None:
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    config = get_config(str(small_model))
+    record = {"config": {**json.loads(config.to_json()), "alpha": 0.2}}
+    path = workdir / "config.json"
+    path.write_text(json.dumps({**record, "resolved": {}, "versions": {}}))
+    with pytest.raises(InputError) as caught:
+        train.run(config, workdir)
+    assert str(caught.value).splitlines() == [
+        f"{workdir} belongs to a run with other settings:",
+        "  alpha: 0.2 there, 0.1 here",
+        "give another --workdir, or the same settings",
+    ]
+    path.write_text("{}")
+    with pytest.raises(InputError, match=r"config\.json is not the config of a run"):
+        train.run(config, workdir)
+
+
+def write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
+    """A parquet file as the hub has them."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.table(columns), path)
+
+
+def test_data_that_is_not_as_expected_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "set" / "main"
+    write_parquet(folder / "train.parquet", {"question": ["q"], "reply": ["r"]})
+    write_parquet(folder / "test-00000-of-00002.parquet", {"question": ["a"]})
+    write_parquet(folder / "test-00001-of-00002.parquet", {"question": ["b"]})
+    (folder / "validation.parquet").write_bytes(b"PAR1 and no more")
+
+    def read(split: str, *columns: str) -> list[dict[str, Any]]:
+        return read_rows("owner/set", "main", split, columns, str(tmp_path))
+
+    assert read("train", "question") == [{"question": "q"}]
+    assert read("test", "question") == [{"question": "a"}, {"question": "b"}]
+    with pytest.raises(InputError, match="no column answer; the columns are question,"):
+        read("train", "question", "answer")
+    with pytest.raises(InputError, match="validation cannot be read"):
+        read("validation", "question")
+    with pytest.raises(InputError, match=r"no .*dev\.parquet; the folder has test-0"):
+        read("dev", "question")
+
+
+def test_a_hub_that_does_not_answer_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A firewall that drops packets looks like this server, which never answers."""
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(hub, "_SECONDS", 0.5)
+        began = time.monotonic()
+        with pytest.raises(InputError, match="no network, or the hub does not answer"):
+            hub.locate("owner/model")
+        server.accept()[0].close()  # it was asked
+    assert time.monotonic() - began < 30
