@@ -2,10 +2,10 @@
 
     python -m jes.train --config=configs/tiny.py
 
-Base ES (2509.24372) on `tiny/min`, which the embedded model has seen little of, with two
-tasks that it knows (`tiny/max`, `tiny/reverse`) watched while it learns. Two to three
-minutes on two CPU cores; the README has what it prints. The known tasks are forgotten on
-the way: that is what 2605.30148 is about.
+Base ES (2509.24372) on `tiny/min`, which the embedded model has seen little of; two
+tasks that it knows (`tiny/max`, `tiny/reverse`) are watched while it learns. Two to
+three minutes on two CPU cores; the README has what it prints. The known tasks are
+forgotten on the way: that is what 2605.30148 is about.
 """
 
 from ml_collections import ConfigDict
