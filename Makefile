@@ -8,7 +8,7 @@ tiny: .venv/.installed
 	$(BIN)/python -m jes.train --config=configs/tiny.py
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -60,11 +60,9 @@ def evaluate(
       pretrained: the model.
       tasks: names in `jes.tasks.TASKS`.
       examples: how many held-out examples of each task; 0 for all.
-      root: folder of parquet files; '' for the hub.
-      mode: 'generate' or 'likelihood'.
-      dtype: of the weights while they answer.
+      root, seed: see `jes.tasks.load_task`.
+      mode, dtype: see `jes.ask.Examiner`.
       batch_size: prompts answered at once.
-      seed: of the tasks whose examples are drawn.
 
     Returns:
       A `Score` of floats for each task.

@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -203,25 +204,9 @@ def make_setup(config: ml_collections.ConfigDict, evolution: Evolution) -> Setup
     if pretrained.tokenizer is None:
         raise InputError(f"{config.model} has no tokenizer, which tasks need")
 
-    def examiner(name: str, **settings: Any) -> Examiner:
-        task = load_task(
-            name,
-            root=config.data.root,
-            seed=config.seed,
-            train=config.data.train,
-            test=config.data.test,
-        )
-        return Examiner(
-            model=pretrained.model,
-            tokenizer=pretrained.tokenizer,
-            task=task,
-            eos_ids=pretrained.eos_ids,
-            dtype=config.dtype,
-            buckets=tuple(config.buckets),
-            **settings,
-        )
-
-    trained = examiner(
+    trained = make_examiner(
+        config,
+        pretrained,
         config.task,
         mode=config.mode,
         max_new_tokens=config.max_new_tokens,
@@ -229,7 +214,9 @@ def make_setup(config: ml_collections.ConfigDict, evolution: Evolution) -> Setup
     )
     # Members may sample their answers; what is reported is the greedy answer's.
     evaluated = {config.task: dataclasses.replace(trained, sampling=GREEDY)}
-    evaluated |= {name: examiner(name) for name in config.eval_tasks}
+    evaluated |= {
+        name: make_examiner(config, pretrained, name) for name in config.eval_tasks
+    }
     train = prepare(trained, trained.task.train)
     if not train:
         raise InputError(f"task {config.task} has no training examples")
@@ -248,6 +235,31 @@ def make_setup(config: ml_collections.ConfigDict, evolution: Evolution) -> Setup
     parameters = sum(leaf.size for leaf in jax.tree.leaves(pretrained.params))
     return Setup(
         config, evolution, pretrained, parameters, trained_on, train, evaluations
+    )
+
+
+def make_examiner(
+    config: ml_collections.ConfigDict,
+    pretrained: Pretrained,
+    name: str,
+    **settings: Any,
+) -> Examiner:
+    """How the model is examined on the task of this name."""
+    task = load_task(
+        name,
+        root=config.data.root,
+        seed=config.seed,
+        train=config.data.train,
+        test=config.data.test,
+    )
+    return Examiner(
+        model=pretrained.model,
+        tokenizer=pretrained.tokenizer,
+        task=task,
+        eos_ids=pretrained.eos_ids,
+        dtype=config.dtype,
+        buckets=tuple(config.buckets),
+        **settings,
     )
 
 
@@ -338,16 +350,19 @@ def stored_copy(pretrained: Pretrained) -> PyTree:
     """
     name = pretrained.hf_config.get("dtype") or pretrained.hf_config.get("torch_dtype")
 
-    @jax.jit
-    def copy(leaf: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
-        small = leaf.astype(like.dtype)
-        return small, (small.astype(leaf.dtype) == leaf).all()
-
     def stored(leaf: jax.Array) -> jax.Array:
-        small, exact = copy(leaf, jnp.zeros((), name or leaf.dtype))
-        return small if exact else jnp.array(leaf)
+        small, exact = _cast(leaf, jnp.dtype(name or leaf.dtype))
+        # Its own memory in any case: that of the centre is given to its successor.
+        return small if exact and small.dtype != leaf.dtype else jnp.array(leaf)
 
     return jax.tree.map(stored, pretrained.params)
+
+
+@partial(jax.jit, static_argnums=1)
+def _cast(leaf: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """The leaf in another dtype, and whether that loses nothing."""
+    small = leaf.astype(dtype)
+    return small, (small.astype(leaf.dtype) == leaf).all()
 
 
 def resume(

@@ -27,12 +27,11 @@ from collections.abc import Callable
 from typing import Any
 
 
-def plant(fault: dict[str, Any]) -> None:
-    """Replaces the function of a fault by one that fails at the chosen call."""
-    module, _, path = fault["at"].partition(":")
+def place(at: str) -> tuple[Any, str]:
+    """The module or object that 'jes.train:tell' names, and the name in it."""
+    module, _, path = at.partition(":")
     *parents, name = path.split(".")
-    owner = functools.reduce(getattr, parents, importlib.import_module(module))
-    setattr(owner, name, failing(getattr(owner, name), fault))
+    return functools.reduce(getattr, parents, importlib.import_module(module)), name
 
 
 def failing(function: Callable, fault: dict[str, Any]) -> Callable:
@@ -109,7 +108,8 @@ def run_main(job: dict[str, Any]) -> int:
     sys.argv = [f"{module}.py", *arguments]
     main = importlib.import_module(module).main
     if "fault" in job:
-        plant(job["fault"])
+        owner, name = place(job["fault"]["at"])
+        setattr(owner, name, failing(getattr(owner, name), job["fault"]))
     try:
         main()
         status = 0

@@ -3,18 +3,21 @@
 import gc
 import json
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_lines import failing, place
 from small_run import Outcome, get_config, outcome, rows, run_jobs, train_command
 
 from jes import train
 from jes.core import ledger as ledgers
 from jes.errors import InputError
 from jes.io import checkpoints, runs
+from jes.io.command_line import guarded
 from jes.io.interrupts import stop_request
 
 APPEND = "jes.core.ledger:append_row"  # header, six generations, fingerprint
@@ -43,19 +46,16 @@ FULL = {
     "summary": ("jes.train:write_json", 1),
 }
 
-Stopped = dict[str, tuple[dict[str, Any], Path]]
+Killed = dict[str, tuple[dict[str, Any], Path]]
 
 
 def faults() -> dict[str, dict[str, Any]]:
-    """Every way of stopping that is tried, by its name."""
-    found = {}
-    for where, (at, call) in KILLS.items():
-        found[f"kill {where}"] = {"at": at, "call": call, "do": "SIGKILL"}
-    for where, (at, call, _) in STOPS.items():
-        found[f"stop {where}"] = {"at": at, "call": call, "do": "SIGTERM"}
-    for where, (at, call) in FULL.items():
-        found[f"full {where}"] = {"at": at, "call": call, "do": "ENOSPC"}
-    found["ctrl-c"] = {"at": "jes.train:tell", "call": 4, "do": "SIGINT"}
+    """Every way of stopping that needs a process of its own, by its name."""
+    found = {
+        where: {"at": at, "call": call, "do": "SIGKILL"}
+        for where, (at, call) in KILLS.items()
+    }
+    found["sigterm"] = {"at": "jes.train:ask", "call": 5, "do": "SIGTERM"}
     found["ctrl-c at start"] = {"at": "jes.train:load", "do": "SIGINT"}
     # A hang stands for a compilation, or a wait for the device.
     twice = {"at": "jes.train:tell", "call": 4, "do": "SIGINT SIGINT sleep"}
@@ -63,11 +63,11 @@ def faults() -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def stopped(
+def killed(
     tmp_path_factory: pytest.TempPathFactory, small_model: Path, compiled: Path
-) -> Stopped:
-    """Runs that were stopped in all these ways, each in a process of its own."""
-    folder = tmp_path_factory.mktemp("stopped")
+) -> Killed:
+    """Runs that were stopped in all these ways: what they said, and their folders."""
+    folder = tmp_path_factory.mktemp("killed")
     jobs = [
         {"argv": train_command(small_model, folder / name), "fault": fault}
         for name, fault in faults().items()
@@ -86,22 +86,34 @@ def expected(finished_run: Path) -> Outcome:
 
 
 @pytest.mark.parametrize("name", faults())
-def test_the_same_run_goes_on_and_ends_the_same(
-    name: str,
-    stopped: Stopped,
-    expected: Outcome,
-    small_model: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_a_killed_run_goes_on_and_ends_the_same(
+    name: str, killed: Killed, expected: Outcome, small_model: Path
 ) -> None:
-    first, workdir = stopped[name]
-    # The run does without a checkpoint.
-    assert (first["status"] == 0) == (name == "full checkpoint")
+    first, workdir = killed[name]
+    if name in KILLS:
+        assert first["status"] == -signal.SIGKILL
+        assert first["stderr"] == ""
     train.run(get_config(str(small_model)), workdir)
     assert outcome(workdir) == expected
-    said = capsys.readouterr().out
-    assert ("this run finished before" in said) == (name == "full checkpoint")
-    if name == "ctrl-c twice":
-        assert "going on after 3 generations" in said
+
+
+def test_signals_of_a_process(killed: Killed) -> None:
+    first, workdir = killed["sigterm"]
+    assert first["status"] == 143
+    assert first["stderr"] == ""
+    assert "stopping: saving first" in first["stdout"]
+    assert "stopped after 4 of 6 generations; the same" in first["stdout"]
+    assert str(workdir) in first["stdout"]
+
+    first, _ = killed["ctrl-c at start"]
+    assert first["status"] == 130
+    assert first["stderr"] == "error: interrupted\n"
+
+    first, _ = killed["ctrl-c twice"]
+    assert first["status"] == 130
+    assert first["seconds"] < 55
+    assert "once more to stop at once" in first["stdout"]
+    assert "stopped after" not in first["stdout"]
 
 
 def test_the_same_command_goes_on_in_another_process(
@@ -111,58 +123,76 @@ def test_the_same_command_goes_on_in_another_process(
     fault = {"at": "jes.train:ask", "call": 6, "do": "SIGKILL"}
     jobs = [{"argv": argv, "fault": fault}, {"argv": argv}]
     first, second = run_jobs(jobs, compiled, at_once=1)
-    assert (first["status"], second["status"]) == (-9, 0)
+    assert (first["status"], second["status"]) == (-signal.SIGKILL, 0)
     assert "going on after 5 generations" in second["stdout"]
     assert second["stderr"] == ""
     assert outcome(tmp_path / "run") == expected
 
 
-@pytest.mark.parametrize("where", KILLS)
-def test_a_kill_leaves_no_time_to_say_anything(where: str, stopped: Stopped) -> None:
-    first, _ = stopped[f"kill {where}"]
-    assert first["status"] == -9
-    assert first["stderr"] == ""
+@pytest.fixture
+def faulty(
+    tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Any, Path]]:
+    """Runs a command with a fault, then without; gives its status and its folder."""
+
+    def run(at: str, call: int, do: str) -> tuple[Any, Path]:
+        workdir = tmp_path / "run"
+        config = get_config(str(small_model))
+        status = None
+        with monkeypatch.context() as patch:
+            owner, name = place(at)
+            fault = {"at": at, "call": call, "do": do}
+            patch.setattr(owner, name, failing(getattr(owner, name), fault))
+            try:
+                guarded(lambda: train.run(config, workdir), "the same command goes on")
+            except SystemExit as error:
+                status = error.code
+        train.run(config, workdir)
+        return status, workdir
+
+    return run
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("where", STOPS)
-def test_sigterm_saves_first_and_says_where(where: str, stopped: Stopped) -> None:
-    first, workdir = stopped[f"stop {where}"]
-    done = STOPS[where][2]
-    assert first["status"] == 143
-    assert first["stderr"] == ""
-    assert "stopping: saving first" in first["stdout"]
-    assert f"stopped after {done} of 6 generations; the same" in first["stdout"]
-    assert str(workdir) in first["stdout"]
-
-
-def test_ctrl_c_is_130(stopped: Stopped) -> None:
-    first, _ = stopped["ctrl-c"]
-    assert first["status"] == 130
-    assert "stopped after 4 of 6 generations" in first["stdout"]
-    early, _ = stopped["ctrl-c at start"]
-    assert early["status"] == 130
-    assert early["stderr"] == "error: interrupted\n"
-
-
-def test_a_second_ctrl_c_stops_at_once(stopped: Stopped) -> None:
-    first, _ = stopped["ctrl-c twice"]
-    assert first["status"] == 130
-    assert first["seconds"] < 30
-    assert "once more to stop at once" in first["stdout"]
-    assert "stopped after" not in first["stdout"]
+def test_a_signal_saves_first_and_says_where(
+    where: str,
+    number: signal.Signals,
+    faulty: Callable[..., tuple[Any, Path]],
+    expected: Outcome,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    at, call, done = STOPS[where]
+    handler = signal.getsignal(number)
+    status, workdir = faulty(at, call, number.name)
+    assert status == 128 + number
+    said = capsys.readouterr().out
+    assert "stopping: saving first" in said
+    assert f"stopped after {done} of 6 generations; the same command goes" in said
+    assert f"goes on from {workdir}" in said
+    assert (f"going on after {done} generations" in said) == (done > 0)
+    assert outcome(workdir) == expected
+    assert signal.getsignal(number) is handler
 
 
 @pytest.mark.parametrize("where", FULL)
-def test_a_full_disk_is_one_clear_line(where: str, stopped: Stopped) -> None:
-    first, _ = stopped[f"full {where}"]
-    if where == "checkpoint":
-        assert "no checkpoint written ([Errno 28] No space left" in first["stdout"]
+def test_a_full_disk_is_one_clear_line_and_costs_nothing(
+    where: str,
+    faulty: Callable[..., tuple[Any, Path]],
+    expected: Outcome,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status, workdir = faulty(*FULL[where], "ENOSPC")
+    assert outcome(workdir) == expected
+    out, err = capsys.readouterr()
+    if where == "checkpoint":  # the run does without it
+        assert status is None
+        assert "no checkpoint written ([Errno 28] No space left" in out
         return
-    assert first["status"] == 1
-    (line,) = first["stderr"].splitlines()
+    assert status == 1
+    (line,) = err.splitlines()
     assert line.startswith("error: ")
-    assert "No space left on device" in line
-    assert line.endswith("the same command goes on from what was saved")
+    assert line.endswith("No space left on device; the same command goes on")
 
 
 @pytest.fixture

@@ -106,6 +106,8 @@ ANSWERS = {
     "C or B": (False, False, False),
     "The answer is (C).": (False, False, False),
     "A dog barks.": (False, False, False),
+    "The answer is a dog, so B": (True, False, False),
+    "the answer is b": (True, False, False),
     "": (False, False, False),
     "   ": (False, False, False),
     "because": (False, False, False),

@@ -1,6 +1,7 @@
 """Pictures of a run."""
 
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -9,10 +10,7 @@ from jes.io.metrics import read_rows
 
 
 def training_curves(workdir: Path) -> Path:
-    """Draws `curves.png` of a run: reward, held-out accuracy, distance from the start.
-
-    Bars on the accuracies are one binomial standard error over the examples.
-    """
+    """Draws `curves.png` of a run: reward, held-out accuracy, distance from start."""
     metrics = read_rows(workdir / "metrics.jsonl")
     evaluations = read_rows(workdir / "evaluations.jsonl")
     figure = Figure(figsize=(11, 3.4), layout="constrained")
@@ -29,18 +27,7 @@ def training_curves(workdir: Path) -> Path:
     reward.plot(generations, best, linewidth=0.8, label="best member")
     _label(reward, "training reward", "reward")
 
-    for task in dict.fromkeys(row["task"] for row in evaluations):
-        rows = [row for row in evaluations if row["task"] == task]
-        rows = [row for row in rows if row["accuracy"] is not None]
-        share = [row["accuracy"] for row in rows]
-        error = [
-            100 * (a * (1 - a) / row["examples"]) ** 0.5
-            for a, row in zip(share, rows, strict=True)
-        ]
-        at = [row["generation"] for row in rows]
-        percent = [100 * a for a in share]
-        accuracy.errorbar(at, percent, error, marker="o", capsize=3, label=task)
-    accuracy.set_ylim(-2, 102)
+    _accuracies(accuracy, evaluations)
     _label(accuracy, "held-out accuracy", "%")
 
     norm = [row["displacement_norm"] for row in metrics]
@@ -53,6 +40,22 @@ def training_curves(workdir: Path) -> Path:
     path = workdir / "curves.png"
     figure.savefig(path, dpi=120)
     return path
+
+
+def _accuracies(axes: Axes, evaluations: list[dict[str, Any]]) -> None:
+    """A line a task; bars are one binomial standard error over the examples."""
+    for task in dict.fromkeys(row["task"] for row in evaluations):
+        rows = [row for row in evaluations if row["task"] == task]
+        rows = [row for row in rows if row["accuracy"] is not None]
+        share = [row["accuracy"] for row in rows]
+        error = [
+            100 * (a * (1 - a) / row["examples"]) ** 0.5
+            for a, row in zip(share, rows, strict=True)
+        ]
+        at = [row["generation"] for row in rows]
+        percent = [100 * a for a in share]
+        axes.errorbar(at, percent, error, marker="o", capsize=3, label=task)
+    axes.set_ylim(-2, 102)
 
 
 def _label(axes: Axes, title: str, unit: str) -> None:

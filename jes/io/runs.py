@@ -65,6 +65,8 @@ def _lock(folder: int, workdir: Path) -> None:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"another process is running in {workdir}") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:

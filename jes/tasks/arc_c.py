@@ -7,6 +7,7 @@ is taken (`mode='likelihood'`).
 import re
 from typing import Any
 
+from jes.errors import InputError
 from jes.tasks.rows import read_rows
 from jes.tasks.task import Example, Prompt, Reward, Task
 
@@ -15,8 +16,9 @@ SYSTEM = "You answer multiple-choice science questions."
 INSTRUCTION = "Reply with the letter of the right answer only."
 
 STRICT = re.compile(r"\s*\(?([A-E])\)?\.?\s*")
-STATED = re.compile(r"\banswer(?: is|:)?\s*\(?([A-E])\b", re.IGNORECASE)
-ALONE = re.compile(r"\b([A-E])\b")
+# A small letter, or an A, before another word may be the article.
+STATED = re.compile(r"\b(?i:answer(?: is|:)?)\s*\(?([A-E]|[a-e](?!\s+\w))\b")
+ALONE = re.compile(r"\b([B-E]|A(?!\s+[a-z]))\b")
 READ = 4096
 """Characters at the end of an answer that extraction looks at."""
 
@@ -45,6 +47,11 @@ def _examples(split: str, root: str) -> list[Example]:
 def _example(row: dict[str, Any]) -> Example:
     # Some rows label their choices 1 to 4: everything is turned into letters.
     labels = list(row["choices"]["label"])
+    if row["answerKey"] not in labels:
+        raise InputError(
+            f"allenai/ai2_arc: answerKey {row['answerKey']!r} is not among the labels "
+            f"{labels} of {row['question'][:40]!r}"
+        )
     return {
         "question": row["question"],
         "options": list(row["choices"]["text"]),
