@@ -4,7 +4,7 @@
 
 Base ES (2509.24372) on `tiny/min`, which the embedded model has seen little of; two
 tasks that it knows (`tiny/max`, `tiny/reverse`) are watched while it learns. About a
-minute and a half on two idle CPU cores: 18 % -> 61 % of the held-out questions. The known
+minute and a half on two idle CPU cores: 18 % -> 61 % of held-out questions. The known
 tasks are forgotten on the way: that is what 2605.30148 is about.
 """
 
