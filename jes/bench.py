@@ -27,7 +27,6 @@ from rich.table import Table
 
 from jes.ask import Examiner, Question, ask, examine
 from jes.core.noise import generation_key
-from jes.core.population import chunk_size
 from jes.errors import InputError
 from jes.io import command_line, memory
 from jes.io.metrics import write_json
@@ -120,16 +119,16 @@ def generation(case: Case, members: int, *, update: bool) -> Callable[[], Any]:
     params = jax.tree.map(jnp.array, case.pretrained.params)
     state = make_optimizer(evolution).init(params)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    each = memory.bytes_per_member(
+    chunk = memory.choose_chunk(
         case.pretrained.config,
         parameters,
         examiner.dtype,
         case.rows,
         case.prompt,
         case.new,
+        population=members,
+        budget=memory.free_bytes(),
     )
-    most = memory.most_members(case.rows)
-    chunk = chunk_size(members, each, memory.free_bytes(), most)
     key = generation_key(jax.random.key(0), 0)
 
     def run() -> Any:

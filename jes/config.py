@@ -26,6 +26,13 @@ def default() -> ConfigDict:
     config.antithetic = False
     config.shaping = "zscore"
 
+    config.shuffle_fitness = False  # a control: steps as long, in random directions
+
+    # Anchored weight decay (2605.30148): a pull back to the base model.
+    config.decay = "none"  # or 'l2', 'l1'
+    config.decay_coefficient = 0.0  # λ; alpha x λ is the share taken off a generation
+    config.anchor = "device"  # or 'bfloat16', rounded, or 'host', out of its memory
+
     # One generation's questions and answers.
     config.prompts = 0  # prompts a generation, drawn anew each time; 0 for all
     config.max_new_tokens = 0  # 0 for the task's own
@@ -42,5 +49,7 @@ def default() -> ConfigDict:
     config.eval_every = 50
     config.eval_tasks = ()  # beside the task itself, such as prior tasks
     config.eval_batch = 256
+    config.kl_prompts = 0  # of each evaluated task, for the KL to the base model
+    config.kl_max_new_tokens = 256
     config.checkpoint_every = 25
     return config

@@ -15,13 +15,14 @@ from rich.table import Table
 
 from jes.ask import MODES, Examiner, Score, examine, prepare
 from jes.errors import InputError
-from jes.export import evolution_of, load_base, read_ledger
+from jes.export import decay_anchor, evolution_of, load_base, read_ledger
 from jes.io.command_line import at_least, guarded
 from jes.io.metrics import write_json
 from jes.io.progress import console
 from jes.models.weights import Pretrained, load
+from jes.setup import DTYPES
 from jes.tasks import TASKS, load_task
-from jes.train import DTYPES, resume
+from jes.train import resume
 
 
 def load_model(path: str) -> tuple[Pretrained, str]:
@@ -38,7 +39,9 @@ def load_model(path: str) -> tuple[Pretrained, str]:
     ledger = read_ledger(Path(path))
     base = load_base(ledger)
     folder = Path(path) / "checkpoints"
-    state = resume(evolution_of(ledger), base.params, ledger, folder)
+    evolution = evolution_of(ledger)
+    anchor = decay_anchor(evolution, base)
+    state = resume(evolution, base.params, anchor, ledger, folder)
     console.print(f"{path} after {state.generation} generations")
     return dataclasses.replace(base, params=state.params), ledger.header["dtype"]
 

@@ -10,17 +10,19 @@ versions on the same kind of machine give the same bits.
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from jes.anchor import keep_anchor
 from jes.core import ledger as ledgers
 from jes.errors import InputError
 from jes.io import runs
 from jes.io.command_line import at_least, guarded
 from jes.io.progress import console
 from jes.models.weights import Pretrained, fingerprint, load
+from jes.setup import DTYPES
 from jes.tell import Evolution, make_optimizer, replay
-from jes.train import DTYPES
 
 
 def rebuild(
@@ -46,9 +48,11 @@ def rebuild(
     pretrained = load_base(ledger, model)
     evolution = evolution_of(ledger)
     optimizer = make_optimizer(evolution).init(pretrained.params)
+    anchor = decay_anchor(evolution, pretrained)
     root = jax.random.key(ledger.header["seed"])
+    fitness = ledger.fitness[:count]
     params, _ = replay(
-        evolution, pretrained.params, optimizer, root, ledger.fitness[:count]
+        evolution, pretrained.params, optimizer, root, fitness, anchor=anchor
     )
     check_fingerprint(ledger, count, fingerprint(params))
     return dataclasses.replace(pretrained, params=params)
@@ -68,6 +72,13 @@ def load_base(ledger: ledgers.Ledger, model: str = "") -> Pretrained:
             "differs)"
         )
     return pretrained
+
+
+def decay_anchor(evolution: Evolution, base: Pretrained) -> Any:
+    """What the decay of a run pulls to; None without a decay."""
+    if evolution.decay == "none":
+        return None
+    return keep_anchor(base.params, evolution.anchor, base.stored_dtype)
 
 
 def evolution_of(ledger: ledgers.Ledger) -> Evolution:

@@ -8,8 +8,9 @@ import optax
 import pytest
 
 import jes
+from jes.anchor import displacement
 from jes.core.noise import PyTree
-from jes.tell import Evolution, displacement, drift, replay
+from jes.tell import Evolution, drift, replay
 
 D = 20
 CURVATURE = jnp.linspace(0.5, 2.0, D)

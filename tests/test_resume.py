@@ -22,20 +22,20 @@ from jes.io.interrupts import stop_request
 
 APPEND = "jes.core.ledger:append_row"  # header, six generations, fingerprint
 KILLS = {
-    "before the summary": ("jes.train:write_json", 1),
-    "before the folder is claimed": ("jes.train:load", 1),
+    "before the summary": ("jes.record:write_json", 1),
+    "before the folder is claimed": ("jes.setup:load", 1),
     "before the first generation": ("jes.train:ask", 1),
     "in the middle": ("jes.train:tell", 4),
     "before a generation is recorded": (APPEND, 5),
-    "during an evaluation": ("jes.train:examine", 2),
+    "during an evaluation": ("jes.record:examine", 2),
     "during a checkpoint": ("os:rename", 2),
-    "after the last generation": ("jes.train:examine", 3),
+    "after the last generation": ("jes.record:examine", 3),
     "while the model is put in its place": ("os:rename", 4),
 }
 STOPS = {
     "before the first generation": ("jes.train:ask", 1, 0),
     "in a generation": ("jes.train:ask", 4, 3),
-    "in an evaluation": ("jes.train:examine", 2, 3),
+    "in an evaluation": ("jes.record:examine", 2, 3),
     "in a checkpoint": ("jes.io.checkpoints:save", 2, 4),
 }
 FULL = {
@@ -43,7 +43,7 @@ FULL = {
     "metrics": ("jes.io.metrics:append_row", 4),
     "checkpoint": ("jes.io.checkpoints:ocp.save", 2),
     "model": ("jes.models.weights:write_tensors", 1),
-    "summary": ("jes.train:write_json", 1),
+    "summary": ("jes.record:write_json", 1),
 }
 
 Killed = dict[str, tuple[dict[str, Any], Path]]
@@ -56,7 +56,7 @@ def faults() -> dict[str, dict[str, Any]]:
         for where, (at, call) in KILLS.items()
     }
     found["sigterm"] = {"at": "jes.train:ask", "call": 5, "do": "SIGTERM"}
-    found["ctrl-c at start"] = {"at": "jes.train:load", "do": "SIGINT"}
+    found["ctrl-c at start"] = {"at": "jes.setup:load", "do": "SIGINT"}
     # A hang stands for a compilation, or a wait for the device.
     twice = {"at": "jes.train:tell", "call": 4, "do": "SIGINT SIGINT sleep"}
     return {**found, "ctrl-c twice": twice}

@@ -15,14 +15,14 @@ from small_run import get_config, outcome, rows
 from tensorboardX.proto.event_pb2 import Event
 
 import jes
-from jes import train
+from jes import record, setup, train
+from jes.anchor import displacement
 from jes.core import ledger as ledgers
 from jes.errors import InputError
 from jes.io import checkpoints
 from jes.models.weights import fingerprint
 from jes.tasks import TASKS
 from jes.tasks.task import Reward, Task
-from jes.tell import displacement
 
 CONTRACT = {
     "generation",
@@ -61,9 +61,14 @@ def test_run_folder_has_what_the_contract_says(
         "tiny/reverse": {
             "before": evaluations[0]["accuracy"],
             "after": evaluations[2]["accuracy"],
+            "lowest": min(row["accuracy"] for row in evaluations),
             "examples": 16,
         }
     }
+    assert summary["answers"] == 6 * 4 * 48
+    distances = rows(finished_run / "distances.jsonl")
+    assert [row["generation"] for row in distances] == [0, 3, 6]
+    assert summary["distance"] == distances[-1]
 
 
 def test_the_summary_is_written_last(finished_run: Path) -> None:
@@ -235,14 +240,14 @@ def test_prompts_are_drawn_anew_without_replacement(
     finished_run: Path, small_model: Path
 ) -> None:
     config = get_config(str(small_model))
-    setup = train.make_setup(config, train.make_evolution(config))
+    made = setup.make_setup(config, setup.make_evolution(config))
     drawn = [
-        [question.example["prompt"] for question in train.pick(setup, generation)]
+        [question.example["prompt"] for question in setup.pick(made, generation)]
         for generation in range(3)
     ]
     assert all(len(set(prompts)) == 48 for prompts in drawn)
     assert len({tuple(prompts) for prompts in drawn}) == 3
-    again = [question.example["prompt"] for question in train.pick(setup, 1)]
+    again = [question.example["prompt"] for question in setup.pick(made, 1)]
     assert again == drawn[1]
 
 
@@ -331,13 +336,13 @@ def test_nothing_is_compiled_after_the_first_generation_and_evaluation(
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(event)
 
-    write = train.Writer.write
+    write = record.Writer.write
 
-    def noting(writer: train.Writer, name: str, step: int, row: dict) -> None:
+    def noting(writer: record.Writer, name: str, step: int, row: dict) -> None:
         at[f"{name} {step}"] = len(compiled)
         write(writer, name, step, row)
 
-    monkeypatch.setattr(train.Writer, "write", noting)
+    monkeypatch.setattr(record.Writer, "write", noting)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         # Shapes that no other test has compiled.

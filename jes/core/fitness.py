@@ -1,5 +1,6 @@
 """Fitness shaping: from rewards to the weights of the members."""
 
+import math
 from collections.abc import Callable
 
 import chex
@@ -35,6 +36,12 @@ def shape_fitness(rewards: jax.Array, method: str = "zscore") -> jax.Array:
     lowest = jnp.min(jnp.where(finite, rewards, jnp.inf))
     shaped = METHODS[method](jnp.where(finite, rewards, 0), finite)
     return jnp.where(finite & (highest > lowest), shaped, 0)
+
+
+def typical_spread(method: str, population: int) -> float:
+    """Root mean square of shaped fitness without ties; NaN where rewards decide it."""
+    ranks = (population + 1) / (12 * max(population - 1, 1))
+    return {"zscore": 1.0, "centered_rank": ranks**0.5, "none": math.nan}[method]
 
 
 def finite_members(rewards: jax.Array) -> jax.Array:

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jes.core.population import chunk_size
+
 SHARE = 0.6
 """Of the free memory to plan with: compilers and allocators need room too."""
 
@@ -68,3 +70,16 @@ def bytes_per_member(
     hidden = rows * prompt * (3 * config.intermediate_size + 4 * config.hidden_size) * 4
     logits = 3 * rows * config.vocab_size * 4
     return 2 * parameters * size + cache + max(scores, hidden) + logits
+
+
+def choose_chunk(*member: Any, population: int, budget: int) -> int:
+    """How many members to hold at once.
+
+    Args:
+      *member: what a member is and does, the arguments of `bytes_per_member`.
+      population: number of members.
+      budget: bytes to spend on them.
+    """
+    rows = member[3]
+    each = bytes_per_member(*member)
+    return chunk_size(population, each, budget, most_members(rows))

@@ -88,6 +88,11 @@ class Pretrained:
     eos_ids: tuple[int, ...]
     files: Mapping[str, bytes]
 
+    @property
+    def stored_dtype(self) -> str | None:
+        """Name of the dtype that the files are in, if config.json says it."""
+        return self.hf_config.get("dtype") or self.hf_config.get("torch_dtype")
+
     def save(
         self,
         folder: str | os.PathLike[str],

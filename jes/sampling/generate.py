@@ -136,10 +136,12 @@ def restrict(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return logits
 
 
-def trim(answers: np.ndarray, eos_ids: Iterable[int]) -> list[list[int]]:
-    """Rows [B, N] as lists of token ids, cut before the first end token."""
+def trim(
+    answers: np.ndarray, eos_ids: Iterable[int], *, keep_end: bool = False
+) -> list[list[int]]:
+    """Rows [B, N] as lists of token ids, cut before (or after) the first end token."""
     ends = np.isin(answers, list(eos_ids))
-    lengths = np.where(ends.any(-1), ends.argmax(-1), answers.shape[-1])
+    lengths = np.where(ends.any(-1), ends.argmax(-1) + keep_end, answers.shape[-1])
     return [row[:n].tolist() for row, n in zip(answers, lengths, strict=True)]
 
 
@@ -170,6 +172,7 @@ def generate(
     top_p: float = 1.0,
     key: jax.Array | None = None,
     eos_ids: Sequence[int] = (),
+    keep_end: bool = False,
     batch_size: int = 256,
     buckets: Sequence[int] = BUCKETS,
 ) -> list[list[int]]:
@@ -186,6 +189,7 @@ def generate(
       temperature, top_k, top_p: see `Sampling`.
       key: PRNG key, needed where the temperature is above 0.
       eos_ids: tokens that end an answer; they are not part of it.
+      keep_end: make the end token the last one of an answer that has come to it.
       batch_size: prompts decoded at once.
       buckets: prompt lengths to pad to.
 
@@ -222,6 +226,7 @@ def generate(
             eos_ids=tuple(int(i) for i in eos_ids),
             sampling=sampling,
         )
-        for i, answer in zip(chosen, trim(np.asarray(out[0]), eos_ids), strict=False):
+        rows = trim(np.asarray(out[0]), eos_ids, keep_end=keep_end)
+        for i, answer in zip(chosen, rows, strict=False):
             answers[i] = answer
     return answers

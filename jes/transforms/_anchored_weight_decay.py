@@ -1,11 +1,13 @@
 """Anchored weight decay: a pull back to where the weights started."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jes.core.drift import KINDS
 from jes.core.noise import PyTree
 
 
@@ -14,12 +16,9 @@ class AnchoredWeightDecayState(NamedTuple):
 
     Attributes:
       count: int32 scalar, updates so far; where the schedules are.
-      anchor: pytree in the shapes of the parameters. To set another one between tasks,
-        `state._replace(anchor=...)`.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name that optax has for it
-    anchor: PyTree
 
 
 def anchored_weight_decay(
@@ -27,6 +26,7 @@ def anchored_weight_decay(
     coefficient: optax.ScalarOrSchedule,
     anchor: PyTree,
     kind: str = "l2",
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Pulls the updated weights towards an anchor; the last link of a chain.
 
@@ -45,13 +45,18 @@ def anchored_weight_decay(
 
     Args:
       learning_rate: α, as in the link before.
-      coefficient: λ; with a number for each, α λ < 1 is checked for L2.
-      anchor: θ_0, in any floating dtype; bfloat16 is exact for a model that was stored
-        so and takes half the memory.
+      coefficient: λ; `jes.coefficient_for_norm` gives the one for a budget of drift.
+        With a number for each, α λ < 1 is checked for L2.
+      anchor: θ_0, in any floating dtype, on the device or in the host's memory; see
+        `jes.keep_anchor`. `update(..., anchor=...)` sets another one from task to
+        task.
       kind: 'l2', or 'l1', the proximal soft threshold.
+      mask: as in `optax.masked`: a tree of bools, or a function from the parameters
+        to one, that says which weights are pulled; by default all.
 
     Returns:
-      A transformation whose `update` needs `params`.
+      A transformation whose `update` needs `params`. Its state is a count: the anchor
+      is no part of it, so a checkpoint of the state does not repeat the base model.
 
     Raises:
       ValueError: for an unknown kind, a negative λ, or α λ >= 1 with L2.
@@ -65,34 +70,40 @@ def anchored_weight_decay(
       >>> optax.apply_updates(params, updates)['w']
       Array([0.995, 1.99 ], dtype=float32)
     """
-    if kind not in ("l1", "l2"):
-        raise ValueError(f"kind must be 'l1' or 'l2', not {kind!r}")
-    if not callable(coefficient) and coefficient < 0:
-        raise ValueError(f"the coefficient cannot be negative: {coefficient}")
-    if not callable(coefficient) and not callable(learning_rate):
-        product = learning_rate * coefficient
-        if kind == "l2" and not product < 1:
-            raise ValueError(f"learning_rate x coefficient must be below 1: {product}")
+    check_decay(learning_rate, coefficient, kind)
 
     def at(value: optax.ScalarOrSchedule, count: jax.Array) -> Any:
         return value(count) if callable(value) else value
 
     def init_fn(params: PyTree) -> AnchoredWeightDecayState:
         del params
-        return AnchoredWeightDecayState(jnp.zeros([], jnp.int32), anchor)
+        return AnchoredWeightDecayState(jnp.zeros([], jnp.int32))
 
     def update_fn(
         updates: PyTree,
         state: AnchoredWeightDecayState,
         params: PyTree | None = None,
+        *,
+        anchor: PyTree = anchor,
         **extra_args: Any,
     ) -> tuple[PyTree, AnchoredWeightDecayState]:
         del extra_args
         if params is None:
             raise ValueError("anchored_weight_decay needs params: update(..., params)")
+        if anchor is None:
+            raise ValueError("anchored_weight_decay has no anchor to pull to")
         strength = at(learning_rate, state.count) * at(coefficient, state.count)
+        chosen = mask(params) if callable(mask) else mask
+        if chosen is None:
+            chosen = jax.tree.map(lambda _: True, params)
 
-        def pulled(update: jax.Array, param: jax.Array, home: jax.Array) -> jax.Array:
+        def pulled(
+            update: jax.Array, param: jax.Array, home: jax.Array, chosen: bool
+        ) -> jax.Array:
+            if not chosen:
+                return update
+            # One leaf at a time comes over from the host, if that is where it is kept.
+            home = jax.device_put(home, jax.memory.Space.Device)
             f32 = jnp.float32
             step = update.astype(f32)
             away = param.astype(f32) + step - home.astype(f32)
@@ -101,8 +112,29 @@ def anchored_weight_decay(
             # What the soft threshold takes off is the displacement, clipped.
             return step - jnp.clip(away, -strength, strength)
 
-        updates = jax.tree.map(pulled, updates, params, state.anchor)
-        count = optax.safe_increment(state.count)
-        return updates, state._replace(count=count)
+        # A mask may be a prefix of the tree: a bool for a whole branch.
+        chosen = jax.tree.map(
+            lambda pull, branch: jax.tree.map(lambda _: pull, branch), chosen, updates
+        )
+        updates = jax.tree.map(pulled, updates, params, anchor, chosen)
+        return updates, AnchoredWeightDecayState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def check_decay(
+    learning_rate: optax.ScalarOrSchedule,
+    coefficient: optax.ScalarOrSchedule,
+    kind: str,
+) -> None:
+    """Raises ValueError for a decay that cannot be; see `anchored_weight_decay`."""
+    if kind not in KINDS[1:]:
+        raise ValueError(f"kind must be 'l1' or 'l2', not {kind!r}")
+    if callable(coefficient):
+        return
+    if not coefficient >= 0:
+        raise ValueError(f"the coefficient cannot be negative: {coefficient}")
+    if kind == "l2" and not callable(learning_rate):
+        product = learning_rate * coefficient
+        if not product < 1:
+            raise ValueError(f"learning_rate x coefficient must be below 1: {product}")

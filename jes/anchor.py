@@ -1,0 +1,133 @@
+"""θ_0, the weights a run starts from: where they are kept, and how far it has gone."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jes.core.noise import PyTree, leaf_path
+
+PLACES = ("device", "bfloat16", "host")
+MOVED = 1e-6
+"""A weight that differs by more has moved; the threshold of 2601.20861."""
+
+
+def keep_anchor(params: PyTree, place: str = "device", stored: Any = None) -> PyTree:
+    """A copy of the base weights, to measure from and to be pulled back to.
+
+    Args:
+      params: float32 weights, which may be given away afterwards (donated).
+      place: 'device' keeps them as exactly as they are; 'bfloat16' rounds them, which
+        moves the point that the pull goes to by up to 2^-8 of each weight; 'host'
+        keeps them in the pinned memory of the host, from where an update reads one
+        tensor at a time: no memory of the device, the same numbers.
+      stored: dtype of the files that the weights were read from. Where the weights fit
+        it without loss the copy has it: half the memory for a bfloat16 model.
+
+    Raises:
+      ValueError: for an unknown place.
+    """
+    if place not in PLACES:
+        raise ValueError(f"an anchor is kept in one of {PLACES}, not {place!r}")
+
+    def kept(leaf: jax.Array) -> jax.Array:
+        dtype = jnp.bfloat16 if place == "bfloat16" else jnp.dtype(stored or leaf.dtype)
+        small, exact = _cast(leaf, dtype)
+        if leaf.dtype == dtype or not (exact or place == "bfloat16"):
+            # Its own memory in any case: that of the centre is given to its successor.
+            small = jnp.array(leaf)
+        if place == "host":
+            host = small.sharding.with_memory_kind("pinned_host")
+            small = jax.device_put(small, host)
+        return small
+
+    return jax.tree.map(kept, params)
+
+
+@partial(jax.jit, static_argnums=1)
+def _cast(leaf: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """The leaf in another dtype, and whether that loses nothing."""
+    small = leaf.astype(dtype)
+    return small, (small.astype(leaf.dtype) == leaf).all()
+
+
+class Distance(NamedTuple):
+    """How far weights are from where they started.
+
+    Attributes:
+      norm: ‖θ - θ_0‖, Euclidean, in units of the weights.
+      relative: that over ‖θ_0‖.
+      moved: share of the weights that differ by more than `MOVED`.
+      largest: the largest difference of one weight.
+      norms: the norm by kind of tensor: embedding, attention, mlp, norm, bias, lm_head.
+      moved_shares: the share moved by kind of tensor.
+    """
+
+    norm: float
+    relative: float
+    moved: float
+    largest: float
+    norms: dict[str, float]
+    moved_shares: dict[str, float]
+
+
+def distance(params: PyTree, anchor: PyTree) -> Distance:
+    """Measures ‖θ - θ_0‖ and where in the model it lies; sums in float64 over tensors.
+
+    Args:
+      params, anchor: pytrees of the same structure, of any floating dtypes.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(_sums(params, anchor), is_leaf=_is_row)
+    sums: dict[str, np.ndarray] = {}
+    largest = 0.0
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    for (path, row), size in zip(leaves, sizes, strict=True):
+        squares, home, moved, most = map(float, row)
+        kind = kind_of(leaf_path(path))
+        row = np.array([squares, home, moved, size])
+        sums[kind] = sums.get(kind, np.zeros(4)) + row
+        largest = max(largest, most)
+    squares, home, moved, size = sum(sums.values(), np.zeros(4))
+    return Distance(
+        norm=float(squares**0.5),
+        relative=float((squares / home) ** 0.5) if home else float("inf"),
+        moved=float(moved / size),
+        largest=largest,
+        norms={kind: float(row[0] ** 0.5) for kind, row in sums.items()},
+        moved_shares={kind: float(row[2] / row[3]) for kind, row in sums.items()},
+    )
+
+
+@jax.jit
+def displacement(params: PyTree, anchor: PyTree) -> jax.Array:
+    """‖θ - θ_0‖ in the Euclidean norm over all weights, float32 scalar."""
+    rows = jax.tree.leaves(_sums(params, anchor), is_leaf=_is_row)
+    return jnp.sqrt(sum(row[0] for row in rows))
+
+
+@jax.jit
+def _sums(params: PyTree, anchor: PyTree) -> PyTree:
+    """For each leaf: squares of difference and anchor, number moved, largest."""
+
+    def row(new: jax.Array, old: jax.Array) -> tuple[jax.Array, ...]:
+        old = jax.device_put(old, jax.memory.Space.Device).astype(jnp.float32)
+        away = new.astype(jnp.float32) - old
+        moved = (jnp.abs(away) > MOVED).sum(dtype=jnp.float32)
+        return (away**2).sum(), (old**2).sum(), moved, jnp.abs(away).max()
+
+    return jax.tree.map(row, params, anchor)
+
+
+def _is_row(node: Any) -> bool:
+    return isinstance(node, tuple)
+
+
+def kind_of(path: str) -> str:
+    """The kind of tensor that a leaf of this path ('layers/mlp/up/kernel') is."""
+    parts = path.split("/")
+    if parts[-1] in ("bias", "scale"):
+        return {"bias": "bias", "scale": "norm"}[parts[-1]]
+    known = [part for part in parts if part in ("attention", "mlp", "lm_head")]
+    return known[0] if known else "embedding" if parts[0] == "embed" else parts[0]

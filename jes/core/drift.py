@@ -1,0 +1,141 @@
+r"""How far noise alone carries the weights, and how strong a pull keeps them nearer.
+
+With z-scored fitness that is independent of the noise, each generation adds a step of
+covariance :math:`(\alpha^2/N) I`. Without decay that is a random walk; with anchored
+weight decay (2605.30148) L2 makes it an Ornstein-Uhlenbeck process, and L1 a Brownian
+motion with a constant pull to zero. Nearly all of what ES moves is this: systematic
+motion is at most α a generation in total, and L2 ends it at 1/λ.
+
+These are laws of expected squares, so norms are root mean squares: sharp in a model of
+many weights.
+"""
+
+import math
+from functools import partial
+
+KINDS = ("none", "l2", "l1")
+
+
+def drift_norm(
+    *,
+    alpha: float,
+    population: int,
+    parameters: int,
+    generations: float,
+    kind: str = "none",
+    coefficient: float = 0.0,
+    spread: float = 1.0,
+) -> float:
+    r""":math:`\|\theta_T - \theta_0\|` that noise alone would reach.
+
+    With N members, d parameters, T generations, and :math:`r = 1 - \alpha\lambda`:
+
+    - no decay: :math:`\alpha \sqrt{T d / N}`;
+    - L2: the same with :math:`(1 - r^{2T}) r^2 / (1 - r^2)` for T, exact (the decay
+      acts on the newest step too, hence :math:`r^2`);
+    - L1: the second moment of Brownian motion reflected at 0 with drift
+      :math:`-\alpha\lambda`, started at 0; the limit of many small steps.
+
+    Args:
+      alpha: learning rate.
+      population: N.
+      parameters: d.
+      generations: T; `math.inf` for the stationary norm.
+      kind: 'none', 'l2' or 'l1'.
+      coefficient: λ.
+      spread: root mean square of the shaped fitness; 1 for z-scores.
+
+    Raises:
+      ValueError: for an unknown kind, or a λ that L2 cannot have.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, not {kind!r}")
+    if kind == "l2" and not 0 <= alpha * coefficient < 1:
+        raise ValueError(f"alpha x coefficient must be in [0, 1): {coefficient}")
+    step = alpha * spread / math.sqrt(population)  # rms of one weight
+    if kind == "none" or coefficient == 0 or step == 0:
+        squares = step**2 * generations
+    elif kind == "l2":
+        squares = step**2 * _ornstein_uhlenbeck(alpha * coefficient, generations)
+    else:
+        pull = alpha * coefficient
+        length = step**2 / pull  # twice the scale of the Laplace law it settles to
+        squares = length**2 * _reflected_second_moment(generations * pull / length)
+    return math.sqrt(parameters * squares)
+
+
+def _ornstein_uhlenbeck(strength: float, generations: float) -> float:
+    """Sum of r^2, r^4, ..., r^2T with r = 1 - strength."""
+    square = (1 - strength) ** 2
+    return square * (1 - square**generations) / (1 - square)
+
+
+def _reflected_second_moment(time: float) -> float:
+    r"""E[X²] of Brownian motion with drift -1, reflected at 0, started there.
+
+    From Itô, :math:`d E[X^2]/dt = 1 - 2 E[X]`; with the known mean of that process
+    (Abate and Whitt 1987) the integral is elementary. It tends to 1/2.
+    """
+    if time > 1000:  # within rounding of the limit
+        return 0.5
+    root = math.sqrt(time)
+    density = math.exp(-time / 2) / math.sqrt(2 * math.pi)
+    above = math.erfc(root / math.sqrt(2)) / 2
+    value = (2 * time + time**2) * above - (root**3 + root) * density + 0.5 - above
+    # For short times the terms cancel; then it is the free walk, to first order.
+    return value if time > 1e-6 else time
+
+
+def coefficient_for_norm(
+    norm: float,
+    *,
+    alpha: float,
+    population: int,
+    parameters: int,
+    generations: float = math.inf,
+    kind: str = "l2",
+) -> float:
+    r"""The λ that keeps the drift of noise within a budget.
+
+    For the stationary norm in closed form, with :math:`s^2` the budget of squares a
+    weight: L2 :math:`\lambda = (1 - \sqrt{s^2/(s^2 + \alpha^2/N)})/\alpha`, L1
+    :math:`\lambda = \alpha/(\sqrt{2} N s)`. For a finite number of generations the law
+    of `drift_norm`, which falls with λ, is inverted by bisection.
+
+    Args:
+      norm: ‖θ - θ_0‖ not to be exceeded by drift, in units of the weights.
+      alpha, population, parameters, generations, kind: see `drift_norm`.
+
+    Returns:
+      λ; 0 if plain ES stays within the budget.
+
+    Raises:
+      ValueError: for a budget that is not positive, or kind 'none'.
+    """
+    if not (norm > 0 and math.isfinite(norm)):
+        raise ValueError(f"a budget must be positive and finite, not {norm}")
+    if kind not in KINDS[1:]:
+        raise ValueError(f"kind must be 'l1' or 'l2', not {kind!r}")
+    drift = partial(
+        drift_norm,
+        alpha=alpha,
+        population=population,
+        parameters=parameters,
+        generations=generations,
+    )
+    if drift() <= norm:
+        return 0.0
+    square = norm**2 / parameters
+    if kind == "l2":
+        high = (1 - math.sqrt(square / (square + alpha**2 / population))) / alpha
+    else:
+        high = alpha / (math.sqrt(2) * population * math.sqrt(square))
+    if generations == math.inf:
+        return high
+    # In finite time the walk is shorter than for ever, so a weaker pull is enough.
+    low = 0.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        far = drift(kind=kind, coefficient=middle) > norm
+        low, high = (middle, high) if far else (low, middle)
+    return high

@@ -1,0 +1,152 @@
+"""KL(base || tuned) on the base model's own answers, the estimator of 2605.30148.
+
+The answers are sampled once, from the base model at temperature 1; tuned models are
+then compared with it on them. Axis letters: B answers, K tokens of the longest.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jes.sampling.generate import generate
+from jes.sampling.prompts import BUCKETS, pad
+
+
+class Answers(NamedTuple):
+    """Sampled answers, as token ids, each with its end token if it came to one."""
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
+
+
+class Divergence(NamedTuple):
+    """KL(base || tuned) in nats a token.
+
+    Attributes:
+      sampled: mean over all tokens of log p_base - log p_tuned of the token that was
+        sampled, the paper's estimator; a single one can be negative.
+      by_prompt: the same, averaged within each answer first.
+      full: mean over all tokens of the whole sum over the vocabulary; the same
+        expectation with far less noise, so short answers will do.
+      error: standard error of `full` over the answers.
+      tokens: number of tokens.
+    """
+
+    sampled: float
+    by_prompt: float
+    full: float
+    error: float
+    tokens: int
+
+
+def sample_answers(
+    model: Any,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    key: jax.Array,
+    eos_ids: Sequence[int],
+    batch_size: int = 32,
+    buckets: Sequence[int] = BUCKETS,
+) -> Answers:
+    """Answers of the base model at temperature 1; arguments as in `generate`."""
+    answers = generate(
+        model,
+        params,
+        prompts,
+        max_new_tokens,
+        temperature=1.0,
+        key=key,
+        eos_ids=eos_ids,
+        keep_end=True,
+        batch_size=batch_size,
+        buckets=buckets,
+    )
+    return Answers([list(prompt) for prompt in prompts], answers)
+
+
+def divergence(
+    model: Any,
+    base: Any,
+    params: Any,
+    answers: Answers,
+    *,
+    batch_size: int = 8,
+    buckets: Sequence[int] = BUCKETS,
+    dtype: Any = jnp.float32,
+) -> Divergence:
+    """KL(base || tuned) on these answers; prompt tokens do not count.
+
+    Args:
+      model: a decoder.
+      base, params: parameters of the base and of the tuned model.
+      answers: of the base model, from `sample_answers`.
+      batch_size: answers compared at once; each takes two arrays of logits, of the
+        tokens of the longest answer times the vocabulary.
+      buckets: lengths of prompt and answer to pad to.
+      dtype: of the weights that are compared; the log-softmax is in float32.
+    """
+    rows = [
+        [*prompt, *answer]
+        for prompt, answer in zip(answers.prompts, answers.answers, strict=True)
+    ]
+    lengths = np.array([len(answer) for answer in answers.answers])
+    longest = int(lengths.max())
+    order = np.argsort([len(row) for row in rows], kind="stable")
+    sums = np.zeros((len(rows), 2))
+    size = min(batch_size, len(rows))
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        filled = np.concatenate([chosen, chosen[-1:].repeat(size - len(chosen))])
+        batch = pad([rows[i] for i in filled], buckets)
+        counted = np.arange(longest) >= longest - lengths[filled][:, None]
+        out = _log_ratios(model, base, params, *batch, counted, jnp.dtype(dtype))
+        sums[chosen] = np.asarray(out)[: len(chosen)]
+    tokens = int(lengths.sum())
+    sampled, full = sums.sum(0) / tokens
+    # Of a ratio of means, to first order.
+    spread = np.std(sums[:, 1] - full * lengths, ddof=min(1, len(rows) - 1))
+    return Divergence(
+        sampled=float(sampled),
+        by_prompt=float((sums[:, 0] / lengths).mean()),
+        full=float(full),
+        error=float(spread * len(rows) ** 0.5 / tokens),
+        tokens=tokens,
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 6))
+def _log_ratios(
+    model: Any,
+    base: Any,
+    params: Any,
+    tokens: jax.Array,
+    positions: jax.Array,
+    counted: jax.Array,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """Sums over an answer of the log ratio and of the full KL: float32 [B, 2]."""
+    longest = counted.shape[1]
+    targets = tokens[:, -longest:, None]
+
+    def log_probabilities(weights: Any) -> jax.Array:
+        weights = jax.tree.map(
+            lambda leaf: jax.device_put(leaf, jax.memory.Space.Device).astype(dtype),
+            weights,
+        )
+        logits, _ = model.apply(
+            {"params": weights}, tokens, positions, last=longest + 1
+        )
+        return jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
+
+    of_base, of_tuned = log_probabilities(base), log_probabilities(params)
+    ratio = of_base - of_tuned
+    sampled = jnp.take_along_axis(ratio, targets, axis=-1)[..., 0]
+    full = (jnp.exp(of_base) * ratio).sum(-1)
+    both = jnp.stack([sampled, full], axis=-1)
+    return jnp.where(counted[..., None], both, 0).sum(1)

@@ -1,0 +1,249 @@
+"""From settings to what a run works with: the model, its tasks, the encoded prompts."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from jes.anchor import PLACES
+from jes.ask import Examiner, Question, longest, prepare
+from jes.errors import InputError
+from jes.io import memory
+from jes.models.weights import Pretrained, load
+from jes.sampling.divergence import Answers, sample_answers
+from jes.sampling.generate import GREEDY, Sampling
+from jes.tasks import load_task
+from jes.tell import Evolution, make_optimizer
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of the weights that answer. The master, which is trained, is float32."""
+
+
+class Setup(NamedTuple):
+    """What stays the same over a run.
+
+    Attributes:
+      config: all settings.
+      evolution: those of the update.
+      pretrained: the base model.
+      parameters: how many it has.
+      examiner: how members are examined on the task that is trained.
+      train: its questions.
+      evaluations: the trained task and those beside it, with held-out questions.
+      base_answers: of the base model to some of these, for the KL.
+    """
+
+    config: ml_collections.ConfigDict
+    evolution: Evolution
+    pretrained: Pretrained
+    parameters: int
+    examiner: Examiner
+    train: list[Question]
+    evaluations: dict[str, tuple[Examiner, list[Question]]]
+    base_answers: dict[str, Answers]
+
+    @property
+    def answers_a_generation(self) -> int:
+        """How many answers are sampled and scored in one generation."""
+        return self.config.population * (self.config.prompts or len(self.train))
+
+
+def make_evolution(config: ml_collections.ConfigDict) -> Evolution:
+    """The settings of the update, checked."""
+    try:
+        evolution = Evolution(
+            population=config.population,
+            sigma=config.sigma,
+            alpha=config.alpha,
+            antithetic=config.antithetic,
+            shaping=config.shaping,
+            decay=config.decay,
+            decay_coefficient=config.decay_coefficient,
+            anchor=config.anchor,
+        )
+        evolution.noise.check_population(evolution.population)
+        make_optimizer(evolution)
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error)) from error
+    return evolution
+
+
+def check_settings(config: ml_collections.ConfigDict) -> None:
+    """Raises InputError for a setting that no run can have."""
+    for name in (
+        "generations",
+        "eval_every",
+        "checkpoint_every",
+        "eval_batch",
+        "kl_max_new_tokens",
+    ):
+        if config[name] < 1:
+            raise InputError(f"{name} must be at least 1, not {config[name]}")
+    for name in ("prompts", "max_new_tokens", "chunk", "memory_gb", "kl_prompts"):
+        if config[name] < 0:
+            raise InputError(f"{name} cannot be negative: {config[name]}")
+    for name, value in config.data.items():
+        if isinstance(value, int) and value < 0:
+            raise InputError(f"data.{name} cannot be negative: {value}")
+    for name in ("alpha", "temperature", "memory_gb"):
+        if not np.isfinite(config[name]):
+            raise InputError(f"{name} must be finite, not {config[name]}")
+    if config.anchor not in PLACES:
+        raise InputError(f"anchor must be one of {PLACES}, not {config.anchor!r}")
+    if config.decay_coefficient and config.decay == "none":
+        raise InputError("decay_coefficient without decay='l2' or 'l1' does nothing")
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"seed must be from 0 to {2**32 - 1}, not {config.seed}")
+    if config.dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {DTYPES}, not {config.dtype!r}")
+    if not config.buckets or any(
+        not isinstance(bucket, int) or bucket < 1 for bucket in config.buckets
+    ):
+        raise InputError(f"buckets are prompt lengths in tokens, not {config.buckets}")
+
+
+def make_setup(config: ml_collections.ConfigDict, evolution: Evolution) -> Setup:
+    """Loads the model and the tasks, and encodes all prompts."""
+    pretrained = load(config.model)
+    if pretrained.tokenizer is None:
+        raise InputError(f"{config.model} has no tokenizer, which tasks need")
+
+    trained = make_examiner(
+        config,
+        pretrained,
+        config.task,
+        mode=config.mode,
+        max_new_tokens=config.max_new_tokens,
+        sampling=make_sampling(config),
+    )
+    # Members may sample their answers; what is reported is the greedy answer's.
+    evaluated = {config.task: dataclasses.replace(trained, sampling=GREEDY)}
+    evaluated |= {
+        name: make_examiner(config, pretrained, name) for name in config.eval_tasks
+    }
+    train = prepare(trained, trained.task.train)
+    if not train:
+        raise InputError(f"task {config.task} has no training examples")
+    if config.prompts > len(train):
+        raise InputError(
+            f"prompts={config.prompts}, but {config.task} has {len(train)} to train on"
+        )
+    # One shape for the whole run: that of the longest prompt.
+    trained_on = one_bucket(trained, train)
+    evaluations = {
+        name: (each, prepare(each, each.task.test)) for name, each in evaluated.items()
+    }
+    for name, (_, test) in evaluations.items():
+        if not test:
+            raise InputError(f"task {name} has no examples to evaluate on")
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(pretrained.params))
+    answers = {
+        name: base_answers(config, pretrained, questions)
+        for name, (_, questions) in evaluations.items()
+        if config.kl_prompts
+    }
+    return Setup(
+        config,
+        evolution,
+        pretrained,
+        parameters,
+        trained_on,
+        train,
+        evaluations,
+        answers,
+    )
+
+
+def base_answers(
+    config: ml_collections.ConfigDict,
+    pretrained: Pretrained,
+    questions: Sequence[Question],
+) -> Answers:
+    """What the base model says to some of the questions: fixed by the seed."""
+    params = jax.tree.map(lambda leaf: leaf.astype(config.dtype), pretrained.params)
+    return sample_answers(
+        pretrained.model,
+        params,
+        [question.prompt for question in questions[: config.kl_prompts]],
+        config.kl_max_new_tokens,
+        key=jax.random.key(config.seed),
+        eos_ids=pretrained.eos_ids,
+        batch_size=config.eval_batch,
+        buckets=config.buckets,
+    )
+
+
+def make_examiner(
+    config: ml_collections.ConfigDict,
+    pretrained: Pretrained,
+    name: str,
+    **settings: Any,
+) -> Examiner:
+    """How the model is examined on the task of this name."""
+    task = load_task(
+        name,
+        root=config.data.root,
+        seed=config.seed,
+        train=config.data.train,
+        test=config.data.test,
+    )
+    return Examiner(
+        model=pretrained.model,
+        tokenizer=pretrained.tokenizer,
+        task=task,
+        eos_ids=pretrained.eos_ids,
+        dtype=config.dtype,
+        buckets=tuple(config.buckets),
+        **settings,
+    )
+
+
+def make_sampling(config: ml_collections.ConfigDict) -> Sampling:
+    """How training samples its answers, checked."""
+    try:
+        return Sampling(
+            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def one_bucket(examiner: Examiner, questions: Sequence[Question]) -> Examiner:
+    """The examiner with the one prompt length that holds all questions."""
+    needed = longest(questions)
+    bucket = min(b for b in examiner.buckets if b >= needed)
+    return dataclasses.replace(examiner, buckets=(bucket,))
+
+
+def choose_chunk(setup: Setup) -> int:
+    """Members to hold at once: as set, or as many as the memory allows."""
+    config, examiner = setup.config, setup.examiner
+    if config.chunk:
+        return min(config.chunk, config.population)
+    rows = config.prompts or len(setup.train)
+    if examiner.mode == "likelihood":
+        rows *= max(len(question.choices) for question in setup.train)
+    # The centre, its anchor and one update are there too.
+    beside = 0 if config.memory_gb else 3 * 4 * setup.parameters
+    return memory.choose_chunk(
+        setup.pretrained.config,
+        setup.parameters,
+        examiner.dtype,
+        rows,
+        examiner.buckets[0],
+        examiner.max_new_tokens,
+        population=config.population,
+        budget=(int(config.memory_gb * 1e9) or memory.free_bytes()) - beside,
+    )
+
+
+def pick(setup: Setup, generation: int) -> list[Question]:
+    """The questions of a generation: drawn without replacement, or all of them."""
+    count, questions = setup.config.prompts, setup.train
+    if not count or count == len(questions):
+        return questions
+    rng = np.random.default_rng([setup.config.seed, generation])
+    return [questions[i] for i in rng.choice(len(questions), count, replace=False)]
