@@ -9,6 +9,7 @@ def default() -> ConfigDict:
 
     # What is trained, on what.
     config.seed = 0
+    config.method = "es"  # or 'grpo', the baseline
     config.model = "tiny"  # a folder, a hub id, or 'tiny', the embedded model
     config.dtype = "float32"  # of the weights that answer; the master is float32
     config.task = "tiny/min"
@@ -32,6 +33,14 @@ def default() -> ConfigDict:
     config.decay = "none"  # or 'l2', 'l1'
     config.decay_coefficient = 0.0  # λ; alpha x λ is the share taken off a generation
     config.anchor = "device"  # or 'bfloat16', rounded, or 'host', out of its memory
+
+    # The policy gradient that ES is compared with; `population` is its group.
+    config.grpo = ConfigDict()
+    config.grpo.learning_rate = 1e-6
+    config.grpo.clip = 0.2
+    config.grpo.kl = 0.001
+    config.grpo.minibatch = 0  # answers of one optimizer step; 0 for all
+    config.grpo.epochs = 1
 
     # One generation's questions and answers.
     config.prompts = 0  # prompts a generation, drawn anew each time; 0 for all

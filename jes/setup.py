@@ -18,6 +18,7 @@ from jes.sampling.generate import GREEDY, Sampling
 from jes.tasks import load_task
 from jes.tell import Evolution, make_optimizer
 
+METHODS = ("es", "grpo")
 DTYPES = ("float32", "bfloat16", "float16")
 """Of the weights that answer. The master, which is trained, is float32."""
 
@@ -91,6 +92,8 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
     for name in ("alpha", "temperature", "memory_gb"):
         if not np.isfinite(config[name]):
             raise InputError(f"{name} must be finite, not {config[name]}")
+    if config.method not in METHODS:
+        raise InputError(f"method must be one of {METHODS}, not {config.method!r}")
     if config.anchor not in PLACES:
         raise InputError(f"anchor must be one of {PLACES}, not {config.anchor!r}")
     if config.decay_coefficient and config.decay == "none":

@@ -1,4 +1,4 @@
-"""Fine-tunes a language model with evolution strategies.
+"""Fine-tunes a language model with evolution strategies (or GRPO, to compare).
 
     python -m jes.train --config=configs/tiny.py [--workdir=FOLDER] [--config.x=value]
 
@@ -25,6 +25,7 @@ from ml_collections import config_flags
 
 from jes.anchor import displacement, keep_anchor
 from jes.ask import Score, ask
+from jes.baselines import grpo_run
 from jes.core import ledger as ledgers
 from jes.core.noise import PyTree, generation_key
 from jes.errors import InputError
@@ -78,7 +79,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     check_settings(config)
     evolution = make_evolution(config)
     with runs.alone(workdir):
-        return finished(config, workdir) or evolve(config, evolution, workdir)
+        begin = METHODS[config.method]
+        return finished(config, workdir) or begin(config, evolution, workdir)
 
 
 def evolve(
@@ -146,6 +148,10 @@ def evolve(
             raise
     seal(ledger, state)
     return finish(setup, state.generation, state.params, workdir)
+
+
+METHODS = {"es": evolve, "grpo": grpo_run.learn}
+"""How `config.method` is run: function of (config, evolution, workdir)."""
 
 
 def ledger_header(setup: Setup, base: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ claim can be shown on them in minutes on two CPU cores. Three parts:
 - prior tasks, which the embedded model has learned: `tiny/add`, `tiny/subtract`,
   `tiny/reverse`, `tiny/sort`, `tiny/max`, `tiny/facts_often`;
 - target tasks, of which it has seen little, left for ES: `tiny/min`,
-  `tiny/countdown`, `tiny/rules`;
+  `tiny/countdown`, `tiny/rules`, and `tiny/rotate`, of which it has seen nothing;
 - knowledge: `tiny/facts_seldom` and `tiny/facts_never`, and `tiny/facts` with all
   three classes (see `jes.tasks.tiny_facts`).
 
@@ -137,6 +137,15 @@ def _word(rng: np.random.Generator) -> str:
     return "".join(LETTERS[i] for i in letters)
 
 
+def draw_rotate(rng: np.random.Generator) -> Example:
+    """`rotate kdzb:`, answered by `dzbk`; 3 to 5 letters. The model knows no such verb.
+
+    A skill far from the start: no right answer at first, and half credit for parts.
+    """
+    word = _word(rng)
+    return {"prompt": f"rotate {word}:", "answer": word[1:] + word[:1]}
+
+
 def draw_max(rng: np.random.Generator) -> Example:
     """Multiple choice: `max a)12 b)4 c)9:`, answered by the label, `a`."""
     return _choice(rng, "max", np.argmax)
@@ -190,6 +199,7 @@ KINDS: dict[str, Kind] = {
     "tiny/subtract": Kind(draw_subtract, number_reward, 3),
     "tiny/reverse": Kind(draw_reverse, word_reward, 6),
     "tiny/sort": Kind(draw_sort, word_reward, 6),
+    "tiny/rotate": Kind(draw_rotate, word_reward, 6),
     "tiny/max": Kind(draw_max, label_reward, 2, LABELS),
     "tiny/min": Kind(draw_min, label_reward, 2, LABELS),
     "tiny/countdown": Kind(tiny_countdown.draw, tiny_countdown.reward, 8),
