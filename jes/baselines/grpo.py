@@ -113,7 +113,8 @@ class Rollout(NamedTuple):
     Attributes:
       batch: to learn from.
       rewards: float64 [P, G].
-      score: means over all answers; `tokens` is the number of tokens generated.
+      score: means over all answers, of the reward over those where it is finite;
+        `tokens` is the number of tokens generated.
     """
 
     batch: Batch
@@ -240,8 +241,9 @@ def score_rollout(
     )
     finite = rewards[np.isfinite(rewards)]
     value = finite.mean() if finite.size else np.nan
-    shares = [*earned[:, 1:].mean(0), truncated.mean()]
-    score = Score(float(value), *map(float, shares), int(chosen.sum()))
+    _, correct, strict, formatted = earned.mean(0)
+    tokens = int(chosen.sum())
+    score = Score(value, correct, strict, formatted, truncated.mean(), tokens)
     return Rollout(batch, rewards, score)
 
 
