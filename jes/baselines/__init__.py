@@ -1,0 +1,1 @@
+"""What evolution strategies are compared with."""

@@ -1,0 +1,435 @@
+"""GRPO (2402.03300): the policy gradient that evolution strategies are compared with.
+
+One iteration: `rollout` samples a group of answers to every prompt from the current
+weights and rewards them; `improve` takes one optimizer step for each minibatch of the
+shuffled answers. Prompts, rewards and sampler are those of `jes.ask`, so that a
+comparison differs in the update only. The weights that train are float32.
+
+Left out on purpose: a critic, an entropy bonus, gradient accumulation.
+
+Axis letters: P prompts, G answers a prompt (its group), R = P·G rows, prompt by prompt,
+T prompt tokens, N new tokens, V vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jes.ask import Examiner, Question, Score
+from jes.core.noise import PyTree
+from jes.errors import InputError
+from jes.sampling.generate import Sampling, decode_members, trim, unrolled_members
+from jes.sampling.prompts import pad
+from jes.tasks.task import Reward
+
+MOST_NATS = 20.0
+"""Log-ratios are cut off here: exp(89) is infinite in float32, and one infinite token
+would make the whole gradient NaN."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grpo:
+    """Settings of the baseline.
+
+    The defaults are those that 2605.30148 ran verl with, the weight decay of 0.01
+    excepted, which pulls towards zero and would blur what is measured as forgetting.
+
+    Attributes:
+      prompts: P, prompts an iteration.
+      group: G, answers sampled to each prompt.
+      learning_rate: of AdamW, in units of the weights.
+      clip: the ratio to the sampling policy counts up to 1 ± clip.
+      kl: weight of the divergence from the base model, in reward per nat.
+      minibatch: rows (answers) of one optimizer step; a divisor of P·G.
+      epochs: how often each answer is used.
+      temperature: of the sampled answers; the policy that is trained is the one at
+        this temperature.
+      weight_decay: towards zero, decoupled (AdamW).
+      clip_norm: largest global norm of a minibatch's gradient.
+      b1, b2: decay rates of Adam's moments.
+    """
+
+    prompts: int = 200
+    group: int = 30
+    learning_rate: float = 1e-6
+    clip: float = 0.2
+    kl: float = 0.001
+    minibatch: int = 1000
+    epochs: int = 1
+    temperature: float = 1.0
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "minibatch", "epochs"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        self._check("group", self.group >= 2, "at least 2, or nothing can be compared")
+        for name in ("learning_rate", "clip", "temperature", "clip_norm"):
+            value = getattr(self, name)
+            self._check(name, math.isfinite(value) and value > 0, "positive")
+        for name in ("kl", "weight_decay"):
+            value = getattr(self, name)
+            self._check(name, math.isfinite(value) and value >= 0, "at least 0")
+        for name in ("b1", "b2"):
+            self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        rows = self.prompts * self.group
+        self._check("minibatch", not rows % self.minibatch, f"a divisor of {rows}")
+
+    def _check(self, name: str, right: bool, what: str) -> None:
+        if not right:
+            raise InputError(f"{name} must be {what}, not {getattr(self, name)}")
+
+
+class Batch(NamedTuple):
+    """Answers to learn from.
+
+    Attributes:
+      tokens: int32 [R, T+N], left-padded prompt and answer.
+      positions: int32 [R, T+N]: 0, 1, ... from the prompt's first token on, -1 before.
+      answered: bool [R, N], which of the last N tokens the policy chose: the answer
+        with its end token.
+      advantages: float32 [R].
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    answered: np.ndarray
+    advantages: np.ndarray
+
+
+class Rollout(NamedTuple):
+    """Sampled answers and what they earned.
+
+    Attributes:
+      batch: to learn from.
+      rewards: float64 [P, G].
+      score: means over all answers, of the reward over those where it is finite;
+        `tokens` is the number of tokens generated.
+    """
+
+    batch: Batch
+    rewards: np.ndarray
+    score: Score
+
+
+def advantages(rewards: np.ndarray) -> np.ndarray:
+    """How much better an answer is than its group: (r - mean) / (std + 1e-6).
+
+    2402.03300, section 4.1.2; std with ddof 1 and epsilon as in verl. A group that ties
+    gets exactly 0. A reward that is not finite gets 0 and no part in the statistics.
+
+    Args:
+      rewards: [P, G]; higher is better.
+
+    Returns:
+      float32 [P, G].
+    """
+    rewards = np.asarray(rewards, np.float64)
+    chex.assert_rank(rewards, 2)
+    finite = np.isfinite(rewards)
+    count = np.maximum(finite.sum(-1, keepdims=True), 1)
+    kept = np.where(finite, rewards, 0)
+    centred = np.where(finite, kept - kept.sum(-1, keepdims=True) / count, 0)
+    variance = (centred**2).sum(-1, keepdims=True) / np.maximum(count - 1, 1)
+    highest = np.where(finite, rewards, -np.inf).max(-1, keepdims=True)
+    lowest = np.where(finite, rewards, np.inf).min(-1, keepdims=True)
+    scaled = centred / (np.sqrt(variance) + 1e-6)
+    return np.where(highest > lowest, scaled, 0).astype(np.float32)
+
+
+def make_optimizer(settings: Grpo) -> optax.GradientTransformationExtraArgs:
+    """AdamW behind a bound on the global norm of the gradient."""
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip_norm),
+        optax.adamw(
+            settings.learning_rate,
+            b1=settings.b1,
+            b2=settings.b2,
+            weight_decay=settings.weight_decay,
+        ),
+    )
+
+
+def rollout(
+    examiner: Examiner,
+    params: PyTree,
+    questions: Sequence[Question],
+    key: jax.Array,
+    settings: Grpo,
+    *,
+    batch_size: int = 256,
+    before_batch: Callable[[], None] = lambda: None,
+) -> Rollout:
+    """Samples a group of answers to every question, and rewards them.
+
+    Args:
+      examiner: the model, its task and the dtype of the weights that answer; the
+        temperature comes from `settings`.
+      params: the policy, float32.
+      questions: the prompts [P].
+      key: of the draws.
+      settings: of the baseline.
+      batch_size: rows decoded at once. The draws depend on it.
+      before_batch: called before each batch; an exception from it changes nothing.
+
+    Raises:
+      InputError: if the examiner scores by likelihood: nothing would be sampled.
+    """
+    if examiner.mode != "generate":
+        raise InputError(f"GRPO samples answers: mode 'generate', not {examiner.mode}")
+    prompts = pad([q.prompt for q in questions], examiner.buckets)
+    rows = np.repeat(np.arange(len(questions)), settings.group)
+    one = jax.tree.map(lambda leaf: leaf.astype(examiner.dtype)[None], params)
+    weights = unrolled_members(examiner.model, one)
+    size = min(batch_size, len(rows))
+    pieces = []
+    for start in range(0, len(rows), size):
+        before_batch()
+        # The last batch is filled up so that it has the shape of the others.
+        chosen = rows[np.minimum(np.arange(start, start + size), len(rows) - 1)]
+        answers = decode_members(
+            examiner.model.unrolled(),
+            weights,
+            jax.tree.map(lambda array, chosen=chosen: array[chosen], prompts),
+            jax.random.fold_in(key, start)[None],
+            max_new_tokens=examiner.max_new_tokens,
+            eos_ids=examiner.eos_ids,
+            sampling=Sampling(temperature=settings.temperature),
+        )
+        pieces.append(np.asarray(answers[0]))
+    answers = np.concatenate(pieces)[: len(rows)]
+    prompts = jax.tree.map(lambda array: array[rows], prompts)
+    return score_rollout(examiner, questions, prompts, answers)
+
+
+def score_rollout(
+    examiner: Examiner, questions: Sequence[Question], prompts: Any, answers: np.ndarray
+) -> Rollout:
+    """Rewards sampled answers and lays them out to learn from.
+
+    Args:
+      examiner: as for `rollout`.
+      questions: [P].
+      prompts: a `PromptBatch` [R, T], each prompt's rows one after another.
+      answers: int32 [R, N] as they were decoded.
+    """
+    group = len(answers) // len(questions)
+    trimmed = [tuple(row) for row in trim(answers, examiner.eos_ids)]
+    earned = _rewards(examiner, questions, trimmed, group)
+    rewards = earned[:, 0].reshape(-1, group)
+    lengths = np.array([len(row) for row in trimmed])
+    truncated = lengths == answers.shape[1]
+    chosen = lengths + ~truncated  # the end token is chosen too
+    steps = np.arange(answers.shape[1])
+    batch = Batch(
+        tokens=np.concatenate([prompts.tokens, answers], 1),
+        positions=np.concatenate(
+            [prompts.positions, prompts.positions[:, -1:] + 1 + steps], 1
+        ).astype(np.int32),
+        answered=steps < chosen[:, None],
+        advantages=advantages(rewards).ravel(),
+    )
+    finite = rewards[np.isfinite(rewards)]
+    value = finite.mean() if finite.size else np.nan
+    _, correct, strict, formatted = earned.mean(0)
+    tokens = int(chosen.sum())
+    score = Score(value, correct, strict, formatted, truncated.mean(), tokens)
+    return Rollout(batch, rewards, score)
+
+
+def _rewards(
+    examiner: Examiner,
+    questions: Sequence[Question],
+    answers: Sequence[tuple[int, ...]],
+    group: int,
+) -> np.ndarray:
+    """A `Reward` a row, float64 [R, 4], of answers without their end token."""
+    asked = [(i // group, answer) for i, answer in enumerate(answers)]
+    # A group agrees in part: each different answer is decoded and scored once.
+    new = list(dict.fromkeys(asked))
+    texts = examiner.tokenizer.backend_tokenizer
+    decoded = texts.decode_batch([list(answer) for _, answer in new])
+    earned: dict[tuple[int, tuple[int, ...]], Reward] = {}
+    for (i, answer), text in zip(new, decoded, strict=True):
+        earned[i, answer] = examiner.task.reward(questions[i].example, text)
+    return np.array([earned[one] for one in asked], float)
+
+
+def log_probabilities(
+    model: Any, params: PyTree, batch: Batch, temperature: float = 1.0
+) -> jax.Array:
+    """Log-probability in nats of every answer token, by one forward pass.
+
+    Args:
+      model: a decoder.
+      params: its parameters (one set, no member axis).
+      batch: answers; advantages are not read.
+      temperature: that they were sampled at.
+
+    Returns:
+      float32 [R, N]; 0 after an answer's end.
+    """
+    length = batch.answered.shape[1]
+    tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
+    logits, _ = model.apply(
+        {"params": params}, tokens[:, :-1], positions[:, :-1], last=length
+    )
+    logs = jax.nn.log_softmax(logits / temperature, axis=-1)
+    chosen = jnp.take_along_axis(logs, tokens[:, -length:, None], axis=-1)[..., 0]
+    return jnp.where(batch.answered, chosen, 0)
+
+
+def divergence(logs: jax.Array, reference: jax.Array) -> jax.Array:
+    """Estimate of KL(p || p_ref) from samples of p: r - log r - 1, r = p_ref / p.
+
+    The estimator of low variance, k3 in Schulman's 'Approximating KL divergence'
+    (2020), which 2402.03300 takes (equation 4): never negative, unbiased.
+
+    Args:
+      logs, reference: log-probabilities of the samples under p and p_ref, in nats.
+
+    Returns:
+      In nats, of the same shape.
+    """
+    log_ratio = jnp.clip(reference - logs, -MOST_NATS, MOST_NATS)
+    return jnp.expm1(log_ratio) - log_ratio
+
+
+def loss(
+    settings: Grpo,
+    model: Any,
+    params: PyTree,
+    batch: Batch,
+    old: jax.Array,
+    reference: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What is minimised: the negative of 2402.03300, equation 3.
+
+    Tokens are averaged over their answer first and then over the answers, 1/R Σ 1/|o|
+    (not over all tokens at once, as verl and DAPO do: long answers count no more here).
+
+    Args:
+      settings: of the baseline.
+      model: a decoder.
+      params: the policy, float32.
+      batch: answers.
+      old: float32 [R, N], log-probabilities under the policy that sampled.
+      reference: float32 [R, N], log-probabilities under the base model.
+
+    Returns:
+      float32 scalar, and means over all tokens: `kl` in nats (see `divergence`),
+      `clipped`, the share whose ratio is clipped, and `entropy`, -log p in nats.
+    """
+    logs = log_probabilities(model, params, batch, settings.temperature)
+    ratio = jnp.exp(jnp.clip(logs - old, -MOST_NATS, MOST_NATS))
+    advantage = jnp.asarray(batch.advantages)[:, None]
+    free = ratio * advantage
+    bounded = jnp.clip(ratio, 1 - settings.clip, 1 + settings.clip) * advantage
+    kl = divergence(logs, reference)
+    gain = jnp.minimum(free, bounded) - settings.kl * kl
+    answered = jnp.asarray(batch.answered)
+    per_answer = (gain * answered).sum(-1) / answered.sum(-1)
+    tokens = answered.sum()
+
+    def mean(values: jax.Array) -> jax.Array:
+        return (values * answered).sum() / tokens
+
+    metrics = {"kl": mean(kl), "clipped": mean(bounded < free), "entropy": mean(-logs)}
+    return -per_answer.mean(), metrics
+
+
+def improve(
+    settings: Grpo,
+    model: Any,
+    params: PyTree,
+    state: Any,
+    reference: PyTree,
+    batch: Batch,
+    key: jax.Array,
+) -> tuple[PyTree, Any, dict[str, float]]:
+    """One iteration's optimizer steps, over the shuffled answers.
+
+    The ratio is taken to these float32 weights as they come in. Where narrower weights
+    answered (`Examiner.dtype`), the two differ by that rounding, as they do in verl.
+
+    Args:
+      settings: of the baseline.
+      model: a decoder.
+      params: the policy that sampled the answers, float32; donated.
+      state: of `make_optimizer`; donated.
+      reference: the base weights, in memory of their own.
+      batch: all answers of the iteration, [R, ...].
+      key: of the shuffling.
+
+    Returns:
+      New parameters and optimizer state, and the means over the steps of what `loss`
+      gives, of `loss` itself and of `gradient_norm` (before it is bounded).
+
+    Raises:
+      InputError: if the minibatch does not divide R, or the weights diverge.
+    """
+    rows = len(batch.tokens)
+    if rows % settings.minibatch:
+        raise InputError(f"minibatch {settings.minibatch} does not divide {rows} rows")
+    batch = jax.tree.map(jnp.asarray, batch)
+    old = _scored(settings, model, params, batch)
+    base = _scored(settings, model, reference, batch)
+    history = []
+    for epoch in range(settings.epochs):
+        order = jax.random.permutation(jax.random.fold_in(key, epoch), rows)
+        for chosen in order.reshape(-1, settings.minibatch):
+            params, state, metrics = _step(
+                settings, model, params, state, batch, old, base, chosen
+            )
+            history.append(metrics)
+    history = jax.device_get(history)
+    means = {name: float(np.mean([row[name] for row in history])) for name in metrics}
+    if not math.isfinite(means["loss"] + means["gradient_norm"]):
+        raise InputError(
+            "the gradient is not finite; the weights have diverged (a smaller "
+            "learning_rate helps)"
+        )
+    return params, state, means
+
+
+def _scored(settings: Grpo, model: Any, params: PyTree, batch: Batch) -> jax.Array:
+    """`log_probabilities` of any number of rows, a minibatch at a time: [R, N]."""
+    pieces = [
+        _log_probabilities(model, params, batch, settings.temperature, piece)
+        for piece in jnp.arange(len(batch.tokens)).reshape(-1, settings.minibatch)
+    ]
+    return jnp.concatenate(pieces)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _log_probabilities(
+    model: Any, params: PyTree, batch: Batch, temperature: float, rows: jax.Array
+) -> jax.Array:
+    # The base weights may be kept in less; what they answer is that of float32.
+    weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    chosen = jax.tree.map(lambda array: array[rows], batch)
+    return log_probabilities(model, weights, chosen, temperature)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def _step(settings, model, params, state, batch, old, reference, rows):
+    """One optimizer step on the given rows."""
+    batch, old, reference = jax.tree.map(lambda a: a[rows], (batch, old, reference))
+    value_and_gradient = jax.value_and_grad(loss, argnums=2, has_aux=True)
+    (value, metrics), gradient = value_and_gradient(
+        settings, model, params, batch, old, reference
+    )
+    norm = optax.tree.norm(gradient)
+    updates, state = make_optimizer(settings).update(gradient, state, params)
+    metrics = metrics | {"loss": value, "gradient_norm": norm}
+    return optax.apply_updates(params, updates), state, metrics

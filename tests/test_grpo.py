@@ -1,0 +1,442 @@
+"""GRPO: advantages, log-probabilities, the loss and its gradient, learning."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jes
+from jes.ask import Examiner, Question, prepare
+from jes.baselines.grpo import (
+    Batch,
+    Grpo,
+    _step,
+    advantages,
+    divergence,
+    improve,
+    log_probabilities,
+    loss,
+    make_optimizer,
+    rollout,
+)
+from jes.errors import InputError
+from jes.sampling.generate import trim
+from jes.tasks import load_task
+from jes.tasks.task import Reward
+from jes.tell import displacement
+from jes.train import stored_copy
+
+slopes = jax.jit(
+    jax.value_and_grad(loss, argnums=2, has_aux=True), static_argnums=(0, 1)
+)
+logs_of = jax.jit(log_probabilities, static_argnums=0)
+SETTINGS = Grpo(prompts=6, group=4, minibatch=24, learning_rate=1e-3)
+
+
+def make_examiner(pretrained: jes.Pretrained, name: str, **settings: Any) -> Examiner:
+    return Examiner(
+        model=pretrained.model,
+        tokenizer=pretrained.tokenizer,
+        task=load_task(name, root="", seed=0, train=64, test=16),
+        eos_ids=pretrained.eos_ids,
+        buckets=(24,),
+        **settings,
+    )
+
+
+@pytest.fixture(scope="module")
+def examiner(small_model: Path) -> Examiner:
+    return make_examiner(jes.load(small_model), "tiny/reverse")
+
+
+@pytest.fixture(scope="module")
+def params(small_model: Path) -> dict:
+    return jes.load(small_model).params
+
+
+@pytest.fixture(scope="module")
+def questions(examiner: Examiner) -> list[Question]:
+    return prepare(examiner, examiner.task.train)[:6]
+
+
+@pytest.fixture(scope="module")
+def batch(examiner: Examiner, params: dict, questions: list[Question]) -> Batch:
+    sampled = rollout(examiner, params, questions, jax.random.key(0), SETTINGS).batch
+    drawn = np.random.default_rng(0).standard_normal(24).astype(np.float32)
+    return sampled._replace(advantages=drawn)
+
+
+def test_advantages_compare_within_a_group() -> None:
+    got = advantages(
+        np.array(
+            [
+                [1, 0, 0, 1],
+                [0.1, 0.1, 0.1, 0.1],
+                [3, np.nan, 1, np.inf],
+                [np.nan, 5, np.nan, -np.inf],
+                [np.nan] * 4,
+            ]
+        )
+    )
+    half = 0.5 / (3**-0.5 + 1e-6)  # ddof 1
+    pair = 1 / (2**0.5 + 1e-6)
+    expected = [[half, -half, -half, half], [0] * 4, [pair, 0, -pair, 0]]
+    np.testing.assert_allclose(got[:3], expected, rtol=1e-6)
+    assert not got[[1, 3, 4]].any()
+    assert got.dtype == np.float32
+
+
+def test_rollout_lays_out_what_was_answered_and_rewards_it(
+    examiner: Examiner, params: dict, questions: list[Question]
+) -> None:
+    # An end token that random weights do choose now and then.
+    examiner = dataclasses.replace(examiner, eos_ids=tuple(range(20)))
+    got = rollout(
+        examiner, params, questions, jax.random.key(0), SETTINGS, batch_size=10
+    )
+    tokens, positions, answered, _ = got.batch
+    room = examiner.max_new_tokens
+    answers = trim(tokens[:, -room:], examiner.eos_ids)
+    for row, answer in enumerate(answers):
+        question = questions[row // 4]
+        length = len(question.prompt)
+        assert tokens[row, 24 - length : 24].tolist() == question.prompt
+        expected = [-1] * (24 - length) + list(range(length + room))
+        assert positions[row].tolist() == expected
+        chosen = min(len(answer) + 1, room)
+        assert answered[row].tolist() == [i < chosen for i in range(room)]
+        text = examiner.tokenizer.decode(answer)
+        value = examiner.task.reward(question.example, text).value
+        assert got.rewards[row // 4, row % 4] == value
+    assert len({tuple(answer) for answer in answers}) > 12
+    assert 0 < np.mean([len(answer) == room for answer in answers]) < 1
+    assert got.score.truncated == np.mean([len(answer) == room for answer in answers])
+    assert got.score.tokens == answered.sum()
+    assert got.score.reward == pytest.approx(got.rewards.mean())
+    np.testing.assert_array_equal(got.batch.advantages, advantages(got.rewards).ravel())
+
+
+def test_rollout_survives_rewards_that_are_not_finite(
+    examiner: Examiner, params: dict, questions: list[Question]
+) -> None:
+    def reward(example: Any, text: str) -> Reward:
+        return Reward(np.nan if "a" in text else len(text), False, False, False)
+
+    task = dataclasses.replace(examiner.task, reward=reward)
+    examiner = dataclasses.replace(examiner, task=task)
+    got = rollout(examiner, params, questions, jax.random.key(0), SETTINGS)
+    finite = np.isfinite(got.rewards)
+    assert 0 < finite.sum() < finite.size
+    assert got.score.reward == got.rewards[finite].mean()
+    assert np.isfinite(got.batch.advantages).all()
+    assert not got.batch.advantages[~finite.ravel()].any()
+
+
+def test_log_probabilities_are_those_of_cached_steps(
+    examiner: Examiner, params: dict, batch: Batch
+) -> None:
+    model, room = examiner.model, examiner.max_new_tokens
+    prompt, answer = batch.tokens[:, :-room], batch.tokens[:, -room:]
+    run = jax.jit(partial(model.apply, last=1))
+    variables = {"params": params}
+    logits, cache = run(variables, prompt, batch.positions[:, :-room])
+    cache = cache.extended(room - 1)
+    expected = []
+    for i in range(room):
+        logs = jax.nn.log_softmax(logits[:, 0] / 0.7)
+        expected.append(logs[np.arange(len(answer)), answer[:, i]])
+        if i < room - 1:
+            at = batch.positions[:, i - room, None]
+            token = answer[:, i, None]
+            logits, cache = run(variables, token, at, cache)
+    expected = np.where(batch.answered, np.stack(expected, 1), 0)
+    got = logs_of(model, params, batch, 0.7)
+    # float32 sums in another order: some ulps of logits near 10.
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_the_sampler_draws_from_these_probabilities(
+    examiner: Examiner, params: dict, questions: list[Question]
+) -> None:
+    settings = Grpo(prompts=1, group=4000, minibatch=4000, temperature=1.5)
+    examiner = dataclasses.replace(examiner, max_new_tokens=1)
+    key = jax.random.key(1)
+    got = rollout(examiner, params, questions[:1], key, settings, batch_size=4000)
+    logs = np.asarray(logs_of(examiner.model, params, got.batch, 1.5))
+    first, index, seen = np.unique(
+        got.batch.tokens[:, -1], return_index=True, return_counts=True
+    )
+    expected = 4000 * np.exp(logs[index, 0])
+    assert len(first) > 20
+    # Counts are binomial: no more than 5 standard deviations off.
+    assert (abs(seen - expected) < 5 * np.sqrt(expected) + 1).all()
+
+
+def test_divergence_is_never_negative_and_unbiased() -> None:
+    rng = np.random.default_rng(0)
+    logs, reference = jax.nn.log_softmax(jnp.array(rng.normal(size=(2, 200))))
+    estimate = divergence(logs, reference)
+    assert (estimate >= 0).all()
+    assert not divergence(logs, logs).any()
+    exact = (jnp.exp(logs) * (logs - reference)).sum()
+    expected = (jnp.exp(logs) * estimate).sum()
+    np.testing.assert_allclose(expected, exact, rtol=1e-5)
+    assert np.isfinite(divergence(jnp.float32(-1e3), jnp.float32(0)))
+
+
+class Bigrams:
+    """A model whose logits depend on the last token alone."""
+
+    def apply(
+        self, variables: dict, tokens: jax.Array, positions: jax.Array, *, last: int
+    ) -> tuple[jax.Array, None]:
+        return variables["params"]["table"][tokens][:, -last:], None
+
+
+WORDS = 5
+
+
+def bigram_batch() -> tuple[Batch, np.ndarray, np.ndarray, np.ndarray]:
+    """Answers of 1 to 4 tokens; tables of the policy, of the sampler, of the base."""
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(0, WORDS, (12, 7)).astype(np.int32)
+    answered = np.arange(4) < rng.integers(1, 5, (12, 1))
+    drawn = rng.standard_normal(12).astype(np.float32)
+    tables = rng.normal(size=(3, WORDS, WORDS))
+    tables[1] = tables[0] + 0.3 * tables[1]
+    return Batch(tokens, np.zeros_like(tokens), answered, drawn), *tables
+
+
+def table_logs(table: np.ndarray) -> np.ndarray:
+    return table - np.log(np.exp(table).sum(-1, keepdims=True))
+
+
+def written_out(
+    settings: Grpo, table: np.ndarray, old: np.ndarray, base: np.ndarray, batch: Batch
+) -> float:
+    """The loss as 2402.03300 writes it, in float64, one token after another."""
+    total = 0.0
+    new, old, base = map(table_logs, (table, old, base))
+    for tokens, answered, gain in zip(
+        batch.tokens, batch.answered, batch.advantages, strict=True
+    ):
+        terms = []
+        for i in range(int(answered.sum())):
+            at = tokens[2 + i], tokens[3 + i]
+            ratio = np.exp(new[at] - old[at])
+            limited = min(max(ratio, 1 - settings.clip), 1 + settings.clip)
+            r = np.exp(base[at] - new[at])
+            kl = r - np.log(r) - 1
+            terms.append(min(ratio * gain, limited * gain) - settings.kl * kl)
+        total += np.mean(terms)
+    return -total / len(batch.tokens)
+
+
+def test_loss_and_gradient_are_those_of_the_formula() -> None:
+    settings = Grpo(prompts=3, group=4, minibatch=12, kl=0.3)
+    batch, table, old, base = bigram_batch()
+
+    def logs(values: np.ndarray) -> jax.Array:
+        given = {"table": jnp.float32(values)}
+        return log_probabilities(Bigrams(), given, batch)
+
+    (got, metrics), gradient = slopes(
+        settings,
+        Bigrams(),
+        {"table": jnp.float32(table)},
+        batch,
+        logs(old),
+        logs(base),
+    )
+    np.testing.assert_allclose(
+        got, written_out(settings, table, old, base, batch), rtol=1e-5
+    )
+    expected = np.zeros_like(table)
+    for i, j in np.ndindex(*table.shape):
+        step = np.zeros_like(table)
+        step[i, j] = 1e-6
+        above = written_out(settings, table + step, old, base, batch)
+        below = written_out(settings, table - step, old, base, batch)
+        expected[i, j] = (above - below) / 2e-6
+    np.testing.assert_allclose(gradient["table"], expected, atol=1e-6)
+    assert 0 < metrics["clipped"] < 1
+    assert abs(expected).max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("ratio", "gain", "moves"),
+    [
+        (1.1, 1, True),
+        (1.3, 1, False),  # better, and already likelier by more than the clip
+        (0.7, 1, True),
+        (1.3, -1, True),
+        (0.7, -1, False),  # worse, and already less likely
+        (0.9, -1, True),
+    ],
+)
+def test_clipping_stops_what_has_gone_far_enough(
+    ratio: float, gain: float, moves: bool
+) -> None:
+    settings = Grpo(prompts=1, group=2, minibatch=2, kl=0)
+    tokens = np.array([[1, 2]], np.int32)
+    batch = Batch(tokens, tokens, np.ones((1, 1), bool), np.float32([gain]))
+    params = {"table": jnp.zeros((WORDS, WORDS))}
+    logs = log_probabilities(Bigrams(), params, batch)
+    (_, metrics), gradient = slopes(
+        settings, Bigrams(), params, batch, logs - np.log(ratio), logs
+    )
+    assert bool(gradient["table"].any()) == moves
+    assert metrics["clipped"] == (not moves)
+
+
+def test_the_first_gradient_is_reinforce_with_group_advantages(
+    examiner: Examiner, params: dict, batch: Batch
+) -> None:
+    settings = dataclasses.replace(SETTINGS, kl=0)
+
+    def reinforce(params: dict) -> jax.Array:
+        logs = log_probabilities(examiner.model, params, batch)
+        per_answer = logs.sum(-1) / batch.answered.sum(-1)
+        return -(per_answer * batch.advantages).mean()
+
+    old = logs_of(examiner.model, params, batch)
+    (_, metrics), gradient = slopes(settings, examiner.model, params, batch, old, old)
+    chex.assert_trees_all_close(
+        gradient, jax.jit(jax.grad(reinforce))(params), atol=1e-6
+    )
+    assert metrics["clipped"] == metrics["kl"] == 0
+    expected = -(old.sum() / batch.answered.sum())
+    np.testing.assert_allclose(metrics["entropy"], expected, rtol=1e-6)
+
+
+def test_improve_takes_the_steps_that_it_says(
+    examiner: Examiner, params: dict, batch: Batch
+) -> None:
+    """Two epochs of three minibatches, against the same steps written out."""
+    settings = dataclasses.replace(SETTINGS, minibatch=8, epochs=2, kl=0.1)
+    model, key = examiner.model, jax.random.key(4)
+    optimizer = make_optimizer(settings)
+    update = jax.jit(optimizer.update)
+    expected, state = params, optimizer.init(params)
+    old = logs_of(model, params, batch)
+    for epoch in range(2):
+        order = jax.random.permutation(jax.random.fold_in(key, epoch), 24)
+        for rows in np.asarray(order).reshape(3, 8):
+            part = jax.tree.map(lambda array, rows=rows: array[rows], batch)
+            _, gradient = slopes(settings, model, expected, part, old[rows], old[rows])
+            updates, state = update(gradient, state, expected)
+            expected = optax.apply_updates(expected, updates)
+    mine = jax.tree.map(jnp.array, params)
+    start = _step._cache_size()
+    got, got_state, metrics = improve(
+        settings, model, mine, optimizer.init(params), params, batch, key
+    )
+    assert _step._cache_size() - start == 1
+    # Adam divides by √v: where gradients nearly vanish, rounding counts.
+    chex.assert_trees_all_close(got, expected, atol=2e-5)
+    assert got_state[1][0].count == 6
+    assert 0 < displacement(got, params) < 6 * 1e-3 * 12_000**0.5 * 1.1
+    assert metrics.keys() == {"loss", "kl", "clipped", "entropy", "gradient_norm"}
+    assert metrics["kl"] > 0
+
+
+def test_the_reference_may_be_kept_in_the_precision_of_its_files(
+    examiner: Examiner, batch: Batch, params: dict
+) -> None:
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    mine = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded)
+    state = make_optimizer(SETTINGS).init(mine)
+    *_, metrics = improve(
+        SETTINGS, examiner.model, mine, state, rounded, batch, jax.random.key(0)
+    )
+    assert metrics["kl"] < 1e-12  # one minibatch: still the base model
+
+
+def test_nothing_is_learned_from_groups_that_tie(
+    examiner: Examiner, batch: Batch, params: dict
+) -> None:
+    tied = batch._replace(advantages=np.zeros(24, np.float32))
+    mine = jax.tree.map(jnp.array, params)
+    state = make_optimizer(SETTINGS).init(mine)
+    got, *_ = improve(
+        SETTINGS, examiner.model, mine, state, params, tied, jax.random.key(0)
+    )
+    chex.assert_trees_all_equal(got, params)
+
+
+def test_reward_rises() -> None:
+    pretrained = jes.load("tiny")
+    examiner = make_examiner(pretrained, "tiny/min")
+    settings = Grpo(prompts=16, group=16, minibatch=128, learning_rate=3e-4)
+    params, base = pretrained.params, stored_copy(pretrained)
+    state = make_optimizer(settings).init(params)
+    questions = prepare(examiner, examiner.task.train)
+    rewards = []
+    for i in range(8):
+        key = jax.random.key(i)
+        chosen = questions[16 * (i % 4) :][:16]
+        sampled = rollout(examiner, params, chosen, key, settings)
+        rewards.append(sampled.score.reward)
+        params, state, _ = improve(
+            settings, examiner.model, params, state, base, sampled.batch, key
+        )
+    # 256 answers of 16 prompts: the mean is known to 0.06 or so.
+    assert np.mean(rewards[:2]) < 0.3
+    assert np.mean(rewards[-2:]) > 0.45
+
+
+def test_diverged_weights_are_reported(
+    examiner: Examiner, batch: Batch, params: dict
+) -> None:
+    mine = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    state = make_optimizer(SETTINGS).init(mine)
+    with pytest.raises(InputError, match="learning_rate"):
+        improve(SETTINGS, examiner.model, mine, state, params, batch, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prompts": 0},
+        {"group": 1},
+        {"minibatch": 7},
+        {"minibatch": 0},
+        {"epochs": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"clip": 0.0},
+        {"kl": -1.0},
+        {"temperature": 0.0},
+        {"clip_norm": float("inf")},
+        {"weight_decay": -0.1},
+        {"b1": 1.0},
+    ],
+)
+def test_settings_are_checked(settings: dict) -> None:
+    (name,) = settings
+    with pytest.raises(InputError, match=name):
+        Grpo(**settings)
+
+
+def test_a_minibatch_must_divide_the_answers(
+    examiner: Examiner, batch: Batch, params: dict
+) -> None:
+    settings = Grpo(prompts=5, group=2, minibatch=10)
+    with pytest.raises(InputError, match="10 does not divide 24"):
+        improve(settings, examiner.model, params, None, params, batch, None)
+
+
+def test_answers_are_generated(
+    examiner: Examiner, params: dict, questions: list[Question]
+) -> None:
+    task = load_task("tiny/min", root="", seed=0, train=8, test=8)
+    examiner = dataclasses.replace(examiner, task=task, mode="likelihood")
+    with pytest.raises(InputError, match="generate"):
+        rollout(examiner, params, questions, jax.random.key(0), SETTINGS)
