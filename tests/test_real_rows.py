@@ -33,6 +33,10 @@ COUNTS = {
 }
 
 
+UNSOLVABLE = 14
+"""Countdown problems, all held out, that no expression solves: 99.3 % is the most."""
+
+
 def reference(name: str, example: Example) -> str:
     """The right answer as it was asked for."""
     answer = example.get("answer")
@@ -64,12 +68,10 @@ def wrong(name: str, example: Example) -> str:
     return reference(name, {**example, "answer": other})
 
 
-def solution(example: Example) -> str:
+def solution(example: Example) -> str | None:
     """An expression that solves a countdown problem, by trying all."""
     terms = [(float(n), str(n)) for n in example["numbers"]]
-    found = _search(terms, float(example["target"]))
-    assert found is not None, example
-    return found
+    return _search(terms, float(example["target"]))
 
 
 def _search(terms: list[tuple[float, str]], target: float) -> str | None:
@@ -106,9 +108,13 @@ def test_row_counts(tasks: dict[str, Task]) -> None:
 @pytest.mark.parametrize("name", COUNTS)
 def test_every_row_is_asked_and_scored(name: str, tasks: dict[str, Task]) -> None:
     task = tasks[name]
+    unsolvable = 0
     for example in (*task.train, *task.test):
         *_, last = task.prompt(example)
         assert last["content"].strip()
+        if name == "countdown" and solution(example) is None:
+            unsolvable += 1
+            continue
         right = task.reward(example, reference(name, example))
         assert (right.correct, right.strict) == (True, True), example
         other = task.reward(example, wrong(name, example))
@@ -122,6 +128,7 @@ def test_every_row_is_asked_and_scored(name: str, tasks: dict[str, Task]) -> Non
             assert other.value <= 0.1
         if task.choices is not None and task.answer is not None:
             assert 0 <= task.answer(example) < len(task.choices(example))
+    assert unsolvable == (UNSOLVABLE if name == "countdown" else 0)
 
 
 def test_all_of_it_takes_less_than_a_minute() -> None:

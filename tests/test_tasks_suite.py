@@ -262,6 +262,17 @@ def test_prefills_are_continued(root: Path, small_model: Path) -> None:
     assert text.endswith("<|assistant|>Let me solve this step by step.\n<think>")
 
 
+def test_options_of_mmlu_pro_that_are_none_are_left_out(root: Path) -> None:
+    options = ["one", "two", "N/A", "N/A"]
+    write(root, "mmlu_pro", [{**mmlu_pro_row(1), "options": options}])
+    task = load_task("mmlu_pro", root=str(root))
+    text = task.prompt(task.test[0])[1]["content"]
+    assert text.count("Options:\nA. one\nB. two\nAnswer: Let's think") == 2
+    write(root, "mmlu_pro", [{**mmlu_pro_row(2), "options": options}])
+    with pytest.raises(InputError, match="answer 'C' is not one of A, B"):
+        load_task("mmlu_pro", root=str(root))
+
+
 # Task, text -> what is extracted, whether in the format.
 OPTIONS = {
     ("hellaswag", "2"): ("2", True),

@@ -1,8 +1,7 @@
 """MMLU-Pro (2406.01574): up to ten choices; a prior task of 2605.30148.
 
 Five worked examples of the same category come before each question: `cot_content` of
-the validation split. Options are kept as they are, 'N/A' too, which would otherwise
-move the letters.
+the validation split. The layout is that of MMLU-Pro's own code.
 """
 
 from typing import Any
@@ -51,7 +50,11 @@ def load(root: str = "", seed: int = 0) -> Task:
 def _rows(split: str, root: str, *more: str) -> list[dict[str, Any]]:
     repository = "mmlu_pro" if root else "TIGER-Lab/MMLU-Pro"
     columns = ("question", "options", "answer", "category", *more)
-    return read_rows(repository, "", split, columns, root)
+    rows = read_rows(repository, "", split, columns, root)
+    # 'N/A' fills up the options of some rows, at the end, so that no letter moves.
+    return [
+        {**row, "options": [o for o in row["options"] if o != "N/A"]} for row in rows
+    ]
 
 
 def _worked(category: str, rows: list[dict[str, Any]]) -> str:
