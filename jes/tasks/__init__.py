@@ -5,7 +5,18 @@ from collections.abc import Callable
 from functools import partial
 
 from jes.errors import InputError
-from jes.tasks import arc_c
+from jes.tasks import (
+    arc_c,
+    arc_c_cot,
+    conciseness,
+    countdown,
+    gsm8k,
+    hellaswag,
+    mmlu_pro,
+    piqa,
+    proofwriter,
+    winogrande,
+)
 from jes.tasks.task import Example, Prompt, Reward, Task
 from jes.tasks.tiny import TINY_TASKS, tiny_task
 
@@ -17,6 +28,15 @@ def _tiny(name: str, root: str, seed: int) -> Task:
 
 TASKS: dict[str, Callable[..., Task]] = {
     "arc_c": arc_c.load,
+    "arc_c_cot": arc_c_cot.load,
+    "conciseness": conciseness.load,
+    "countdown": countdown.load,
+    "gsm8k": gsm8k.load,
+    "hellaswag": hellaswag.load,
+    "mmlu_pro": mmlu_pro.load,
+    "piqa": piqa.load,
+    "proofwriter": proofwriter.load,
+    "winogrande": winogrande.load,
     **{name: partial(_tiny, name) for name in TINY_TASKS},
 }
 """Name of a task -> function of (root, seed) that loads it."""

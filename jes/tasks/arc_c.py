@@ -28,8 +28,8 @@ def load(root: str = "", seed: int = 0) -> Task:
     del seed
     return Task(
         name="arc_c",
-        train=_examples("train", root),
-        test=_examples("test", root),
+        train=examples("train", root),
+        test=examples("test", root),
         prompt=prompt,
         reward=reward,
         max_new_tokens=32,
@@ -38,7 +38,12 @@ def load(root: str = "", seed: int = 0) -> Task:
     )
 
 
-def _examples(split: str, root: str) -> list[Example]:
+def examples(split: str, root: str) -> list[Example]:
+    """One split, with the fields `question`, `options` and `answer` (a letter).
+
+    Raises:
+      InputError: if the data cannot be had, or an answer is not among the choices.
+    """
     columns = ("question", "choices", "answerKey")
     rows = read_rows("allenai/ai2_arc", "ARC-Challenge", split, columns, root)
     return [_example(row) for row in rows]

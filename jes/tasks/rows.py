@@ -1,5 +1,6 @@
 """Rows of public data sets: parquet files, or from the Hugging Face hub."""
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ from jes.errors import InputError
 def read_rows(
     repository: str, config: str, split: str, columns: Sequence[str], root: str = ""
 ) -> list[dict[str, Any]]:
-    """The rows of one split, as dicts of plain Python values.
+    """The rows of one split, as dicts of plain Python values; see `read_table`."""
+    return read_table(repository, config, split, columns, root).to_pylist()
+
+
+def read_table(
+    repository: str, config: str, split: str, columns: Sequence[str], root: str = ""
+) -> Any:
+    """The rows of one split, as a `pyarrow.Table`: for splits of which few are used.
 
     Args:
       repository: name on the hub, such as 'allenai/ai2_arc'.
@@ -35,7 +43,27 @@ def read_rows(
             f"{repository} {config} {split}: no column {', '.join(missing)}; the "
             f"columns are {', '.join(table.column_names)}"
         )
-    return table.select(list(columns)).to_pylist()
+    return table.select(list(columns))
+
+
+def one_of(answer: str, answers: Sequence[str], where: str) -> str:
+    """The answer of a row, if it is among those that there are.
+
+    Raises:
+      InputError: if it is not (hidden test splits have no answers, say).
+    """
+    if answer not in list(answers):  # of a string, `in` would find '' too
+        raise InputError(
+            f"{where}: the answer {answer!r} is not one of {', '.join(answers)}"
+        )
+    return answer
+
+
+def subset(rows: list[Any], size: int = 2048) -> list[Any]:
+    """All rows, or of more than `size` the fixed random subset of 2605.30148."""
+    if len(rows) <= size:
+        return rows
+    return [rows[i] for i in random.Random(2357).sample(range(len(rows)), size)]
 
 
 def _from_folder(folder: Path, split: str) -> Any:

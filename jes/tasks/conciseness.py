@@ -1,0 +1,57 @@
+"""Conciseness (2509.24372, section 3.2): answers as long as the shortest right one.
+
+The reward is minus the difference of lengths, in characters of the completion alone.
+It does not look at what is said: `correct` does (the answer and nothing else, in any
+case, with or without a full stop), and `formatted` means that the length is equal.
+"""
+
+from jes.tasks.task import Example, Prompt, Reward, Task
+
+TRAIN = {
+    "Solve: 3 + 5 =": "8",
+    "If all birds can fly and penguins are birds, can penguins fly?": "No",
+}
+TEST = {
+    "What is the capital of France?": "Paris",
+    "Calculate: 12 x 7 =": "84",
+    'Is the statement "All cats are mammals" true or false?': "True",
+    "What comes next in the sequence: 2, 4, 6, 8, ?": "10",
+    'Translate "Hello" to Spanish:': "Hola",
+    "What is 15% of 200?": "30",
+    "Name one primary color:": "Red",
+    "How many days are in a week?": "7",
+}
+READ = 256
+"""A longer answer is never `correct`; it is not looked at."""
+
+
+def load(root: str = "", seed: int = 0) -> Task:
+    """The task: two prompts to train on and eight held out, as in the paper."""
+    del root, seed
+    return Task(
+        name="conciseness",
+        train=[{"question": q, "answer": a} for q, a in TRAIN.items()],
+        test=[{"question": q, "answer": a} for q, a in TEST.items()],
+        prompt=prompt,
+        reward=reward,
+        max_new_tokens=100,
+    )
+
+
+def prompt(example: Example) -> Prompt:
+    """Chat messages: the question, from the user alone."""
+    return [{"role": "user", "content": example["question"]}]
+
+
+def reward(example: Example, text: str) -> Reward:
+    """Minus the difference between the lengths of the text and of the answer."""
+    answer = example["answer"]
+    difference = abs(len(text) - len(answer))
+    said = text.strip().removesuffix(".").lower() if len(text) <= READ else ""
+    correct = said == answer.lower()
+    return Reward(
+        value=-float(difference),
+        correct=correct,
+        strict=correct and difference == 0,
+        formatted=difference == 0,
+    )

@@ -1,0 +1,84 @@
+"""Answers found in text: the rules of 2605.30148 that several tasks share.
+
+The rules are those of the paper's code, with their known false positives (a letter of
+an ordinary word, the first digit of an explanation), so that accuracies compare; the
+exact format is told apart as `formatted`.
+"""
+
+import re
+from typing import NamedTuple
+
+from jes.tasks.task import Reward
+
+READ = 8192
+"""Characters that are looked at: 1024 tokens of text have about half as many."""
+
+
+class Found(NamedTuple):
+    """An extracted answer, and whether the text has the format asked for.
+
+    Attributes:
+      answer: None where there is none.
+      formatted: whether `answer` stands there as it was asked for.
+    """
+
+    answer: str | None
+    formatted: bool
+
+
+def graded(found: Found, gold: str, format_share: float = 0.0) -> Reward:
+    """1 for the right answer, and `format_share` for the format."""
+    correct = found.answer == gold
+    return Reward(
+        value=correct + format_share * found.formatted,
+        correct=correct,
+        strict=correct and found.formatted,
+        formatted=found.formatted,
+    )
+
+
+def option(text: str, options: str, lenient: re.Pattern[str]) -> Found:
+    """The number of an option: alone as asked for, else the first match of `lenient`.
+
+    Looks at the first `READ` characters; a longer text does not have the format.
+    """
+    strict = re.fullmatch(rf"\s*([{options}])\s*", text[: READ + 1])
+    if strict is not None and len(text) <= READ:
+        return Found(strict[1], True)
+    found = lenient.search(text[:READ])
+    return Found(None if found is None else found[0], False)
+
+
+def letter(text: str, last: str) -> Found:
+    """The letter A to `last` that a chain of thought ends with.
+
+    The format is a last 'The answer is (X)', whatever was said before. Leniently, in
+    three stages, the first 'answer is (X)', the first 'answer is X' (where X may begin
+    a word: 'the answer is clearly (B)' is C), the first letter that stands alone
+    ('A dog' is A). All in capitals, and in the last `READ` characters.
+    """
+    text = text[-READ:].upper()
+    x = f"([A-{last}])"
+    if strict := re.search(rf"THE ANSWER IS\s*\({x}\)\.?\s*$", text):
+        return Found(strict[1], True)
+    for stage in (rf"ANSWER IS\s*\({x}\)", rf"ANSWER IS\s*{x}", rf"\b{x}\b"):
+        if found := re.search(stage, text):
+            return Found(found[1], False)
+    return Found(None, False)
+
+
+def last_line(text: str) -> str:
+    """The last line that is not blank, without the blanks around it."""
+    return text[-READ:].strip().rpartition("\n")[2].strip()
+
+
+def last_between(text: str, start: str, end: str) -> str | None:
+    """What stands in the last `start`...`end`, read from the left; linear work."""
+    found, position = None, 0
+    while (left := text.find(start, position)) >= 0:
+        left += len(start)
+        right = text.find(end, left)
+        if right < 0:
+            break
+        found, position = text[left:right], right + len(end)
+    return found

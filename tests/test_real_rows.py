@@ -1,0 +1,144 @@
+"""The tasks on the rows of the real data sets, where these are at hand.
+
+Run with JES_DATA=FOLDER, a folder as `config.data.root` takes it.
+"""
+
+import os
+import time
+
+import pytest
+
+from jes.tasks import Example, Task, load_task
+
+ROOT = os.environ.get("JES_DATA", "")
+SECONDS = 60.0
+"""For reading, asking and scoring all rows of all tasks."""
+
+pytestmark = pytest.mark.skipif(
+    not ROOT, reason="set JES_DATA to a folder of parquet files of the data sets"
+)
+
+# Task -> the rows to train on and held out.
+COUNTS = {
+    "arc_c": (1056, 1172),
+    "arc_c_cot": (1056, 1172),
+    "conciseness": (2, 8),
+    "countdown": (200, 2000),
+    "gsm8k": (200, 500),
+    "hellaswag": (0, 2048),
+    "mmlu_pro": (0, 2048),
+    "piqa": (0, 1838),
+    "proofwriter": (200, 1000),
+    "winogrande": (0, 1267),
+}
+
+
+UNSOLVABLE = 14
+"""Countdown problems, all held out, that no expression solves: 99.3 % is the most."""
+
+
+def reference(name: str, example: Example) -> str:
+    """The right answer as it was asked for."""
+    answer = example.get("answer")
+    if name in ("arc_c_cot", "mmlu_pro"):
+        return f"Let me see.\nThe answer is ({answer})."
+    if name == "gsm8k":
+        return f"Let me see.\n#### {answer:,.12g}"
+    if name == "proofwriter":
+        return f"Let me see.\nAnswer: {answer}"
+    if name == "countdown":
+        return f" Let me see.</think>\n<answer> {solution(example)} </answer>"
+    return str(answer)
+
+
+def wrong(name: str, example: Example) -> str:
+    """A wrong answer as it was asked for."""
+    answer = example.get("answer")
+    if name == "gsm8k":
+        return f"#### {answer + 1:.12g}"
+    if name == "proofwriter":
+        return f"Answer: {'False' if answer == 'True' else 'True'}"
+    if name == "countdown":
+        return f" </think>\n<answer> {example['numbers'][0]} </answer>"
+    if name == "conciseness":
+        return "I do not know."
+    other = next(o for o in ("A", "B") if o != answer)
+    if name in ("hellaswag", "piqa", "winogrande"):
+        other = next(o for o in ("1", "2") if o != answer)
+    return reference(name, {**example, "answer": other})
+
+
+def solution(example: Example) -> str | None:
+    """An expression that solves a countdown problem, by trying all."""
+    terms = [(float(n), str(n)) for n in example["numbers"]]
+    return _search(terms, float(example["target"]))
+
+
+def _search(terms: list[tuple[float, str]], target: float) -> str | None:
+    if len(terms) == 1:
+        (value, text) = terms[0]
+        return text if abs(value - target) < 1e-6 else None
+    for i, (a, left) in enumerate(terms):
+        for j, (b, right) in enumerate(terms):
+            if i == j:
+                continue
+            rest = [t for k, t in enumerate(terms) if k not in (i, j)]
+            made = [(a - b, f"({left} - {right})")]
+            if b:
+                made.append((a / b, f"({left} / {right})"))
+            if i < j:
+                made.append((a + b, f"({left} + {right})"))
+                made.append((a * b, f"({left} * {right})"))
+            for term in made:
+                if found := _search([*rest, term], target):
+                    return found
+    return None
+
+
+@pytest.fixture(scope="module")
+def tasks() -> dict[str, Task]:
+    return {name: load_task(name, root=ROOT) for name in COUNTS}
+
+
+def test_row_counts(tasks: dict[str, Task]) -> None:
+    counts = {name: (len(t.train), len(t.test)) for name, t in tasks.items()}
+    assert counts == COUNTS
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_every_row_is_asked_and_scored(name: str, tasks: dict[str, Task]) -> None:
+    task = tasks[name]
+    unsolvable = 0
+    for example in (*task.train, *task.test):
+        *_, last = task.prompt(example)
+        assert last["content"].strip()
+        if name == "countdown" and solution(example) is None:
+            unsolvable += 1
+            continue
+        right = task.reward(example, reference(name, example))
+        assert (right.correct, right.strict) == (True, True), example
+        other = task.reward(example, wrong(name, example))
+        nothing = task.reward(example, "")
+        for reward in (other, nothing):
+            assert (reward.correct, reward.strict) == (False, False), example
+            assert reward.value < right.value
+        if name != "conciseness":
+            assert right.value >= 1
+            assert nothing.value == 0
+            assert other.value <= 0.1
+        if task.choices is not None and task.answer is not None:
+            assert 0 <= task.answer(example) < len(task.choices(example))
+    assert unsolvable == (UNSOLVABLE if name == "countdown" else 0)
+
+
+def test_all_of_it_takes_less_than_a_minute() -> None:
+    start = time.perf_counter()
+    for name in COUNTS:
+        task = load_task(name, root=ROOT)
+        for example in (*task.train, *task.test):
+            task.prompt(example)
+            # A text as long as answers get, so that extraction reads all it reads.
+            task.reward(example, "some of my thoughts, 1 by 1. " * 400)
+    taken = time.perf_counter() - start
+    print(f"{taken:.1f} s")
+    assert taken < SECONDS
