@@ -6,7 +6,8 @@ claim can be shown on them in minutes on two CPU cores. Three parts:
 - prior tasks, which the embedded model has learned: `tiny/add`, `tiny/subtract`,
   `tiny/reverse`, `tiny/sort`, `tiny/max`, `tiny/facts_often`;
 - target tasks, of which it has seen little, left for ES: `tiny/min`,
-  `tiny/countdown`, `tiny/rules`, and `tiny/rotate`, of which it has seen nothing;
+  `tiny/countdown`, `tiny/rules`, and two of which it has seen nothing, `tiny/last`
+  and `tiny/rotate`;
 - knowledge: `tiny/facts_seldom` and `tiny/facts_never`, and `tiny/facts` with all
   three classes (see `jes.tasks.tiny_facts`).
 
@@ -137,11 +138,14 @@ def _word(rng: np.random.Generator) -> str:
     return "".join(LETTERS[i] for i in letters)
 
 
-def draw_rotate(rng: np.random.Generator) -> Example:
-    """`rotate kdzb:`, answered by `dzbk`; 3 to 5 letters. The model knows no such verb.
+def draw_last(rng: np.random.Generator) -> Example:
+    """`last kdzb:`, answered by `b`; 3 to 5 letters."""
+    word = _word(rng)
+    return {"prompt": f"last {word}:", "answer": word[-1]}
 
-    A skill far from the start: no right answer at first, and half credit for parts.
-    """
+
+def draw_rotate(rng: np.random.Generator) -> Example:
+    """`rotate kdzb:`, answered by `dzbk`; 3 to 5 letters."""
     word = _word(rng)
     return {"prompt": f"rotate {word}:", "answer": word[1:] + word[:1]}
 
@@ -182,7 +186,7 @@ def word_reward(example: Example, text: str) -> Reward:
     correct = word == answer
     places = sum(a == b for a, b in zip(word, answer, strict=False))
     value = 1.0 if correct else 0.5 * places / max(len(word), len(answer))
-    formatted = re.fullmatch(r"[a-z]{3,5}", text[:READ]) is not None
+    formatted = re.fullmatch(r"[a-z]{1,5}", text[:READ]) is not None
     return Reward(value, correct, text == answer, formatted)
 
 
@@ -199,6 +203,7 @@ KINDS: dict[str, Kind] = {
     "tiny/subtract": Kind(draw_subtract, number_reward, 3),
     "tiny/reverse": Kind(draw_reverse, word_reward, 6),
     "tiny/sort": Kind(draw_sort, word_reward, 6),
+    "tiny/last": Kind(draw_last, word_reward, 3),
     "tiny/rotate": Kind(draw_rotate, word_reward, 6),
     "tiny/max": Kind(draw_max, label_reward, 2, LABELS),
     "tiny/min": Kind(draw_min, label_reward, 2, LABELS),

@@ -1,0 +1,1 @@
+"""The forgetting study: many runs, their table and their figures."""

@@ -1,0 +1,237 @@
+"""The forgetting study of 2605.30148: methods and seeds, then a table and figures.
+
+    python -m jes.forgetting --config=configs/forgetting_tiny.py:quick
+    python -m jes.forgetting --config=configs/forgetting_tiny.py --seeds=0,1,2 \
+        --methods=es,l2:1,l1:0.02,n:128,grpo:1e-4 --workdir=runs/study --out=RESULTS
+
+The config is one of `jes.train`: the target task, the prior tasks (`eval_tasks`), how
+long. Every method and seed is a run of its own in `WORKDIR/METHOD/seed-S`; stopped at
+any moment, the same command goes on. The methods:
+
+    es            plain evolution strategies
+    l2:λ  l1:λ    the same with anchored weight decay
+    n:N           a population of N for as many generations
+    answers:N     a population of N for as many answers in all
+    shuffled      rewards dealt out at random: a walk of the same length
+    grpo:RATE     the policy gradient, as many prompts and answers a generation
+
+And what follows from finished runs, for every decay and for GRPO: the result of plain
+ES shrunk towards the start to their norm, and ES stopped early at their accuracy on
+the target. `--chain=TASK,TASK,...` studies tasks learned one after another instead:
+each stage starts from the model of the one before and is anchored there.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from jes import train
+from jes.ask import examine
+from jes.errors import InputError
+from jes.forgetting.report import chain_report, study_report
+from jes.io import command_line, memory
+from jes.io.metrics import write_json
+from jes.io.progress import console
+from jes.models.weights import load
+from jes.setup import make_evolution, make_setup
+
+METHODS = "es,l2:1,l1:0.02,answers:128,shuffled,grpo:1e-4"
+"""Of the quick form."""
+
+
+def method_config(
+    base: ml_collections.ConfigDict, method: str, seed: int
+) -> ml_collections.ConfigDict:
+    """The settings of one run of the study.
+
+    Args:
+      base: settings of the study.
+      method: as in the list above, such as 'l2:1'.
+      seed: of noise and examples.
+
+    Raises:
+      InputError: for a method that is not one of the list.
+    """
+    config = base.copy_and_resolve_references()
+    config.seed = seed
+    config.decay, config.decay_coefficient = "none", 0.0
+    kind, _, value = method.partition(":")
+    try:
+        if kind in ("l1", "l2"):
+            config.decay, config.decay_coefficient = kind, float(value)
+        elif kind == "n":
+            config.population = int(value)
+        elif kind == "answers":
+            total = base.population * base.generations
+            config.population = int(value)
+            config.generations = max(1, total // config.population)
+            # As often as the others, counted in answers.
+            every = base.eval_every * base.population // config.population
+            config.eval_every = max(1, every)
+        elif kind == "grpo":
+            config.method = "grpo"
+            config.grpo.learning_rate = float(value)
+        elif kind == "shuffled" and not value:
+            config.shuffle_fitness = True
+        elif kind != "es" or value:
+            raise ValueError("unknown")
+    except ValueError as error:
+        raise InputError(
+            f"{method!r} is no method of the study: es, l2:λ, l1:λ, n:N, answers:N, "
+            "shuffled, grpo:RATE"
+        ) from error
+    return config
+
+
+def folder_of(workdir: Path, method: str, seed: int) -> Path:
+    """Where a run of the study is."""
+    return workdir / method.replace(":", "-") / f"seed-{seed}"
+
+
+def run_all(
+    base: ml_collections.ConfigDict,
+    methods: list[str],
+    seeds: list[int],
+    workdir: Path,
+) -> None:
+    """Runs what is not finished: seed by seed, so that a part is a whole study too."""
+    # All names are looked at before the first run, which may take long.
+    configs = {(m, s): method_config(base, m, s) for s in seeds for m in methods}
+    for number, ((method, seed), config) in enumerate(configs.items(), 1):
+        folder = folder_of(workdir, method, seed)
+        if (folder / "summary.json").is_file():
+            continue
+        console.print(f"run {number} of {len(configs)}: {method}, seed {seed}")
+        train.run(config, folder)
+
+
+def shrink_all(
+    base: ml_collections.ConfigDict,
+    methods: list[str],
+    seeds: list[int],
+    workdir: Path,
+) -> None:
+    """Evaluates plain ES moved back towards the start, to the norm of other methods."""
+    to = [m for m in methods if m.startswith(("l1:", "l2:", "grpo:"))]
+    if "es" not in methods:
+        return
+    for seed in seeds:
+        config = method_config(base, "es", seed)
+        paths = {m: folder_of(workdir, f"shrunk to {m}", seed) for m in to}
+        missing = {m: p for m, p in paths.items() if not (p / "summary.json").is_file()}
+        if not missing:
+            continue
+        setup = make_setup(config, make_evolution(config))
+        tuned = load(folder_of(workdir, "es", seed) / "model").params
+        far = summary_of(workdir, "es", seed)["displacement_norm"]
+        for method, folder in missing.items():
+            norm = summary_of(workdir, method, seed)["displacement_norm"]
+            share = min(1.0, norm / far)
+            params = jax.tree.map(
+                lambda start, end, share=share: start + share * (end - start),
+                setup.pretrained.params,
+                tuned,
+            )
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "summary.json", examined(setup, params, share * far))
+
+
+def examined(setup: Any, params: Any, norm: float) -> dict[str, Any]:
+    """Accuracies of weights that no run has come to, as a summary has them."""
+    evaluations = {}
+    for name, (examiner, questions) in setup.evaluations.items():
+        size = setup.config.eval_batch
+        score = examine(examiner, params, questions, batch_size=size)
+        evaluations[name] = {"after": score.accuracy, "examples": len(questions)}
+    return {"evaluations": evaluations, "displacement_norm": norm}
+
+
+def summary_of(workdir: Path, method: str, seed: int) -> dict[str, Any]:
+    """What a finished run came to."""
+    return json.loads((folder_of(workdir, method, seed) / "summary.json").read_text())
+
+
+def run_chain(
+    base: ml_collections.ConfigDict,
+    tasks: list[str],
+    methods: list[str],
+    seeds: list[int],
+    workdir: Path,
+) -> None:
+    """Trains the tasks one after another, each from the model of the one before."""
+    watched = dict.fromkeys([*tasks, *base.eval_tasks])
+    for seed in seeds:
+        for method in methods:
+            model = base.model
+            for stage, task in enumerate(tasks):
+                config = method_config(base, method, seed)
+                config.model, config.task = model, task
+                config.eval_tasks = tuple(t for t in watched if t != task)
+                config.eval_every = config.generations
+                folder = folder_of(workdir, method, seed) / f"stage-{stage}"
+                if not (folder / "summary.json").is_file():
+                    console.print(f"{method}, seed {seed}, stage {stage}: {task}")
+                    train.run(config, folder)
+                model = str(folder / "model")
+
+
+def main() -> None:
+    """The command line."""
+    config_flag = config_flags.DEFINE_config_file(
+        "config", None, "Settings of a run: a file in configs/.", lock_config=True
+    )
+    flags.DEFINE_string("workdir", "", "Of all runs; by default runs/<config file>.")
+    flags.DEFINE_string("out", "", "Of tables and figures; by default the workdir.")
+    flags.DEFINE_string("methods", METHODS, "Comma-separated.")
+    flags.DEFINE_string("seeds", "0", "Comma-separated.")
+    flags.DEFINE_string("chain", "", "Tasks to learn one after another.")
+    flags.mark_flag_as_required("config")
+
+    def command(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise InputError(f"unexpected {' '.join(argv[1:])!r}")
+        memory.give_back_freed_blocks()
+        values = flags.FLAGS
+        config = config_flag.value
+        methods = split(values.methods, "methods")
+        seeds = [whole(seed) for seed in split(values.seeds, "seeds")]
+        file_name = config_flags.get_config_filename(values["config"])
+        name = Path(file_name.partition(":")[0]).stem
+        workdir = Path(values.workdir or f"runs/{name}")
+        out = Path(values.out or workdir)
+        out.mkdir(parents=True, exist_ok=True)
+        if values.chain:
+            tasks = split(values.chain, "chain")
+            run_chain(config, tasks, methods, seeds, workdir)
+            chain_report(config, tasks, methods, seeds, workdir, out)
+        else:
+            run_all(config, methods, seeds, workdir)
+            shrink_all(config, methods, seeds, workdir)
+            study_report(config, methods, seeds, workdir, out)
+
+    command_line.start(command)
+
+
+def split(text: str, name: str) -> list[str]:
+    """The parts of a comma-separated flag; none may be empty or stand twice."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts) or len(set(parts)) < len(parts):
+        raise InputError(f"--{name}={text}: an entry is empty or stands twice")
+    return parts
+
+
+def whole(text: str) -> int:
+    """A seed."""
+    if not text.isdecimal():
+        raise InputError(f"--seeds: {text!r} is not a whole number")
+    return int(text)
+
+
+if __name__ == "__main__":
+    main()
