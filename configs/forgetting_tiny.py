@@ -1,7 +1,7 @@
-"""The forgetting study on the tiny world: what ES unlearns, and what keeps it (2605.30148).
+"""Forgetting on the tiny world: what ES unlearns, and what keeps it (2605.30148).
 
-    python -m jes.train --config=configs/forgetting_tiny.py                    # one run
-    python -m jes.forgetting --config=configs/forgetting_tiny.py:quick         # the study
+    python -m jes.train --config=configs/forgetting_tiny.py              # one run
+    python -m jes.forgetting --config=configs/forgetting_tiny.py:quick   # the study
 
 The embedded model learns to name the least of three numbers (`tiny/min`, 18 % at the
 start), with anchored weight decay; five tasks that it knows are watched, and the KL
@@ -40,6 +40,6 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.eval_every = 10 if variant == "quick" else 20
     config.kl_prompts = 50
     config.kl_max_new_tokens = 8
-    config.grpo.learning_rate = 1e-4
-    config.grpo.minibatch = 512
+    config.grpo.learning_rate = 1e-5
+    config.grpo.minibatch = 256
     return config

@@ -1,5 +1,207 @@
-"""stub"""
+"""The tables of a forgetting study, from the folders of its runs."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from jes.forgetting.figures import Results, study_figure
+from jes.forgetting.methods import folder_of
+from jes.io.metrics import read_rows, write_json
+from jes.io.progress import console
+
+COLUMNS = {
+    "target": ("target %", ".1f"),
+    "prior": ("priors %", ".1f"),
+    "worst": ("worst prior %", ".1f"),
+    "trough": ("trough of priors %", ".1f"),
+    "recovery": ("recovered", ".1f"),
+    "kl_prior": ("KL on priors, nats", ".3f"),
+    "norm": ("‖θ-θ₀‖", ".2f"),
+    "law": ("drift law", ".2f"),
+    "answers": ("answers, thousands", ".0f"),
+}
+"""Key of a result -> heading and format in the table."""
 
 
-def study_report(*a): ...
-def chain_report(*a): ...
+def study_report(
+    config: ml_collections.ConfigDict,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    workdir: Path,
+    out: Path,
+) -> None:
+    """Writes results.csv, results.md, curves.json and forgetting.png into `out`.
+
+    Args:
+      config: settings of the study.
+      methods, seeds: what was run.
+      workdir: of the runs.
+      out: folder of the report, which exists.
+    """
+    priors = list(config.eval_tasks)
+    results: Results = {}
+    for method in methods:
+        for seed in seeds:
+            folder = folder_of(workdir, method, seed)
+            results.setdefault(method, {})[seed] = result(folder, config.task, priors)
+    for method in methods:
+        if method.startswith(("l1:", "l2:", "grpo:")) and "es" in methods:
+            for seed in seeds:
+                add_controls(results, method, seed, workdir, config.task, priors)
+    results = {method: of_seed for method, of_seed in results.items() if of_seed}
+    write_csv(out / "results.csv", results, priors)
+    (out / "results.md").write_text(markdown(results, config.task, priors))
+    curves = {
+        method: {str(seed): one["curve"] for seed, one in of_seed.items()}
+        for method, of_seed in results.items()
+        if all("curve" in one for one in of_seed.values())
+    }
+    write_json(out / "curves.json", curves)
+    study_figure(results, config.task).savefig(out / "forgetting.png", dpi=120)
+    console.print((out / "results.md").read_text())
+    console.print(f"tables and figures in {out}")
+
+
+def result(folder: Path, target: str, priors: Sequence[str]) -> dict[str, Any]:
+    """What a finished run came to, accuracies in percent, and how it got there."""
+    summary = json.loads((folder / "summary.json").read_text())
+    curve = curve_of(folder, target, priors)
+    far = summary["distance"]
+    return {
+        **final(summary, target, priors),
+        "trough": min(curve["prior"]),
+        "recovery": curve["prior"][-1] - min(curve["prior"]),
+        "kl_prior": mean_kl(far, priors),
+        "kl_target": mean_kl(far, [target]),
+        "law": summary["displacement_norm_drift"],
+        "moved": 100 * far["moved"],
+        "answers": summary["answers"] / 1000,
+        "curve": curve,
+    }
+
+
+def final(
+    summary: dict[str, Any], target: str, priors: Sequence[str]
+) -> dict[str, Any]:
+    """Accuracies in percent at the end, and the norm, of a summary."""
+    after = {name: 100 * e["after"] for name, e in summary["evaluations"].items()}
+    known = [after[name] for name in priors]
+    return {
+        "target": after[target],
+        "prior": float(np.mean(known)),
+        "worst": min(known),
+        "norm": summary["displacement_norm"],
+        **{name: after[name] for name in priors},
+    }
+
+
+def mean_kl(row: dict[str, Any], tasks: Sequence[str]) -> float | None:
+    """Mean over tasks of the KL in nats a token; None where it was not measured."""
+    found = [row.get(f"kl/{task}/full") for task in tasks]
+    known = [value for value in found if value is not None]
+    return float(np.mean(known)) if len(known) == len(tasks) else None
+
+
+def curve_of(folder: Path, target: str, priors: Sequence[str]) -> dict[str, list]:
+    """The course of a run at its evaluations: accuracies in percent, norm, KL."""
+    rows = read_rows(folder / "evaluations.jsonl")
+    by_time: dict[int, dict[str, float]] = {}
+    for row in rows:
+        by_time.setdefault(row["generation"], {})[row["task"]] = 100 * row["accuracy"]
+    far = {row["generation"]: row for row in read_rows(folder / "distances.jsonl")}
+    summary = json.loads((folder / "summary.json").read_text())
+    each = summary["answers"] / summary["generations"] / 1000
+    times = sorted(by_time)
+    laws = {
+        row["generation"] + 1: row["displacement_norm_drift"]
+        for row in read_rows(folder / "metrics.jsonl")
+    }
+    return {
+        "generation": times,
+        "answers": [time * each for time in times],
+        "target": [by_time[time][target] for time in times],
+        "prior": [float(np.mean([by_time[t][p] for p in priors])) for t in times],
+        **{name: [by_time[time][name] for time in times] for name in priors},
+        "norm": [far[time]["norm"] for time in times],
+        "law": [0.0 if time == 0 else laws[time] for time in times],
+        "kl_prior": [mean_kl(far[time], priors) for time in times],
+    }
+
+
+def add_controls(
+    results: Results,
+    method: str,
+    seed: int,
+    workdir: Path,
+    target: str,
+    priors: Sequence[str],
+) -> None:
+    """Plain ES shrunk to this method's norm, and stopped at its target accuracy."""
+    name = f"shrunk to {method}"
+    folder = folder_of(workdir, name, seed)
+    summary = json.loads((folder / "summary.json").read_text())
+    results.setdefault(name, {})[seed] = final(summary, target, priors)
+    curve = results["es"][seed]["curve"]
+    goal = results[method][seed]["target"]
+    reached = [i for i, value in enumerate(curve["target"]) if value >= goal]
+    if reached:
+        at = reached[0]
+        known = {task: curve[task][at] for task in priors}
+        results.setdefault(f"es stopped at {method}", {})[seed] = {
+            "target": curve["target"][at],
+            "prior": curve["prior"][at],
+            "worst": min(known.values()),
+            "norm": curve["norm"][at],
+            "law": curve["law"][at],
+            "kl_prior": curve["kl_prior"][at],
+            "answers": curve["answers"][at],
+            **known,
+        }
+
+
+def write_csv(path: Path, results: Results, priors: Sequence[str]) -> None:
+    """One row a method and seed; accuracies in percent."""
+    keys = [*COLUMNS, "kl_target", "moved", *priors]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "seed", *keys])
+        for method, of_seed in results.items():
+            for seed, one in of_seed.items():
+                cells = [one.get(key) for key in keys]
+                shown = ["" if cell is None else f"{cell:.6g}" for cell in cells]
+                writer.writerow([method, seed, *shown])
+
+
+def markdown(results: Results, target: str, priors: Sequence[str]) -> str:
+    """The table: means over seeds, ± one standard error of the mean."""
+    heads = ["method", "seeds", *(head for head, _ in COLUMNS.values())]
+    lines = [
+        f"Target `{target}`; priors {', '.join(f'`{p}`' for p in priors)}.",
+        "",
+        f"| {' | '.join(heads)} |",
+        f"|{'---|' * len(heads)}",
+    ]
+    for method, of_seed in results.items():
+        cells = [method, str(len(of_seed))]
+        for key, (_, form) in COLUMNS.items():
+            values = [one.get(key) for one in of_seed.values()]
+            known = [value for value in values if value is not None]
+            exact = key in ("answers", "law") and len(set(known)) == 1
+            cells.append(mean_error(known[:1] if exact else known, form))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def mean_error(values: Sequence[float], form: str) -> str:
+    """'mean ± standard error', or the value alone where there is one."""
+    if not values:
+        return ""
+    mean = format(np.mean(values), form)
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {np.std(values, ddof=1) / len(values) ** 0.5:{form}}"

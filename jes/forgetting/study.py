@@ -2,7 +2,7 @@
 
     python -m jes.forgetting --config=configs/forgetting_tiny.py:quick
     python -m jes.forgetting --config=configs/forgetting_tiny.py --seeds=0,1,2 \
-        --methods=es,l2:1,l1:0.02,n:128,grpo:1e-4 --workdir=runs/study --out=RESULTS
+        --methods=es,l2:1,l1:0.02,n:128,grpo:1e-5 --workdir=runs/study --out=RESULTS
 
 The config is one of `jes.train`: the target task, the prior tasks (`eval_tasks`), how
 long. Every method and seed is a run of its own in `WORKDIR/METHOD/seed-S`; stopped at
@@ -21,7 +21,6 @@ the target. `--chain=TASK,TASK,...` studies tasks learned one after another inst
 each stage starts from the model of the one before and is anchored there.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -34,64 +33,17 @@ from ml_collections import config_flags
 from jes import train
 from jes.ask import examine
 from jes.errors import InputError
-from jes.forgetting.report import chain_report, study_report
+from jes.forgetting.chain import chain_report, run_chain
+from jes.forgetting.methods import folder_of, method_config
+from jes.forgetting.report import study_report
 from jes.io import command_line, memory
 from jes.io.metrics import write_json
 from jes.io.progress import console
 from jes.models.weights import load
 from jes.setup import make_evolution, make_setup
 
-METHODS = "es,l2:1,l1:0.02,answers:128,shuffled,grpo:1e-4"
+METHODS = "es,l2:1,l1:0.02,answers:128,shuffled,grpo:1e-5"
 """Of the quick form."""
-
-
-def method_config(
-    base: ml_collections.ConfigDict, method: str, seed: int
-) -> ml_collections.ConfigDict:
-    """The settings of one run of the study.
-
-    Args:
-      base: settings of the study.
-      method: as in the list above, such as 'l2:1'.
-      seed: of noise and examples.
-
-    Raises:
-      InputError: for a method that is not one of the list.
-    """
-    config = base.copy_and_resolve_references()
-    config.seed = seed
-    config.decay, config.decay_coefficient = "none", 0.0
-    kind, _, value = method.partition(":")
-    try:
-        if kind in ("l1", "l2"):
-            config.decay, config.decay_coefficient = kind, float(value)
-        elif kind == "n":
-            config.population = int(value)
-        elif kind == "answers":
-            total = base.population * base.generations
-            config.population = int(value)
-            config.generations = max(1, total // config.population)
-            # As often as the others, counted in answers.
-            every = base.eval_every * base.population // config.population
-            config.eval_every = max(1, every)
-        elif kind == "grpo":
-            config.method = "grpo"
-            config.grpo.learning_rate = float(value)
-        elif kind == "shuffled" and not value:
-            config.shuffle_fitness = True
-        elif kind != "es" or value:
-            raise ValueError("unknown")
-    except ValueError as error:
-        raise InputError(
-            f"{method!r} is no method of the study: es, l2:λ, l1:λ, n:N, answers:N, "
-            "shuffled, grpo:RATE"
-        ) from error
-    return config
-
-
-def folder_of(workdir: Path, method: str, seed: int) -> Path:
-    """Where a run of the study is."""
-    return workdir / method.replace(":", "-") / f"seed-{seed}"
 
 
 def run_all(
@@ -155,30 +107,6 @@ def examined(setup: Any, params: Any, norm: float) -> dict[str, Any]:
 def summary_of(workdir: Path, method: str, seed: int) -> dict[str, Any]:
     """What a finished run came to."""
     return json.loads((folder_of(workdir, method, seed) / "summary.json").read_text())
-
-
-def run_chain(
-    base: ml_collections.ConfigDict,
-    tasks: list[str],
-    methods: list[str],
-    seeds: list[int],
-    workdir: Path,
-) -> None:
-    """Trains the tasks one after another, each from the model of the one before."""
-    watched = dict.fromkeys([*tasks, *base.eval_tasks])
-    for seed in seeds:
-        for method in methods:
-            model = base.model
-            for stage, task in enumerate(tasks):
-                config = method_config(base, method, seed)
-                config.model, config.task = model, task
-                config.eval_tasks = tuple(t for t in watched if t != task)
-                config.eval_every = config.generations
-                folder = folder_of(workdir, method, seed) / f"stage-{stage}"
-                if not (folder / "summary.json").is_file():
-                    console.print(f"{method}, seed {seed}, stage {stage}: {task}")
-                    train.run(config, folder)
-                model = str(folder / "model")
 
 
 def main() -> None:

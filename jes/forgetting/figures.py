@@ -1,0 +1,122 @@
+"""The figure of a forgetting study."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Results = dict[str, dict[int, dict[str, Any]]]
+"""Method -> seed -> what it came to; see `jes.forgetting.report.result`."""
+
+
+def study_figure(results: Results, target: str) -> Figure:
+    """Course of the accuracies, the trade-off, norms with their laws, and KL."""
+    made = Figure(figsize=(13, 9), layout="constrained")
+    course, trade, norms, kl = made.subplots(2, 2).ravel()
+    runs = [method for method in results if has_curve(results[method])]
+    few = [m for m in runs if m in main_methods(runs)]
+    for color, method in enumerate(few):
+        curves = [one["curve"] for one in results[method].values()]
+        answers = curves[0]["answers"]
+        for key, style in (("target", "-"), ("prior", "--")):
+            values = np.array([curve[key] for curve in curves])
+            name = method if key == "target" else None
+            band(course, answers, values, f"C{color}", style, name)
+    caption(course, f"target {target} (solid) and mean of the priors (dashed)")
+    course.set(xlabel="sampled answers, thousands", ylabel="held-out accuracy, %")
+    trade_off(trade, results)
+    for color, method in enumerate(runs):
+        curves = [one["curve"] for one in results[method].values()]
+        at = curves[0]["generation"]
+        values = np.array([curve["norm"] for curve in curves])
+        band(norms, at, values, f"C{color}", "-", method)
+        law = curves[0]["law"]
+        if None not in law:
+            norms.plot(at, law, ":", color="black", linewidth=1)
+    caption(norms, "distance from the base model; dotted: the law of pure drift")
+    norms.set(xlabel="generation", ylabel="‖θ - θ₀‖")
+    for color, method in enumerate(few):
+        curves = [one["curve"] for one in results[method].values()]
+        values = np.array([curve["kl_prior"] for curve in curves], float)
+        band(kl, curves[0]["answers"], values, f"C{color}", "-", method)
+    kl.set_yscale("symlog", linthresh=1e-2)
+    kl.set_ylim(bottom=0)
+    caption(kl, "KL(base || tuned) on the base model's answers to the priors")
+    kl.set(xlabel="sampled answers, thousands", ylabel="nats a token")
+    return made
+
+
+def has_curve(of_seed: dict[int, dict[str, Any]]) -> bool:
+    """Whether these are runs, and not what was computed from runs."""
+    return all("curve" in one for one in of_seed.values())
+
+
+def main_methods(runs: Sequence[str]) -> list[str]:
+    """Few enough to be told apart: of each kind the first."""
+    kinds: dict[str, str] = {}
+    for method in runs:
+        kinds.setdefault(method.partition(":")[0], method)
+    return list(kinds.values())
+
+
+def trade_off(axes: Axes, results: Results) -> None:
+    """Target against priors at the end; lines join one kind of decay over λ."""
+    paths: dict[str, list[tuple[float, float, float]]] = {}
+    for number, (method, of_seed) in enumerate(results.items()):
+        x, x_error = spread([one["target"] for one in of_seed.values()])
+        y, y_error = spread([one["prior"] for one in of_seed.values()])
+        hollow = not has_curve(of_seed)
+        axes.errorbar(
+            x,
+            y,
+            y_error,
+            x_error,
+            marker="os^Dv*"[number % 6],
+            markerfacecolor="none" if hollow else None,
+            linestyle="none",
+            color=f"C{number % 10}",
+            capsize=2,
+            label=method,
+        )
+        kind, _, value = method.partition(":")
+        if kind in ("l1", "l2", "n"):
+            paths.setdefault(kind, []).append((float(value), x, y))
+    for points in paths.values():
+        _, xs, ys = zip(*sorted(points), strict=True)
+        axes.plot(xs, ys, color="gray", linewidth=0.8, zorder=0)
+    caption(axes, "at the end: target against priors (hollow: controls)")
+    axes.legend(frameon=False, fontsize="x-small", ncol=2)
+    axes.set(xlabel="target accuracy, %", ylabel="mean prior accuracy, %")
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and standard error of the mean (0 where there is one value)."""
+    count = len(values)
+    error = np.std(values, ddof=1) / count**0.5 if count > 1 else 0.0
+    return float(np.mean(values)), float(error)
+
+
+def band(
+    axes: Axes,
+    at: Sequence[float],
+    values: np.ndarray,
+    color: str,
+    style: str,
+    name: str | None,
+) -> None:
+    """Mean over seeds [S, T] with a band of one standard error."""
+    mean = values.mean(0)
+    axes.plot(at, mean, style, color=color, label=name)
+    if len(values) > 1:
+        error = values.std(0, ddof=1) / len(values) ** 0.5
+        low, high = mean - error, mean + error
+        axes.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def caption(axes: Axes, title: str) -> None:
+    """A title, a legend, and no box."""
+    axes.set_title(title, fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")

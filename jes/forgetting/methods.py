@@ -1,0 +1,56 @@
+"""The methods of the study by name, as settings of `jes.train`."""
+
+from pathlib import Path
+
+import ml_collections
+
+from jes.errors import InputError
+
+
+def method_config(
+    base: ml_collections.ConfigDict, method: str, seed: int
+) -> ml_collections.ConfigDict:
+    """The settings of one run of the study.
+
+    Args:
+      base: settings of the study.
+      method: as in the list above, such as 'l2:1'.
+      seed: of noise and examples.
+
+    Raises:
+      InputError: for a method that is not one of the list.
+    """
+    config = base.copy_and_resolve_references()
+    config.seed = seed
+    config.decay, config.decay_coefficient = "none", 0.0
+    kind, _, value = method.partition(":")
+    try:
+        if kind in ("l1", "l2"):
+            config.decay, config.decay_coefficient = kind, float(value)
+        elif kind == "n":
+            config.population = int(value)
+        elif kind == "answers":
+            total = base.population * base.generations
+            config.population = int(value)
+            config.generations = max(1, total // config.population)
+            # As often as the others, counted in answers.
+            every = base.eval_every * base.population // config.population
+            config.eval_every = max(1, every)
+        elif kind == "grpo":
+            config.method = "grpo"
+            config.grpo.learning_rate = float(value)
+        elif kind == "shuffled" and not value:
+            config.shuffle_fitness = True
+        elif kind != "es" or value:
+            raise ValueError("unknown")
+    except ValueError as error:
+        raise InputError(
+            f"{method!r} is no method of the study: es, l2:λ, l1:λ, n:N, answers:N, "
+            "shuffled, grpo:RATE"
+        ) from error
+    return config
+
+
+def folder_of(workdir: Path, method: str, seed: int) -> Path:
+    """Where a run of the study is."""
+    return workdir / method.replace(":", "-") / f"seed-{seed}"
