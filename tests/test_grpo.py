@@ -311,7 +311,8 @@ def test_the_first_gradient_is_reinforce_with_group_advantages(
     chex.assert_trees_all_close(
         gradient, jax.jit(jax.grad(reinforce))(params), atol=1e-6
     )
-    assert metrics["clipped"] == metrics["kl"] == 0
+    assert metrics["clipped"] == 0
+    assert metrics["kl"] < 1e-12
     expected = -(old.sum() / batch.answered.sum())
     np.testing.assert_allclose(metrics["entropy"], expected, rtol=1e-6)
 
