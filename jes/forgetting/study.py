@@ -127,6 +127,8 @@ def main() -> None:
         memory.give_back_freed_blocks()
         values = flags.FLAGS
         config = config_flag.value
+        if not config.eval_tasks:
+            raise InputError("the study needs prior tasks: eval_tasks is empty")
         methods = split(values.methods, "methods")
         seeds = [whole(seed) for seed in split(values.seeds, "seeds")]
         file_name = config_flags.get_config_filename(values["config"])

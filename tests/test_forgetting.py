@@ -1,0 +1,349 @@
+"""The forgetting study: methods, runs, controls, tables, and the paper's configs."""
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from small_run import get_config, rows, run_jobs
+
+import jes
+from jes import evaluate, export, train
+from jes.core import ledger as ledgers
+from jes.errors import InputError
+from jes.forgetting import study
+from jes.forgetting.chain import chain_report, run_chain
+from jes.forgetting.methods import folder_of, method_config
+from jes.forgetting.protocol import PARAMETERS, TARGETS, VARIANTS, forgetting_config
+from jes.forgetting.report import mean_error, study_report
+from jes.models.weights import fingerprint
+from jes.tell import drift
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def small_config(model: Path) -> ConfigDict:
+    """`tiny/reverse` is the target, two others are watched."""
+    config = get_config(str(model))
+    config.eval_tasks = ("tiny/sort", "tiny/max")
+    config.buckets = (16, 24)
+    config.generations = 4
+    config.eval_every = 2
+    config.kl_prompts = 3
+    config.kl_max_new_tokens = 4
+    config.grpo.learning_rate = 1e-3
+    config.grpo.minibatch = 96
+    return config
+
+
+METHODS = ["es", "l2:5", "l1:0.05", "answers:8", "n:8", "shuffled", "grpo:1e-3"]
+
+
+@pytest.fixture(scope="module")
+def studied(
+    small_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, ConfigDict]:
+    workdir = tmp_path_factory.mktemp("study")
+    config = small_config(small_model)
+    study.run_all(config, METHODS, [0, 1], workdir)
+    study.shrink_all(config, METHODS, [0, 1], workdir)
+    study_report(config, METHODS, [0, 1], workdir, workdir)
+    return workdir, config
+
+
+def summary(workdir: Path, method: str, seed: int = 0) -> dict[str, Any]:
+    return json.loads((folder_of(workdir, method, seed) / "summary.json").read_text())
+
+
+def test_methods_are_settings(small_model: Path) -> None:
+    base = small_config(small_model)
+    base.decay, base.decay_coefficient = "l2", 3.0
+    plain = method_config(base, "es", 7)
+    assert (plain.seed, plain.decay, plain.decay_coefficient) == (7, "none", 0.0)
+    decayed = method_config(base, "l1:0.05", 0)
+    assert (decayed.decay, decayed.decay_coefficient) == ("l1", 0.05)
+    larger = method_config(base, "n:8", 0)
+    assert (larger.population, larger.generations) == (8, 4)
+    equal = method_config(base, "answers:8", 0)
+    assert (equal.population, equal.generations, equal.eval_every) == (8, 2, 1)
+    assert method_config(base, "shuffled", 0).shuffle_fitness
+    baseline = method_config(base, "grpo:0.01", 0)
+    assert (baseline.method, baseline.grpo.learning_rate) == ("grpo", 0.01)
+    assert base.decay == "l2"  # the study's own settings stay as they are
+
+
+@pytest.mark.parametrize(
+    "name", ["", "l2", "l2:x", "n:1.5", "es:1", "shuffled:1", "l3"]
+)
+def test_other_methods_are_refused(small_model: Path, name: str) -> None:
+    with pytest.raises(InputError, match="is no method of the study"):
+        method_config(small_config(small_model), name, 0)
+
+
+def test_decay_pulls_and_the_ledger_knows_it(
+    studied: tuple[Path, ConfigDict], tmp_path: Path
+) -> None:
+    """Replayed from the ledger, and evaluated from the run folder: the same weights."""
+    workdir, _ = studied
+    for method in ("l2:5", "l1:0.05"):
+        folder = folder_of(workdir, method, 0)
+        ledger = export.read_ledger(folder)
+        kind, coefficient = method.split(":")
+        assert ledger.header["evolution"]["decay"] == kind
+        assert ledger.header["evolution"]["decay_coefficient"] == float(coefficient)
+        sealed = ledger.fingerprints[4]
+        assert fingerprint(export.rebuild(ledger).params) == sealed
+        (folder / "checkpoints").rename(tmp_path / f"{kind} checkpoints")
+        assert fingerprint(evaluate.load_model(str(folder))[0].params) == sealed
+        plain = summary(workdir, "es")["displacement_norm"]
+        assert summary(workdir, method)["displacement_norm"] < 0.95 * plain
+
+
+def test_a_decayed_run_goes_on_with_the_same_bits(
+    studied: tuple[Path, ConfigDict], tmp_path: Path
+) -> None:
+    workdir, base = studied
+    config = method_config(base, "l2:5", 0)
+    config.generations = 3
+    train.run(config, tmp_path / "run")
+    config.generations = 4
+    train.run(config, tmp_path / "run")
+    want = ledgers.read(folder_of(workdir, "l2:5", 0) / "ledger.jsonl")
+    found = ledgers.read(tmp_path / "run" / "ledger.jsonl")
+    assert found.fingerprints[4] == want.fingerprints[4]
+
+
+@pytest.mark.parametrize("place", ["host", "bfloat16"])
+def test_the_anchor_in_other_places(
+    studied: tuple[Path, ConfigDict], tmp_path: Path, place: str
+) -> None:
+    workdir, base = studied
+    config = method_config(base, "l2:5", 0)
+    config.anchor = place
+    train.run(config, tmp_path / "run")
+    ledger = export.read_ledger(tmp_path / "run")
+    same = (
+        ledger.fingerprints[4]
+        == (export.read_ledger(folder_of(workdir, "l2:5", 0)).fingerprints[4])
+    )
+    assert same == (place == "host")
+    assert fingerprint(export.rebuild(ledger).params) == ledger.fingerprints[4]
+
+
+def test_norms_and_laws_are_logged(studied: tuple[Path, ConfigDict]) -> None:
+    workdir, _ = studied
+    for method in ("es", "l2:5", "l1:0.05", "n:8"):
+        folder = folder_of(workdir, method, 0)
+        ledger = export.read_ledger(folder)
+        law = drift(export.evolution_of(ledger), ledger.header["parameters"], 4)
+        last = rows(folder / "metrics.jsonl")[-1]
+        assert last["displacement_norm_drift"] == pytest.approx(law)
+        # Fitness is all but noise here; 12,000 weights make the norm sharp.
+        assert last["displacement_norm"] == pytest.approx(law, rel=0.06)
+        distances = rows(folder / "distances.jsonl")
+        assert [row["generation"] for row in distances] == [0, 2, 4]
+        assert distances[0]["norm"] == 0
+        assert distances[-1]["norm"] == pytest.approx(last["displacement_norm"])
+        assert distances[0]["kl/tiny/sort/full"] == 0
+        assert distances[-1]["kl/tiny/sort/full"] > 0
+        parts = [distances[-1][f"norm/{kind}"] for kind in ("mlp", "attention")]
+        assert 0 < np.linalg.norm(parts) <= distances[-1]["norm"]
+
+
+def test_shuffled_fitness_is_that_of_the_members_in_another_order(
+    studied: tuple[Path, ConfigDict],
+) -> None:
+    workdir, _ = studied
+    first, shuffled = (
+        ledgers.read(folder_of(workdir, m, 0) / "ledger.jsonl").fitness[0]
+        for m in ("es", "shuffled")
+    )
+    assert sorted(first) == sorted(shuffled)
+    several = [
+        ledgers.read(folder_of(workdir, "shuffled", s) / "ledger.jsonl").fitness[0]
+        for s in (0, 1)
+    ]
+    plain = [
+        ledgers.read(folder_of(workdir, "es", s) / "ledger.jsonl").fitness[0]
+        for s in (0, 1)
+    ]
+    pairs = zip(several, plain, strict=True)
+    assert any((a != b).any() for a, b in pairs)
+
+
+def test_plain_es_is_shrunk_to_the_norm_of_others(
+    studied: tuple[Path, ConfigDict], small_model: Path
+) -> None:
+    workdir, config = studied
+    shrunk = summary(workdir, "shrunk to l2:5")
+    want = summary(workdir, "l2:5")["displacement_norm"]
+    assert shrunk["displacement_norm"] == pytest.approx(want)
+    base = jes.load(small_model).params
+    tuned = jes.load(folder_of(workdir, "es", 0) / "model").params
+    share = want / summary(workdir, "es")["displacement_norm"]
+    params = jax.tree.map(lambda a, b: a + share * (b - a), base, tuned)
+    assert jes.distance(params, base).norm == pytest.approx(want, rel=1e-5)
+    model = jes.load(small_model)
+    scores = evaluate.evaluate(
+        model.__class__(**(vars(model) | {"params": params})),
+        ["tiny/max"],
+        examples=config.data.test,
+    )
+    assert shrunk["evaluations"]["tiny/max"]["after"] == scores["tiny/max"].accuracy
+
+
+def test_tables_say_what_the_runs_say(studied: tuple[Path, ConfigDict]) -> None:
+    workdir, _ = studied
+    with (workdir / "results.csv").open() as file:
+        table = {(r["method"], int(r["seed"])): r for r in csv.DictReader(file)}
+    for method in METHODS:
+        for seed in (0, 1):
+            row, one = table[method, seed], summary(workdir, method, seed)
+            after = {n: 100 * e["after"] for n, e in one["evaluations"].items()}
+            assert float(row["target"]) == pytest.approx(after["tiny/reverse"])
+            mean = (after["tiny/sort"] + after["tiny/max"]) / 2
+            assert float(row["prior"]) == pytest.approx(mean, rel=1e-5)
+            assert float(row["norm"]) == pytest.approx(one["displacement_norm"], 1e-5)
+            assert float(row["answers"]) == pytest.approx(one["answers"] / 1000)
+    assert {float(table[m, 0]["answers"]) for m in ("es", "answers:8")} == {0.768}
+    text = (workdir / "results.md").read_text()
+    target = mean_error([float(table["es", seed]["target"]) for seed in (0, 1)], ".1f")
+    assert f"| es | 2 | {target} |" in text
+    curves = json.loads((workdir / "curves.json").read_text())
+    assert set(curves) == set(METHODS)
+    assert curves["es"]["0"]["generation"] == [0, 2, 4]
+    assert (workdir / "forgetting.png").stat().st_size > 10_000
+
+
+def test_means_and_errors() -> None:
+    assert mean_error([1.0, 2.0, 3.0], ".1f") == "2.0 ± 0.6"
+    assert mean_error([2.0], ".1f") == "2.0"
+    assert mean_error([], ".1f") == ""
+
+
+def test_grpo_goes_on_from_its_checkpoint(
+    studied: tuple[Path, ConfigDict], tmp_path: Path
+) -> None:
+    """With the same weights, to the bit, as a run that was not stopped."""
+    workdir, base = studied
+    config = method_config(base, "grpo:1e-3", 0)
+    config.generations = 2
+    train.run(config, tmp_path / "run")
+    config.generations = 4
+    train.run(config, tmp_path / "run")
+    whole = folder_of(workdir, "grpo:1e-3", 0)
+    for name in ("model/model.safetensors",):
+        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+    assert [r["generation"] for r in rows(tmp_path / "run" / "metrics.jsonl")] == [
+        *range(4)
+    ]
+    assert not (whole / "ledger.jsonl").exists()
+    assert summary(workdir, "grpo:1e-3")["displacement_norm"] > 0
+    config.decay = "l2"
+    with pytest.raises(InputError, match="decay is of method 'es'"):
+        train.run(config, tmp_path / "other")
+
+
+def test_chains_start_where_the_last_stage_ended(
+    small_model: Path, tmp_path: Path
+) -> None:
+    config = small_config(small_model)
+    config.eval_tasks = ("tiny/max",)
+    config.generations = 2
+    tasks, methods = ["tiny/reverse", "tiny/sort"], ["es", "l2:5"]
+    run_chain(config, tasks, methods, [0], tmp_path)
+    chain_report(config, tasks, methods, [0], tmp_path, tmp_path)
+    first, second = (folder_of(tmp_path, "l2:5", 0) / f"stage-{i}" for i in (0, 1))
+    ledger = export.read_ledger(second)
+    assert ledger.header["base"] == fingerprint(jes.load(first / "model").params)
+    assert rows(second / "distances.jsonl")[0]["norm"] == 0  # anchored anew
+    with (tmp_path / "chain.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [(r["method"], r["stage"]) for r in table] == [
+        (m, str(i)) for m in methods for i in (0, 1, 2)
+    ]
+    after = json.loads((second / "summary.json").read_text())["evaluations"]
+    for task in (*tasks, "tiny/max"):
+        assert float(table[-1][task]) == pytest.approx(100 * after[task]["after"], 1e-5)
+    assert (tmp_path / "chain.png").stat().st_size > 5_000
+    assert "| l2:5 | tiny/sort |" in (tmp_path / "chain.md").read_text()
+
+
+def load_config(name: str, variant: str | None) -> ConfigDict:
+    spec = importlib.util.spec_from_file_location("config", CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_configs_of_the_paper(target: str) -> None:
+    config = load_config(f"forgetting_{target}", None)
+    assert (config.task, config.population, config.generations) == (target, 30, 500)
+    assert (config.sigma, config.alpha) == (1e-3, 5e-4)
+    assert (config.decay, config.decay_coefficient) == ("l2", 10.0)
+    assert len({config.task, *config.eval_tasks}) == 7
+    config = load_config(f"forgetting_{target}", "l1")
+    assert (config.decay, config.decay_coefficient) == ("l1", 0.01)
+    assert load_config(f"forgetting_{target}", "es").decay == "none"
+    assert load_config(f"forgetting_{target}", "grpo").method == "grpo"
+
+
+@pytest.mark.parametrize(("kind", "norm"), [("l2", 67.68), ("l1", 92.13)])
+def test_matched_by_norm(kind: str, norm: float) -> None:
+    config = forgetting_config("countdown", f"{kind}_norm")
+    law = jes.drift_norm(
+        alpha=5e-4,
+        population=30,
+        parameters=PARAMETERS,
+        generations=500,
+        kind=config.decay,
+        coefficient=config.decay_coefficient,
+    )
+    assert law == pytest.approx(norm, rel=1e-6)
+
+
+def test_unknown_variants_are_named() -> None:
+    for name in ("forgetting_countdown", "forgetting_tiny"):
+        with pytest.raises(ValueError, match="there is no variant 'huge'"):
+            load_config(name, "huge")
+    for variant in VARIANTS:
+        train.check_settings(forgetting_config("gsm8k", variant))
+
+
+def test_command_lines(small_model: Path, tmp_path: Path, compiled: Path) -> None:
+    small = str(Path(__file__).with_name("small_run.py"))
+    config = [f"--config={small}:{small_model}", "--config.generations=2"]
+    bare = ["jes.forgetting.study", *config]
+    start = [*bare, "--config.eval_tasks=('tiny/sort',)"]
+    work = f"--workdir={tmp_path / 'study'}"
+    jobs = [
+        [*start, work, "--methods=es,l2:1", f"--out={tmp_path / 'out'}"],
+        [*start, "--methods=es,l2:x", work],
+        [*start, "--methods=es,es", work],
+        [*start, "--seeds=1,b", work],
+        [*start, "--method=es"],
+        [*start, work, "more"],
+        [*bare, work],
+    ]
+    done = run_jobs([{"argv": argv} for argv in jobs], compiled)
+    assert done[0]["status"] == 0, done[0]["stderr"]
+    assert "| l2:1 | 1 |" in done[0]["stdout"]
+    assert (tmp_path / "out" / "forgetting.png").is_file()
+    messages = [
+        "'l2:x' is no method of the study: es, l2:λ",
+        "--methods=es,es: an entry is empty or stands twice",
+        "--seeds: 'b' is not a whole number",
+        "Unknown command line flag 'method'",
+        "unexpected 'more'",
+        "the study needs prior tasks: eval_tasks is empty",
+    ]
+    for job, message in zip(done[1:], messages, strict=True):
+        assert job["status"] != 0
+        assert message in job["stderr"]
+        assert "Traceback" not in job["stderr"]
