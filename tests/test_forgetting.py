@@ -21,6 +21,7 @@ from jes.forgetting.chain import chain_report, run_chain
 from jes.forgetting.methods import folder_of, method_config
 from jes.forgetting.protocol import PARAMETERS, TARGETS, VARIANTS, forgetting_config
 from jes.forgetting.report import mean_error, study_report
+from jes.forgetting.systematic import displacements, reach, systematic
 from jes.models.weights import fingerprint
 from jes.tell import drift
 
@@ -347,3 +348,38 @@ def test_command_lines(small_model: Path, tmp_path: Path, compiled: Path) -> Non
         assert job["status"] != 0
         assert message in job["stderr"]
         assert "Traceback" not in job["stderr"]
+
+
+def test_systematic_motion_is_told_from_noise() -> None:
+    """Runs of common motion 3 along one axis, in a walk of length 30."""
+    rng = np.random.default_rng(0)
+    size, common = 100_000, 3.0
+    goal = np.zeros(size)
+    goal[0] = 1
+    noise = 30 / size**0.5 * rng.normal(size=(8, size))
+    found = systematic(list(noise + common * goal), 5 * goal)
+    assert found.along == pytest.approx(common, abs=4 * found.along_error)
+    assert found.along_error == pytest.approx(30 / (size * 8) ** 0.5, rel=0.02)
+    assert found.square == pytest.approx(common**2, abs=4 * found.error)
+    assert found.error == pytest.approx(900 / (size * 28) ** 0.5, rel=0.03)
+    assert np.isnan(systematic(list(noise)).along)
+
+
+def test_reach_of_systematic_motion() -> None:
+    assert reach(0.02, 120) == pytest.approx(2.4)
+    assert reach(0.02, 10**6, 10.0) == pytest.approx(0.8 / 10)
+    assert reach(0.02, 1, 10.0) == pytest.approx(0.8 * 0.02)
+    assert reach(0.02, 120, 1e-9) == pytest.approx(2.4, rel=1e-5)
+
+
+def test_displacements_are_those_of_the_models(
+    studied: tuple[Path, ConfigDict], small_model: Path
+) -> None:
+    workdir, _ = studied
+    folders = [folder_of(workdir, "l2:5", seed) / "model" for seed in (0, 1)]
+    moved = displacements(jes.load(small_model).params, folders)
+    for seed, vector in enumerate(moved):
+        norm = summary(workdir, "l2:5", seed)["displacement_norm"]
+        assert np.linalg.norm(vector) == pytest.approx(norm, rel=1e-5)
+    text = (workdir / "results.md").read_text()
+    assert f"| {reach(0.1, 4, 5.0):.3f} |" in text

@@ -1,16 +1,26 @@
 """The tasks on the rows of the real data sets, where these are at hand.
 
-Run with JES_DATA=FOLDER, a folder as `config.data.root` takes it.
+Run with JES_DATA=FOLDER, a folder as `config.data.root` takes it; and for the tests
+that let a random model answer every row, with JES_TOKENIZER=FOLDER, a folder with the
+tokenizer of Qwen2.5.
 """
 
 import os
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+from random_checkpoint import QWEN2, write_checkpoint
 
+import jes
+from jes.ask import Examiner, examine, prepare
+from jes.forgetting.protocol import forgetting_config
+from jes.models.weights import Pretrained
 from jes.tasks import Example, Task, load_task
 
 ROOT = os.environ.get("JES_DATA", "")
+TOKENIZER = os.environ.get("JES_TOKENIZER", "")
 SECONDS = 60.0
 """For reading, asking and scoring all rows of all tasks."""
 
@@ -142,3 +152,49 @@ def test_all_of_it_takes_less_than_a_minute() -> None:
     taken = time.perf_counter() - start
     print(f"{taken:.1f} s")
     assert taken < SECONDS
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
+    """One layer of random weights behind the real vocabulary of 151936 words."""
+    if not TOKENIZER:
+        pytest.skip("set JES_TOKENIZER to a folder with the tokenizer of Qwen2.5")
+    shape = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "intermediate_size": 16,
+    }
+    folder = tmp_path_factory.mktemp("random")
+    write_checkpoint(folder, QWEN2 | shape, tokenizer=Path(TOKENIZER), dtype="float32")
+    return jes.load(folder)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_model_answers_every_row(
+    name: str, tasks: dict[str, Task], pretrained: Pretrained
+) -> None:
+    """Through the chat template, the buckets of the configs, decoding and scoring."""
+    buckets = tuple(forgetting_config("countdown", None).buckets)
+    examiner = Examiner(
+        model=pretrained.model,
+        tokenizer=pretrained.tokenizer,
+        task=tasks[name],
+        eos_ids=pretrained.eos_ids,
+        max_new_tokens=3,
+        buckets=buckets,
+    )
+    prepare(examiner, tasks[name].train)
+    questions = prepare(examiner, tasks[name].test)
+    assert len(questions) == COUNTS[name][1]
+    longest = max(len(question.prompt) for question in questions)
+    size = 4 if name == "mmlu_pro" else 64
+    score = examine(examiner, pretrained.params, questions, batch_size=size)
+    print(f"{name}: longest prompt {longest} tokens")
+    assert np.isfinite(score).all()
+    assert score.tokens > 0
+    # Random words: hardly ever right, and never in a format of several words.
+    assert score.accuracy < 0.5
+    if name in ("gsm8k", "countdown", "proofwriter", "arc_c_cot", "mmlu_pro"):
+        assert score.strict == 0

@@ -10,9 +10,11 @@ import ml_collections
 import numpy as np
 
 from jes.forgetting.figures import Results, study_figure
-from jes.forgetting.methods import folder_of
+from jes.forgetting.methods import folder_of, method_config
+from jes.forgetting.systematic import displacements, reach, systematic
 from jes.io.metrics import read_rows, write_json
 from jes.io.progress import console
+from jes.models.weights import load
 
 COLUMNS = {
     "target": ("target %", ".1f"),
@@ -55,7 +57,11 @@ def study_report(
                 add_controls(results, method, seed, workdir, config.task, priors)
     results = {method: of_seed for method, of_seed in results.items() if of_seed}
     write_csv(out / "results.csv", results, priors)
-    (out / "results.md").write_text(markdown(results, config.task, priors))
+    text = markdown(results, config.task, priors)
+    text += systematic_table(config, methods, seeds, workdir)
+    hours = sum(one.get("hours", 0.0) for of in results.values() for one in of.values())
+    text += f"\n{hours:.1f} hours of training in all.\n"
+    (out / "results.md").write_text(text)
     curves = {
         method: {str(seed): one["curve"] for seed, one in of_seed.items()}
         for method, of_seed in results.items()
@@ -63,7 +69,7 @@ def study_report(
     }
     write_json(out / "curves.json", curves)
     study_figure(results, config.task).savefig(out / "forgetting.png", dpi=120)
-    console.print((out / "results.md").read_text())
+    console.print(text)
     console.print(f"tables and figures in {out}")
 
 
@@ -81,6 +87,7 @@ def result(folder: Path, target: str, priors: Sequence[str]) -> dict[str, Any]:
         "law": summary["displacement_norm_drift"],
         "moved": 100 * far["moved"],
         "answers": summary["answers"] / 1000,
+        "hours": summary["seconds"] / 3600,
         "curve": curve,
     }
 
@@ -194,6 +201,45 @@ def markdown(results: Results, target: str, priors: Sequence[str]) -> str:
             exact = key in ("answers", "law") and len(set(known)) == 1
             cells.append(mean_error(known[:1] if exact else known, form))
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def systematic_table(
+    config: ml_collections.ConfigDict,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    workdir: Path,
+) -> str:
+    """How far the seeds of a method went in a common direction; '' for one seed."""
+    if len(seeds) < 2:
+        return ""
+    base = load(config.model).params
+
+    def moved(method: str) -> list[np.ndarray]:
+        folders = [folder_of(workdir, method, seed) / "model" for seed in seeds]
+        return displacements(base, folders)
+
+    gradients = [m for m in methods if m.startswith("grpo:")]
+    direction = np.mean(moved(gradients[0]), axis=0) if gradients else None
+    lines = [
+        "",
+        "Systematic motion: along the displacement of GRPO, the mean inner product "
+        "of two seeds' displacements, and the most that is possible.",
+        "",
+        "| method | along GRPO | squared, of pairs | reach | reach squared |",
+        "|---|---|---|---|---|",
+    ]
+    for method in methods:
+        run = method_config(config, method, seeds[0])
+        if run.method != "es" or run.decay == "l1":
+            continue  # no bound is known for these
+        found = systematic(moved(method), direction)
+        most = reach(run.alpha, run.generations, run.decay_coefficient)
+        along = f"{found.along:.3f} ± {found.along_error:.3f}" if gradients else ""
+        lines.append(
+            f"| {method} | {along} | {found.square:.3f} ± {found.error:.3f} | "
+            f"{most:.3f} | {most**2:.3f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
