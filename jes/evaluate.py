@@ -35,7 +35,9 @@ def load_model(path: str) -> tuple[Pretrained, str]:
       The model, and the dtype it is to answer in: float32, or that of the run.
     """
     if not (Path(path) / "ledger.jsonl").is_file():
-        return load(path), "float32"
+        # A finished run of the baseline has no ledger, but the model that it came to.
+        result = Path(path) / "model"
+        return load(result if result.is_dir() else path), "float32"
     ledger = read_ledger(Path(path))
     base = load_base(ledger)
     folder = Path(path) / "checkpoints"

@@ -39,6 +39,12 @@ SETTINGS = {
     "seed=-1": "seed must be from 0 to 4294967295, not -1",
     "dtype=float33": "dtype must be one of ('float32', 'bfloat16', 'float16')",
     "dtype=int8": "dtype must be one of ('float32', 'bfloat16', 'float16')",
+    "decay=l3": "kind must be 'l1' or 'l2', not 'l3'",
+    "decay_coefficient=3": "decay_coefficient without decay='l2' or 'l1' does nothing",
+    "anchor=disk": "anchor must be one of ('device', 'bfloat16', 'host'), not 'disk'",
+    "method=ppo": "method must be one of ('es', 'grpo'), not 'ppo'",
+    "kl_prompts=-1": "kl_prompts cannot be negative: -1",
+    "kl_max_new_tokens=0": "kl_max_new_tokens must be at least 1, not 0",
     "shaping=rank": "unknown shaping 'rank'; known are zscore, centered_rank, none",
     "temperature=nan": "temperature must be finite, not nan",
     "temperature=-1": "temperature",
@@ -66,6 +72,15 @@ COMMANDS = {
     "--config={configs}/tiny.py:huge": "get_config() takes 0 positional arguments",
     "--config={configs}/arc_c.py:huge": "there is no variant 'huge', only 'tiny'",
     "{run} --config.antithetic --config.population=3": "antithetic pairs need an even",
+    "{run} --config.decay=l2 --config.decay_coefficient=10": (
+        "learning_rate x coefficient must be below 1"
+    ),
+    "{run} --config.decay=l1 --config.decay_coefficient=-1": (
+        "the coefficient cannot be negative: -1"
+    ),
+    "{run} --config.method=grpo --config.grpo.minibatch=7": (
+        "minibatch must be a divisor of 192, not 7"
+    ),
     "{run} --config.model={folder}/empty": "is not a model folder: it holds no config.",
     "{run} --config.task=arc_c --config.data.root=/no": (
         "data.root: there is no /no/ai2_arc/ARC-Challenge/train.parquet"

@@ -6,17 +6,18 @@ never by `eval`.
 """
 
 import re
-from collections.abc import Iterator
 
 import numpy as np
 
+from jes.tasks import arithmetic
 from jes.tasks.task import Example, Reward
 
 LONGEST = 24
-"""Characters in an expression that is read at all; it bounds the parser's depth."""
+"""Characters in an expression that is read at all."""
 SHAPES = ("{}{}{}{}{}", "({}{}{}){}{}", "{}{}({}{}{})")
 ANSWER = re.compile(r"\(*[0-9]\)*([-+*]\(*[0-9]\)*)*")
-TOKEN = re.compile(r"[0-9]{1,2}(?![0-9])|[-+*()]")
+OTHER = re.compile(r"[^-+*()0-9]|(?:^|[-+*(])[-+]|[0-9]{3}")
+"""What an expression cannot have: other characters, unary signs, long numbers."""
 
 
 def draw(rng: np.random.Generator) -> Example:
@@ -68,44 +69,9 @@ def evaluate(expression: str) -> int | None:
     """The value of an expression of + - * ( ) and numbers below 100, or None.
 
     None for anything else: other characters, a unary sign, unbalanced parentheses,
-    more than `LONGEST` characters. The work is linear in the length.
+    more than `LONGEST` characters.
     """
-    if len(expression) > LONGEST:
+    if len(expression) > LONGEST or OTHER.search(expression):
         return None
-    tokens = TOKEN.findall(expression)
-    if "".join(tokens) != expression:
-        return None
-    stream = iter([*tokens, ""])
-    try:
-        value, end = _sum(stream)
-    except ValueError:
-        return None
-    return value if end == "" else None
-
-
-def _sum(stream: Iterator[str]) -> tuple[int, str]:
-    """The value of a sum, and the token after it."""
-    total, token = _product(stream)
-    while token in ("+", "-"):
-        sign = 1 if token == "+" else -1
-        value, token = _product(stream)
-        total += sign * value
-    return total, token
-
-
-def _product(stream: Iterator[str]) -> tuple[int, str]:
-    value, token = _atom(next(stream), stream), next(stream)
-    while token == "*":
-        value, token = value * _atom(next(stream), stream), next(stream)
-    return value, token
-
-
-def _atom(token: str, stream: Iterator[str]) -> int:
-    if token == "(":
-        value, token = _sum(stream)
-        if token != ")":
-            raise ValueError("a parenthesis is not closed")
-        return value
-    if not token.isdigit():
-        raise ValueError("a number is missing")
-    return int(token)
+    value = arithmetic.evaluate(expression)
+    return None if value is None else int(value)
