@@ -20,7 +20,13 @@ from jes.forgetting import study
 from jes.forgetting.chain import chain_report, run_chain
 from jes.forgetting.methods import folder_of, method_config
 from jes.forgetting.protocol import PARAMETERS, TARGETS, VARIANTS, forgetting_config
-from jes.forgetting.report import mean_error, study_report
+from jes.forgetting.report import (
+    among,
+    crossing,
+    mean_error,
+    slices,
+    study_report,
+)
 from jes.forgetting.systematic import displacements, reach, systematic
 from jes.models.weights import fingerprint
 from jes.tell import drift
@@ -383,3 +389,26 @@ def test_displacements_are_those_of_the_models(
         assert np.linalg.norm(vector) == pytest.approx(norm, rel=1e-5)
     text = (workdir / "results.md").read_text()
     assert f"| {reach(0.1, 4, 5.0):.3f} |" in text
+
+
+def test_slices_are_taken_between_evaluations() -> None:
+    curve = {
+        "target": [10.0, 30.0, 20.0, 50.0],
+        "prior": [100.0, 90.0, 80.0, 70.0],
+        "answers": [0.0, 1.0, 2.0, 3.0],
+        "norm": [0.0, 2.0, 4.0, 6.0],
+    }
+    first = {"target": 15.0, "prior": 97.5, "answers": 0.25, "norm": 0.5}
+    assert crossing(curve, "target", 15.0) == first
+    assert crossing(curve, "answers", 3.0)["target"] == 50.0
+    assert crossing(curve, "target", 60.0) is None
+    flat = {key: [5.0, 5.0] for key in curve}
+    assert crossing(flat, "target", 5.0)["prior"] == 5.0
+    faster = {**curve, "target": [10.0, 40.0, 50.0, 50.0]}
+    text = slices({"es": {0: {"curve": curve}, 1: {"curve": faster}}, "x": {0: {}}})
+    # Of 10 -> 50: the goal is 40, reached at 2.67 and at 1 thousand answers.
+    assert "After 3 thousand answers, and where the target reaches 40.0 %:" in text
+    assert "| es | 50.0 ± 0.0 | 70.0 ± 0.0 | 81.7 ± 8.3 | 1.8 ± 0.8 |" in text
+    assert "| x |" not in text
+    assert among([None, first], "prior") == "97.5 (1 of 2)"
+    assert among([None, None], "prior") == "not reached"

@@ -1,6 +1,7 @@
 """The tables of a forgetting study, from the folders of its runs."""
 
 import csv
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ def study_report(
     results = {method: of_seed for method, of_seed in results.items() if of_seed}
     write_csv(out / "results.csv", results, priors)
     text = markdown(results, config.task, priors)
+    text += slices(results)
     text += systematic_table(config, methods, seeds, workdir)
     hours = sum(one.get("hours", 0.0) for of in results.values() for one in of.values())
     text += f"\n{hours:.1f} hours of training in all.\n"
@@ -202,6 +204,61 @@ def markdown(results: Results, target: str, priors: Sequence[str]) -> str:
             cells.append(mean_error(known[:1] if exact else known, form))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def slices(results: Results) -> str:
+    """The runs at equal answers and at equal target accuracy, between evaluations.
+
+    The answers are those of the shortest run; the target is three quarters of the way
+    from the start to the best end.
+    """
+    runs = {
+        method: [one["curve"] for one in of_seed.values()]
+        for method, of_seed in results.items()
+        if all("curve" in one for one in of_seed.values())
+    }
+    curves = [curve for of_seed in runs.values() for curve in of_seed]
+    answers = min(curve["answers"][-1] for curve in curves)
+    start = float(np.mean([curve["target"][0] for curve in curves]))
+    best = max(float(np.mean([c["target"][-1] for c in of])) for of in runs.values())
+    goal = start + 0.75 * (best - start)
+    lines = [
+        "",
+        f"After {answers:.0f} thousand answers, and where the target reaches "
+        f"{goal:.1f} %:",
+        "",
+        "| method | target % | priors % | priors % | answers, thousands | ‖θ-θ₀‖ |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method, of_seed in runs.items():
+        equal = [crossing(curve, "answers", answers) for curve in of_seed]
+        reached = [crossing(curve, "target", goal) for curve in of_seed]
+        cells = [
+            *(among(equal, key) for key in ("target", "prior")),
+            *(among(reached, key) for key in ("prior", "answers", "norm")),
+        ]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def crossing(curve: dict[str, list], key: str, value: float) -> dict[str, float] | None:
+    """The state where `key` first comes to a value, between evaluations linearly."""
+    steps = curve[key]
+    for i, (before, after) in enumerate(itertools.pairwise(steps)):
+        if before <= value <= after:
+            share = (value - before) / (after - before) if after > before else 0.0
+            return {
+                name: curve[name][i] + share * (curve[name][i + 1] - curve[name][i])
+                for name in ("target", "prior", "answers", "norm")
+            }
+    return None
+
+
+def among(states: Sequence[dict[str, float] | None], key: str) -> str:
+    """Mean ± error of those that came to it, and how many if not all did."""
+    known = [state[key] for state in states if state is not None]
+    few = f" ({len(known)} of {len(states)})" if 0 < len(known) < len(states) else ""
+    return (mean_error(known, ".1f") or "not reached") + few
 
 
 def systematic_table(
