@@ -12,35 +12,31 @@ Results = dict[str, dict[int, dict[str, Any]]]
 
 
 def study_figure(results: Results, target: str) -> Figure:
-    """Course of the accuracies, the trade-off, norms with their laws, and KL."""
+    """Course of the accuracies, the trade-off, norms with their laws, and KL.
+
+    A method has one colour in all panels; the courses are of the first of each kind.
+    """
     made = Figure(figsize=(13, 9), layout="constrained")
     course, trade, norms, kl = made.subplots(2, 2).ravel()
     runs = [method for method in results if has_curve(results[method])]
-    few = [m for m in runs if m in main_methods(runs)]
-    for color, method in enumerate(few):
+    colors = {method: f"C{number % 10}" for number, method in enumerate(runs)}
+    few = main_methods(runs)
+    for method in runs:
         curves = [one["curve"] for one in results[method].values()]
-        answers = curves[0]["answers"]
-        for key, style in (("target", "-"), ("prior", "--")):
-            values = np.array([curve[key] for curve in curves])
-            name = method if key == "target" else None
-            band(course, answers, values, f"C{color}", style, name)
+        color, answers = colors[method], curves[0]["answers"]
+        if method in few:
+            band(course, answers, curves, "target", color, "-", method)
+            band(course, answers, curves, "prior", color, "--")
+            band(kl, answers, curves, "kl_prior", color, "-", method)
+        band(norms, curves[0]["generation"], curves, "norm", color, "-", method)
+        if None not in curves[0]["law"]:
+            at, law = curves[0]["generation"], curves[0]["law"]
+            norms.plot(at, law, ":", color="black", linewidth=1)
+    trade_off(trade, results, colors)
     caption(course, f"target {target} (solid) and mean of the priors (dashed)")
     course.set(xlabel="sampled answers, thousands", ylabel="held-out accuracy, %")
-    trade_off(trade, results)
-    for color, method in enumerate(runs):
-        curves = [one["curve"] for one in results[method].values()]
-        at = curves[0]["generation"]
-        values = np.array([curve["norm"] for curve in curves])
-        band(norms, at, values, f"C{color}", "-", method)
-        law = curves[0]["law"]
-        if None not in law:
-            norms.plot(at, law, ":", color="black", linewidth=1)
     caption(norms, "distance from the base model; dotted: the law of pure drift")
     norms.set(xlabel="generation", ylabel="‖θ - θ₀‖")
-    for color, method in enumerate(few):
-        curves = [one["curve"] for one in results[method].values()]
-        values = np.array([curve["kl_prior"] for curve in curves], float)
-        band(kl, curves[0]["answers"], values, f"C{color}", "-", method)
     kl.set_yscale("symlog", linthresh=1e-2)
     kl.set_ylim(bottom=0)
     caption(kl, "KL(base || tuned) on the base model's answers to the priors")
@@ -61,28 +57,33 @@ def main_methods(runs: Sequence[str]) -> list[str]:
     return list(kinds.values())
 
 
-def trade_off(axes: Axes, results: Results) -> None:
-    """Target against priors at the end; lines join one kind of decay over λ."""
+def trade_off(axes: Axes, results: Results, colors: dict[str, str]) -> None:
+    """Target against priors at the end; gray lines join a kind of decay from λ = 0 on.
+
+    Controls are hollow, in the colour of the method that they are matched to.
+    """
     paths: dict[str, list[tuple[float, float, float]]] = {}
-    for number, (method, of_seed) in enumerate(results.items()):
+    for method, of_seed in results.items():
         x, x_error = spread([one["target"] for one in of_seed.values()])
         y, y_error = spread([one["prior"] for one in of_seed.values()])
-        hollow = not has_curve(of_seed)
+        run = method in colors
         axes.errorbar(
             x,
             y,
             y_error,
             x_error,
-            marker="os^Dv*"[number % 6],
-            markerfacecolor="none" if hollow else None,
+            marker="o" if run else "s" if method.startswith("shrunk") else "^",
+            markerfacecolor=None if run else "none",
             linestyle="none",
-            color=f"C{number % 10}",
+            color=colors[method if run else method.split()[-1]],
             capsize=2,
             label=method,
         )
         kind, _, value = method.partition(":")
-        if kind in ("l1", "l2", "n"):
+        if kind in ("l1", "l2"):
             paths.setdefault(kind, []).append((float(value), x, y))
+        elif method == "es":
+            paths |= {kind: [(0.0, x, y)] for kind in ("l1", "l2")}
     for points in paths.values():
         _, xs, ys = zip(*sorted(points), strict=True)
         axes.plot(xs, ys, color="gray", linewidth=0.8, zorder=0)
@@ -101,12 +102,14 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 def band(
     axes: Axes,
     at: Sequence[float],
-    values: np.ndarray,
+    curves: Sequence[dict[str, list]],
+    key: str,
     color: str,
     style: str,
-    name: str | None,
+    name: str | None = None,
 ) -> None:
-    """Mean over seeds [S, T] with a band of one standard error."""
+    """Mean over the seeds' curves, with a band of one standard error."""
+    values = np.array([curve[key] for curve in curves], float)
     mean = values.mean(0)
     axes.plot(at, mean, style, color=color, label=name)
     if len(values) > 1:
