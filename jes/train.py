@@ -33,7 +33,7 @@ from jes.io import checkpoints, command_line, memory, runs
 from jes.io.interrupts import Stopped, stop_request
 from jes.io.progress import bar, console
 from jes.models.weights import fingerprint
-from jes.record import check_length, evaluate, finish, finished, writing
+from jes.record import check_length, evaluate, finish, finished, report, writing
 from jes.setup import (
     Setup,
     check_settings,
@@ -79,8 +79,12 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     check_settings(config)
     evolution = make_evolution(config)
     with runs.alone(workdir):
-        begin = METHODS[config.method]
-        return finished(config, workdir) or begin(config, evolution, workdir)
+        summary = finished(config, workdir)
+        if summary is None:
+            return METHODS[config.method](config, evolution, workdir)
+        console.print("this run finished before; give another --workdir for a new one")
+        report(workdir, summary)
+        return summary
 
 
 def evolve(

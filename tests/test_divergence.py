@@ -96,6 +96,22 @@ def test_against_a_plain_reading(base: jes.Pretrained, answers: Answers) -> None
         assert found.tokens == sum(lengths)
 
 
+def test_answers_as_long_as_a_bucket(base: jes.Pretrained) -> None:
+    """A batch of short rows is narrower than the longest answer; its sums are whole."""
+    tuned = noisy(base.params, 0.05)
+    rng = np.random.default_rng(0)
+    lengths = [(2, 5), (3, 6), (4, 20), (2, 30), (30, 30)]
+    made = [[rng.integers(3, 60, n).tolist() for n in pair] for pair in lengths]
+    answers = Answers(*map(list, zip(*made, strict=True)))
+    settings = {"batch_size": 2, "buckets": (8, 16, 32)}  # the last row needs 60
+    found = divergence(base.model, base.params, tuned, answers, **settings)
+    whole = divergence(
+        base.model, base.params, tuned, answers, batch_size=5, buckets=(64,)
+    )
+    np.testing.assert_allclose(found[:4], whole[:4], rtol=1e-4)
+    assert found.tokens == 91
+
+
 def test_sampled_and_full_agree_and_grow_with_the_distance(
     base: jes.Pretrained,
 ) -> None:

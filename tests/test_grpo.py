@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import jes
+from jes.anchor import displacement, keep_anchor
 from jes.ask import Examiner, Question, prepare
 from jes.baselines.grpo import (
     Batch,
@@ -30,8 +31,6 @@ from jes.errors import InputError
 from jes.sampling.generate import trim
 from jes.tasks import load_task
 from jes.tasks.task import Reward
-from jes.tell import displacement
-from jes.train import stored_copy
 
 slopes = jax.jit(
     jax.value_and_grad(loss, argnums=2, has_aux=True), static_argnums=(0, 1)
@@ -376,7 +375,7 @@ def test_reward_rises() -> None:
     pretrained = jes.load("tiny")
     examiner = make_examiner(pretrained, "tiny/min")
     settings = Grpo(prompts=16, group=16, minibatch=128, learning_rate=3e-4)
-    params, base = pretrained.params, stored_copy(pretrained)
+    params, base = pretrained.params, keep_anchor(pretrained.params)
     state = make_optimizer(settings).init(params)
     questions = prepare(examiner, examiner.task.train)
     rewards = []

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from jes import train
 from jes.forgetting.figures import caption, spread
-from jes.forgetting.methods import folder_of, method_config
+from jes.forgetting.methods import folder_of, is_finished, method_config
 from jes.forgetting.report import mean_error
 from jes.io.progress import console
 
@@ -29,12 +29,13 @@ def run_chain(
         for method in methods:
             model = base.model
             for stage, task in enumerate(tasks):
-                config = method_config(base, method, seed)
+                # With the same noise in each stage their displacements could correlate.
+                config = method_config(base, method, seed + 1000 * stage)
                 config.model, config.task = model, task
                 config.eval_tasks = tuple(t for t in watched if t != task)
                 config.eval_every = config.generations
                 folder = folder_of(workdir, method, seed) / f"stage-{stage}"
-                if not (folder / "summary.json").is_file():
+                if not is_finished(config, folder):
                     console.print(f"{method}, seed {seed}, stage {stage}: {task}")
                     train.run(config, folder)
                 model = str(folder / "model")

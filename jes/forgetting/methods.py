@@ -5,6 +5,7 @@ from pathlib import Path
 import ml_collections
 
 from jes.errors import InputError
+from jes.record import finished
 
 
 def method_config(
@@ -14,7 +15,7 @@ def method_config(
 
     Args:
       base: settings of the study.
-      method: as in the list above, such as 'l2:1'.
+      method: as in the list of `jes.forgetting.study`, such as 'l2:1'.
       seed: of noise and examples.
 
     Raises:
@@ -38,7 +39,9 @@ def method_config(
             config.eval_every = max(1, every)
         elif kind == "grpo":
             config.method = "grpo"
-            config.grpo.learning_rate = float(value)
+            rate, _, iterations = value.partition(":")
+            config.grpo.learning_rate = float(rate)
+            config.generations = int(iterations or config.generations)
         elif kind == "shuffled" and not value:
             config.shuffle_fitness = True
         elif kind != "es" or value:
@@ -46,7 +49,7 @@ def method_config(
     except ValueError as error:
         raise InputError(
             f"{method!r} is no method of the study: es, l2:λ, l1:λ, n:N, answers:N, "
-            "shuffled, grpo:RATE"
+            "shuffled, grpo:RATE, grpo:RATE:ITERATIONS"
         ) from error
     return config
 
@@ -54,3 +57,12 @@ def method_config(
 def folder_of(workdir: Path, method: str, seed: int) -> Path:
     """Where a run of the study is."""
     return workdir / method.replace(":", "-") / f"seed-{seed}"
+
+
+def is_finished(config: ml_collections.ConfigDict, folder: Path) -> bool:
+    """Whether a run with these settings is complete.
+
+    Raises:
+      InputError: if the folder is that of a run with others, or of a longer one.
+    """
+    return folder.is_dir() and finished(config, folder) is not None

@@ -13,7 +13,8 @@ any moment, the same command goes on. The methods:
     n:N           a population of N for as many generations
     answers:N     a population of N for as many answers in all
     shuffled      rewards dealt out at random: a walk of the same length
-    grpo:RATE     the policy gradient, as many prompts and answers a generation
+    grpo:RATE     the policy gradient, as many prompts and answers a generation, for
+                  as many generations, or grpo:RATE:ITERATIONS
 
 And what follows from finished runs, for every decay and for GRPO: the result of plain
 ES shrunk towards the start to their norm, and ES stopped early at their accuracy on
@@ -34,7 +35,7 @@ from jes import train
 from jes.ask import examine
 from jes.errors import InputError
 from jes.forgetting.chain import chain_report, run_chain
-from jes.forgetting.methods import folder_of, method_config
+from jes.forgetting.methods import folder_of, is_finished, method_config
 from jes.forgetting.report import study_report
 from jes.io import command_line, memory
 from jes.io.metrics import write_json
@@ -57,7 +58,7 @@ def run_all(
     configs = {(m, s): method_config(base, m, s) for s in seeds for m in methods}
     for number, ((method, seed), config) in enumerate(configs.items(), 1):
         folder = folder_of(workdir, method, seed)
-        if (folder / "summary.json").is_file():
+        if is_finished(config, folder):
             continue
         console.print(f"run {number} of {len(configs)}: {method}, seed {seed}")
         train.run(config, folder)
@@ -75,6 +76,7 @@ def shrink_all(
         return
     for seed in seeds:
         config = method_config(base, "es", seed)
+        config.kl_prompts = 0  # nothing of it is measured here
         paths = {m: folder_of(workdir, f"shrunk to {m}", seed) for m in to}
         missing = {m: p for m, p in paths.items() if not (p / "summary.json").is_file()}
         if not missing:
@@ -114,7 +116,7 @@ def main() -> None:
     config_flag = config_flags.DEFINE_config_file(
         "config", None, "Settings of a run: a file in configs/.", lock_config=True
     )
-    flags.DEFINE_string("workdir", "", "Of all runs; by default runs/<config file>.")
+    flags.DEFINE_string("workdir", "", "Of all runs; by default runs/<config>_study.")
     flags.DEFINE_string("out", "", "Of tables and figures; by default the workdir.")
     flags.DEFINE_string("methods", METHODS, "Comma-separated.")
     flags.DEFINE_string("seeds", "0", "Comma-separated.")
@@ -132,7 +134,9 @@ def main() -> None:
         methods = split(values.methods, "methods")
         seeds = [whole(seed) for seed in split(values.seeds, "seeds")]
         file_name = config_flags.get_config_filename(values["config"])
-        name = Path(file_name.partition(":")[0]).stem
+        file, _, variant = file_name.partition(":")
+        kind = "chain" if values.chain else "study"
+        name = "_".join(filter(None, [Path(file).stem, variant, kind]))
         workdir = Path(values.workdir or f"runs/{name}")
         out = Path(values.out or workdir)
         out.mkdir(parents=True, exist_ok=True)

@@ -88,7 +88,7 @@ def divergence(
       answers: of the base model, from `sample_answers`.
       batch_size: answers compared at once; each takes two arrays of logits, of the
         tokens of the longest answer times the vocabulary.
-      buckets: lengths of prompt and answer to pad to.
+      buckets: lengths of prompt and answer to pad to; the longest of all is one too.
       dtype: of the weights that are compared; the log-softmax is in float32.
     """
     rows = [
@@ -96,14 +96,15 @@ def divergence(
         for prompt, answer in zip(answers.prompts, answers.answers, strict=True)
     ]
     lengths = np.array([len(answer) for answer in answers.answers])
-    longest = int(lengths.max())
     order = np.argsort([len(row) for row in rows], kind="stable")
     sums = np.zeros((len(rows), 2))
     size = min(batch_size, len(rows))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
         filled = np.concatenate([chosen, chosen[-1:].repeat(size - len(chosen))])
-        batch = pad([rows[i] for i in filled], buckets)
+        batch = pad([rows[i] for i in filled], (*buckets, max(map(len, rows))))
+        # One length for all batches of a bucket; the first token is never an answer's.
+        longest = min(int(lengths.max()), batch.tokens.shape[1] - 1)
         counted = np.arange(longest) >= longest - lengths[filled][:, None]
         out = _log_ratios(model, base, params, *batch, counted, jnp.dtype(dtype))
         sums[chosen] = np.asarray(out)[: len(chosen)]
