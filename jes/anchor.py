@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jes.core.noise import PyTree, leaf_path
+from jes.core.placement import on_device
 
 PLACES = ("device", "bfloat16", "host")
 MOVED = 1e-6
@@ -19,7 +20,7 @@ def keep_anchor(params: PyTree, place: str = "device", stored: Any = None) -> Py
 
     Args:
       params: float32 weights, which may be given away afterwards (donated).
-      place: 'device' keeps them as exactly as they are; 'bfloat16' rounds them, which
+      place: 'device' keeps them as they are; 'bfloat16' rounds them, which
         moves the point that the pull goes to by up to 2^-8 of each weight; 'host'
         keeps them in the pinned memory of the host, from where an update reads one
         tensor at a time: no memory of the device, the same numbers.
@@ -112,7 +113,7 @@ def _sums(params: PyTree, anchor: PyTree) -> PyTree:
     """For each leaf: squares of difference and anchor, number moved, largest."""
 
     def row(new: jax.Array, old: jax.Array) -> tuple[jax.Array, ...]:
-        old = jax.device_put(old, jax.memory.Space.Device).astype(jnp.float32)
+        old = on_device(old).astype(jnp.float32)
         away = new.astype(jnp.float32) - old
         moved = (jnp.abs(away) > MOVED).sum(dtype=jnp.float32)
         return (away**2).sum(), (old**2).sum(), moved, jnp.abs(away).max()

@@ -31,7 +31,7 @@ def default() -> ConfigDict:
 
     # Anchored weight decay (2605.30148): a pull back to the base model.
     config.decay = "none"  # or 'l2', 'l1'
-    config.decay_coefficient = 0.0  # λ; alpha x λ is the share taken off a generation
+    config.decay_coefficient = 0.0  # λ; L2 takes off the share alpha x λ a generation
     config.anchor = "device"  # or 'bfloat16', rounded, or 'host', out of its memory
 
     # The policy gradient that ES is compared with; `population` is its group.

@@ -19,6 +19,7 @@ from jes.export import decay_anchor, evolution_of, load_base, read_ledger
 from jes.io.command_line import at_least, guarded
 from jes.io.metrics import write_json
 from jes.io.progress import console
+from jes.io.runs import recorded
 from jes.models.weights import Pretrained, load
 from jes.setup import DTYPES
 from jes.tasks import TASKS, load_task
@@ -35,9 +36,13 @@ def load_model(path: str) -> tuple[Pretrained, str]:
       The model, and the dtype it is to answer in: float32, or that of the run.
     """
     if not (Path(path) / "ledger.jsonl").is_file():
-        # A finished run of the baseline has no ledger, but the model that it came to.
-        result = Path(path) / "model"
-        return load(result if result.is_dir() else path), "float32"
+        if not (Path(path) / "metrics.jsonl").is_file():
+            return load(path), "float32"
+        # A run of the baseline has no ledger, but in the end a model.
+        record = recorded(Path(path))
+        if record is None or not (Path(path) / "model").is_dir():
+            raise InputError(f"{path} is a run without a ledger that is not finished")
+        return load(Path(path) / "model"), record["config"]["dtype"]
     ledger = read_ledger(Path(path))
     base = load_base(ledger)
     folder = Path(path) / "checkpoints"

@@ -173,10 +173,13 @@ def finished(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]
 def check_length(workdir: Path, done: int, generations: int) -> None:
     """Raises InputError where a run has gone further than it is to go."""
     if done > generations:
-        raise InputError(
-            f"{workdir} has gone {done} generations, more than {generations}; an "
-            f"earlier state is rebuilt by: python -m jes.export --run={workdir} "
+        earlier = (
+            f"; an earlier state is rebuilt by: python -m jes.export --run={workdir} "
             f"--out=FOLDER --generations={generations}"
+        )
+        raise InputError(
+            f"{workdir} has gone {done} generations, more than {generations}"
+            + (earlier if (workdir / "ledger.jsonl").exists() else "")
         )
 
 

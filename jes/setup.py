@@ -18,7 +18,6 @@ from jes.sampling.generate import GREEDY, Sampling
 from jes.tasks import load_task
 from jes.tell import Evolution, make_optimizer
 
-METHODS = ("es", "grpo")
 DTYPES = ("float32", "bfloat16", "float16")
 """Of the weights that answer. The master, which is trained, is float32."""
 
@@ -92,8 +91,6 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
     for name in ("alpha", "temperature", "memory_gb"):
         if not np.isfinite(config[name]):
             raise InputError(f"{name} must be finite, not {config[name]}")
-    if config.method not in METHODS:
-        raise InputError(f"method must be one of {METHODS}, not {config.method!r}")
     if config.anchor not in PLACES:
         raise InputError(f"anchor must be one of {PLACES}, not {config.anchor!r}")
     if config.decay_coefficient and config.decay == "none":
@@ -122,11 +119,6 @@ def make_setup(config: ml_collections.ConfigDict, evolution: Evolution) -> Setup
         max_new_tokens=config.max_new_tokens,
         sampling=make_sampling(config),
     )
-    # Members may sample their answers; what is reported is the greedy answer's.
-    evaluated = {config.task: dataclasses.replace(trained, sampling=GREEDY)}
-    evaluated |= {
-        name: make_examiner(config, pretrained, name) for name in config.eval_tasks
-    }
     train = prepare(trained, trained.task.train)
     if not train:
         raise InputError(f"task {config.task} has no training examples")
@@ -136,12 +128,9 @@ def make_setup(config: ml_collections.ConfigDict, evolution: Evolution) -> Setup
         )
     # One shape for the whole run: that of the longest prompt.
     trained_on = one_bucket(trained, train)
-    evaluations = {
-        name: (each, prepare(each, each.task.test)) for name, each in evaluated.items()
-    }
-    for name, (_, test) in evaluations.items():
-        if not test:
-            raise InputError(f"task {name} has no examples to evaluate on")
+    # Members may sample their answers; what is reported is the greedy answer's.
+    greedy = dataclasses.replace(trained, sampling=GREEDY)
+    evaluations = make_evaluations(config, pretrained, greedy)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(pretrained.params))
     answers = {
         name: base_answers(config, pretrained, questions)
@@ -158,6 +147,23 @@ def make_setup(config: ml_collections.ConfigDict, evolution: Evolution) -> Setup
         evaluations,
         answers,
     )
+
+
+def make_evaluations(
+    config: ml_collections.ConfigDict, pretrained: Pretrained, trained: Examiner
+) -> dict[str, tuple[Examiner, list[Question]]]:
+    """The held-out questions of the trained task, and of those beside it."""
+    evaluated = {config.task: trained}
+    evaluated |= {
+        name: make_examiner(config, pretrained, name) for name in config.eval_tasks
+    }
+    evaluations = {
+        name: (each, prepare(each, each.task.test)) for name, each in evaluated.items()
+    }
+    for name, (_, test) in evaluations.items():
+        if not test:
+            raise InputError(f"task {name} has no examples to evaluate on")
+    return evaluations
 
 
 def base_answers(

@@ -76,6 +76,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
       Stopped: after SIGINT or SIGTERM, with everything saved.
       OSError: if the disk is full or the like; what happened before is saved.
     """
+    if config.method not in METHODS:
+        names = tuple(METHODS)
+        raise InputError(f"method must be one of {names}, not {config.method!r}")
     check_settings(config)
     evolution = make_evolution(config)
     with runs.alone(workdir):

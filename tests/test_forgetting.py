@@ -241,8 +241,11 @@ def test_grpo_goes_on_from_its_checkpoint(
     config = method_config(base, "grpo:1e-3", 0)
     config.generations = 2
     train.run(config, tmp_path / "run")
+    before = rows(tmp_path / "run" / "metrics.jsonl")
     config.generations = 4
     train.run(config, tmp_path / "run")
+    # Not done again: the seconds are those of then.
+    assert rows(tmp_path / "run" / "metrics.jsonl")[:2] == before
     whole = folder_of(workdir, "grpo:1e-3", 0)
     for name in ("model/model.safetensors",):
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()

@@ -347,6 +347,43 @@ def test_improve_takes_the_steps_that_it_says(
     assert metrics["kl"] > 0
 
 
+def test_microbatches_add_up_to_the_minibatch(
+    examiner: Examiner, params: dict, batch: Batch
+) -> None:
+    """The same gradient, from less memory."""
+    steps = {}
+    for held in (0, 4):
+        settings = dataclasses.replace(SETTINGS, microbatch=held, kl=0.1)
+        mine = jax.tree.map(jnp.array, params)
+        state = make_optimizer(settings).init(mine)
+        _, state, metrics = improve(
+            settings, examiner.model, mine, state, params, batch, jax.random.key(4)
+        )
+        steps[held] = (state[1][0].mu, metrics)
+    chex.assert_trees_all_close(steps[0][0], steps[4][0], rtol=1e-4, atol=1e-8)
+    for name in ("loss", "gradient_norm", "clipped"):
+        assert steps[0][1][name] == pytest.approx(steps[4][1][name], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("place", ["host", "bfloat16"])
+def test_the_reference_may_be_kept_elsewhere(
+    examiner: Examiner, batch: Batch, params: dict, place: str
+) -> None:
+    mine = jax.tree.map(jnp.array, params)
+    state = make_optimizer(SETTINGS).init(mine)
+    *_, metrics = improve(
+        SETTINGS,
+        examiner.model,
+        mine,
+        state,
+        keep_anchor(params, place),
+        batch,
+        jax.random.key(0),
+    )
+    # Of a rounded base: not quite nothing.
+    assert metrics["kl"] < (1e-12 if place == "host" else 1e-3)
+
+
 def test_the_reference_may_be_kept_in_the_precision_of_its_files(
     examiner: Examiner, batch: Batch, params: dict
 ) -> None:
@@ -416,7 +453,8 @@ def test_diverged_weights_are_reported(
         {"temperature": 0.0},
         {"clip_norm": float("inf")},
         {"weight_decay": -0.1},
-        {"b1": 1.0},
+        {"microbatch": 7},
+        {"microbatch": -1},
     ],
 )
 def test_settings_are_checked(settings: dict) -> None:

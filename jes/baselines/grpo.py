@@ -5,7 +5,7 @@ weights and rewards them; `improve` takes one optimizer step for each minibatch 
 shuffled answers. Prompts, rewards and sampler are those of `jes.ask`, so that a
 comparison differs in the update only. The weights that train are float32.
 
-Left out on purpose: a critic, an entropy bonus, gradient accumulation.
+Left out on purpose: a critic and an entropy bonus.
 
 Axis letters: P prompts, G answers a prompt (its group), R = P·G rows, prompt by prompt,
 T prompt tokens, N new tokens, V vocabulary.
@@ -25,6 +25,7 @@ import optax
 
 from jes.ask import Examiner, Question, Score
 from jes.core.noise import PyTree
+from jes.core.placement import on_device
 from jes.errors import InputError
 from jes.sampling.generate import Sampling, decode_members, trim, unrolled_members
 from jes.sampling.prompts import pad
@@ -49,12 +50,14 @@ class Grpo:
       clip: the ratio to the sampling policy counts up to 1 ± clip.
       kl: weight of the divergence from the base model, in reward per nat.
       minibatch: rows (answers) of one optimizer step; a divisor of P·G.
+      microbatch: rows whose logits and activations are held at once, while gradients
+        add up to those of the minibatch; a divisor of it, 0 for all. It takes memory
+        and changes no result beyond the order of sums.
       epochs: how often each answer is used.
       temperature: of the sampled answers; the policy that is trained is the one at
         this temperature.
       weight_decay: towards zero, decoupled (AdamW).
       clip_norm: largest global norm of a minibatch's gradient.
-      b1, b2: decay rates of Adam's moments.
     """
 
     prompts: int = 200
@@ -63,12 +66,11 @@ class Grpo:
     clip: float = 0.2
     kl: float = 0.001
     minibatch: int = 1000
+    microbatch: int = 0
     epochs: int = 1
     temperature: float = 1.0
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    b1: float = 0.9
-    b2: float = 0.999
 
     def __post_init__(self) -> None:
         for name in ("prompts", "minibatch", "epochs"):
@@ -80,10 +82,11 @@ class Grpo:
         for name in ("kl", "weight_decay"):
             value = getattr(self, name)
             self._check(name, math.isfinite(value) and value >= 0, "at least 0")
-        for name in ("b1", "b2"):
-            self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         rows = self.prompts * self.group
         self._check("minibatch", not rows % self.minibatch, f"a divisor of {rows}")
+        held = self.microbatch or self.minibatch
+        divides = held > 0 and not self.minibatch % held
+        self._check("microbatch", divides, f"a divisor of {self.minibatch}")
 
     def _check(self, name: str, right: bool, what: str) -> None:
         if not right:
@@ -151,12 +154,7 @@ def make_optimizer(settings: Grpo) -> optax.GradientTransformationExtraArgs:
     """AdamW behind a bound on the global norm of the gradient."""
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
-        optax.adamw(
-            settings.learning_rate,
-            b1=settings.b1,
-            b2=settings.b2,
-            weight_decay=settings.weight_decay,
-        ),
+        optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay),
     )
 
 
@@ -403,10 +401,11 @@ def improve(
 
 
 def _scored(settings: Grpo, model: Any, params: PyTree, batch: Batch) -> jax.Array:
-    """`log_probabilities` of any number of rows, a minibatch at a time: [R, N]."""
+    """`log_probabilities` of any number of rows, a microbatch at a time: [R, N]."""
+    held = settings.microbatch or settings.minibatch
     pieces = [
         _log_probabilities(model, params, batch, settings.temperature, piece)
-        for piece in jnp.arange(len(batch.tokens)).reshape(-1, settings.minibatch)
+        for piece in jnp.arange(len(batch.tokens)).reshape(-1, held)
     ]
     return jnp.concatenate(pieces)
 
@@ -415,21 +414,35 @@ def _scored(settings: Grpo, model: Any, params: PyTree, batch: Batch) -> jax.Arr
 def _log_probabilities(
     model: Any, params: PyTree, batch: Batch, temperature: float, rows: jax.Array
 ) -> jax.Array:
-    # The base weights may be kept in less; what they answer is that of float32.
-    weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    # The base weights may be kept in less, or by the host; they answer in float32.
+    weights = jax.tree.map(lambda leaf: on_device(leaf).astype(jnp.float32), params)
     chosen = jax.tree.map(lambda array: array[rows], batch)
     return log_probabilities(model, weights, chosen, temperature)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def _step(settings, model, params, state, batch, old, reference, rows):
-    """One optimizer step on the given rows."""
-    batch, old, reference = jax.tree.map(lambda a: a[rows], (batch, old, reference))
+    """One optimizer step on the given rows, a microbatch after the other."""
     value_and_gradient = jax.value_and_grad(loss, argnums=2, has_aux=True)
-    (value, metrics), gradient = value_and_gradient(
-        settings, model, params, batch, old, reference
-    )
+
+    def slopes(rows):
+        of_rows = jax.tree.map(lambda array: array[rows], (batch, old, reference))
+        (value, metrics), gradient = value_and_gradient(
+            settings, model, params, *of_rows
+        )
+        return metrics | {"loss": value}, gradient
+
+    # Each microbatch is a mean over as many answers, so the mean of these is the whole.
+    pieces = rows.reshape(-1, settings.microbatch or settings.minibatch)
+    metrics, gradient = slopes(pieces[0])
+    if len(pieces) > 1:
+
+        def add(sums, rows):
+            return jax.tree.map(jnp.add, sums, slopes(rows)), None
+
+        sums, _ = jax.lax.scan(add, (metrics, gradient), pieces[1:])
+        metrics, gradient = jax.tree.map(lambda leaf: leaf / len(pieces), sums)
     norm = optax.tree.norm(gradient)
     updates, state = make_optimizer(settings).update(gradient, state, params)
-    metrics = metrics | {"loss": value, "gradient_norm": norm}
+    metrics = metrics | {"gradient_norm": norm}
     return optax.apply_updates(params, updates), state, metrics

@@ -18,10 +18,10 @@ from jes.anchor import displacement, keep_anchor
 from jes.baselines.grpo import Grpo, Rollout, improve, make_optimizer, rollout
 from jes.core.noise import PyTree, generation_key
 from jes.errors import InputError
-from jes.io import checkpoints, runs
+from jes.io import checkpoints, memory, runs
 from jes.io.interrupts import Stopped, stop_request
 from jes.io.progress import bar, console
-from jes.record import evaluate, finish, writing
+from jes.record import check_length, evaluate, finish, writing
 from jes.setup import Setup, make_setup, pick
 from jes.tell import Evolution
 
@@ -33,11 +33,13 @@ def learn(
     setup = make_setup(config, evolution)
     settings = make_settings(setup)
     runs.claim(workdir, config.to_dict(), {})
+    folder = workdir / "checkpoints"
+    newest = max(checkpoints.saved(folder), default=0)
+    check_length(workdir, newest, config.generations)
+    checkpoints.tidy(folder, newest)
     model, params = setup.pretrained.model, setup.pretrained.params
     base = keep_anchor(params, config.anchor, setup.pretrained.stored_dtype)
     root = jax.random.key(config.seed)
-    folder = workdir / "checkpoints"
-    checkpoints.tidy(folder, config.generations)
     state = make_optimizer(settings).init(params)
     restored = checkpoints.restore_latest(folder, (params, state), config.generations)
     done = saved = restored[0] if restored else 0
@@ -92,14 +94,29 @@ def make_settings(setup: Setup) -> Grpo:
     config = setup.config
     if config.decay != "none":
         raise InputError("decay is of method 'es'; GRPO has config.grpo.kl")
+    if config.top_k or config.top_p < 1 or config.shuffle_fitness:
+        raise InputError("GRPO has no top_k, top_p or shuffle_fitness")
+    if config.mode != "generate":
+        raise InputError(f"GRPO samples answers: mode 'generate', not {config.mode!r}")
     prompts = config.prompts or len(setup.train)
+    minibatch = config.grpo.minibatch or prompts * config.population
+    rows = memory.rows_of_gradient(
+        setup.pretrained.config,
+        setup.parameters,
+        setup.examiner.buckets[0],
+        setup.examiner.max_new_tokens,
+        budget=int(config.memory_gb * 1e9) or memory.free_bytes(),
+    )
+    # The most that fit, of those that divide the minibatch.
+    held = max(n for n in range(1, minibatch + 1) if not minibatch % n and n <= rows)
     return Grpo(
         prompts=prompts,
         group=config.population,
         learning_rate=config.grpo.learning_rate,
         clip=config.grpo.clip,
         kl=config.grpo.kl,
-        minibatch=config.grpo.minibatch or prompts * config.population,
+        minibatch=minibatch,
+        microbatch=held,
         epochs=config.grpo.epochs,
         temperature=config.temperature or 1.0,
     )

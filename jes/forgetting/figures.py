@@ -83,7 +83,8 @@ def trade_off(axes: Axes, results: Results, colors: dict[str, str]) -> None:
         if kind in ("l1", "l2"):
             paths.setdefault(kind, []).append((float(value), x, y))
         elif method == "es":
-            paths |= {kind: [(0.0, x, y)] for kind in ("l1", "l2")}
+            for decay in ("l1", "l2"):
+                paths.setdefault(decay, []).append((0.0, x, y))
     for points in paths.values():
         _, xs, ys = zip(*sorted(points), strict=True)
         axes.plot(xs, ys, color="gray", linewidth=0.8, zorder=0)

@@ -86,3 +86,5 @@ def make_tiny(config: ConfigDict, task: str) -> None:
     config.eval_every = 10
     config.kl_max_new_tokens = 8
     config.buckets = default().buckets
+    config.grpo.learning_rate = 1e-5
+    config.grpo.minibatch = 0

@@ -23,12 +23,15 @@ COLUMNS = {
     "worst": ("worst prior %", ".1f"),
     "trough": ("trough of priors %", ".1f"),
     "recovery": ("recovered", ".1f"),
-    "kl_prior": ("KL on priors, nats", ".3f"),
+    "prior_strict": ("priors strict %", ".1f"),
+    "kl_prior": ("full KL on priors, nats", ".3f"),
     "norm": ("‖θ-θ₀‖", ".2f"),
     "law": ("drift law", ".2f"),
     "answers": ("answers, thousands", ".0f"),
 }
 """Key of a result -> heading and format in the table."""
+MORE = ("prior_format", "target_strict", "target_format", "kl_target", "moved")
+"""What else results.csv has: shares in percent, a KL in nats."""
 
 
 def study_report(
@@ -62,7 +65,7 @@ def study_report(
     text += slices(results)
     text += systematic_table(config, methods, seeds, workdir)
     hours = sum(one.get("hours", 0.0) for of in results.values() for one in of.values())
-    text += f"\n{hours:.1f} hours of training in all.\n"
+    text += f"\n{hours:.1f} hours of generations in all, without evaluations.\n"
     (out / "results.md").write_text(text)
     curves = {
         method: {str(seed): one["curve"] for seed, one in of_seed.items()}
@@ -84,6 +87,10 @@ def result(folder: Path, target: str, priors: Sequence[str]) -> dict[str, Any]:
         **final(summary, target, priors),
         "trough": min(curve["prior"]),
         "recovery": curve["prior"][-1] - min(curve["prior"]),
+        "prior_strict": curve["prior_strict"][-1],
+        "prior_format": curve["prior_format"][-1],
+        "target_strict": curve["target_strict"][-1],
+        "target_format": curve["target_format"][-1],
         "kl_prior": mean_kl(far, priors),
         "kl_target": mean_kl(far, [target]),
         "law": summary["displacement_norm_drift"],
@@ -118,24 +125,34 @@ def mean_kl(row: dict[str, Any], tasks: Sequence[str]) -> float | None:
 
 def curve_of(folder: Path, target: str, priors: Sequence[str]) -> dict[str, list]:
     """The course of a run at its evaluations: accuracies in percent, norm, KL."""
-    rows = read_rows(folder / "evaluations.jsonl")
-    by_time: dict[int, dict[str, float]] = {}
-    for row in rows:
-        by_time.setdefault(row["generation"], {})[row["task"]] = 100 * row["accuracy"]
+    scores: dict[int, dict[str, dict[str, Any]]] = {}
+    for row in read_rows(folder / "evaluations.jsonl"):
+        scores.setdefault(row["generation"], {})[row["task"]] = row
     far = {row["generation"]: row for row in read_rows(folder / "distances.jsonl")}
     summary = json.loads((folder / "summary.json").read_text())
     each = summary["answers"] / summary["generations"] / 1000
-    times = sorted(by_time)
+    times = sorted(scores)
     laws = {
         row["generation"] + 1: row["displacement_norm_drift"]
         for row in read_rows(folder / "metrics.jsonl")
     }
+
+    def course(key: str, *tasks: str) -> list[float]:
+        return [
+            float(np.mean([100 * scores[time][task][key] for task in tasks]))
+            for time in times
+        ]
+
     return {
         "generation": times,
         "answers": [time * each for time in times],
-        "target": [by_time[time][target] for time in times],
-        "prior": [float(np.mean([by_time[t][p] for p in priors])) for t in times],
-        **{name: [by_time[time][name] for time in times] for name in priors},
+        "target": course("accuracy", target),
+        "target_strict": course("strict", target),
+        "target_format": course("formatted", target),
+        "prior": course("accuracy", *priors),
+        "prior_strict": course("strict", *priors),
+        "prior_format": course("formatted", *priors),
+        **{name: course("accuracy", name) for name in priors},
         "norm": [far[time]["norm"] for time in times],
         "law": [0.0 if time == 0 else laws[time] for time in times],
         "kl_prior": [mean_kl(far[time], priors) for time in times],
@@ -175,7 +192,7 @@ def add_controls(
 
 def write_csv(path: Path, results: Results, priors: Sequence[str]) -> None:
     """One row a method and seed; accuracies in percent."""
-    keys = [*COLUMNS, "kl_target", "moved", *priors]
+    keys = [*COLUMNS, *MORE, *priors]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["method", "seed", *keys])
@@ -227,7 +244,8 @@ def slices(results: Results) -> str:
         f"After {answers:.0f} thousand answers, and where the target reaches "
         f"{goal:.1f} %:",
         "",
-        "| method | target % | priors % | priors % | answers, thousands | ‖θ-θ₀‖ |",
+        "| method | target %, equal answers | priors %, equal answers | "
+        "priors %, equal target | answers, thousands | ‖θ-θ₀‖ |",
         "|---|---|---|---|---|---|",
     ]
     for method, of_seed in runs.items():
@@ -267,9 +285,9 @@ def systematic_table(
     seeds: Sequence[int],
     workdir: Path,
 ) -> str:
-    """How far the seeds of a method went in a common direction; '' for one seed."""
-    if len(seeds) < 2:
-        return ""
+    """How far the seeds of a method went in a common direction, if that can be told."""
+    if len(seeds) < 2 or config.dtype != "float32":
+        return ""  # saved in less, a model's small displacement is mostly rounding
     base = load(config.model).params
 
     def moved(method: str) -> list[np.ndarray]:

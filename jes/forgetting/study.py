@@ -41,7 +41,7 @@ from jes.io import command_line, memory
 from jes.io.metrics import write_json
 from jes.io.progress import console
 from jes.models.weights import load
-from jes.setup import make_evolution, make_setup
+from jes.setup import check_settings, make_evolution, make_setup
 
 METHODS = "es,l2:1,l1:0.02,answers:128,shuffled,grpo:1e-5"
 """Of the quick form."""
@@ -54,8 +54,11 @@ def run_all(
     workdir: Path,
 ) -> None:
     """Runs what is not finished: seed by seed, so that a part is a whole study too."""
-    # All names are looked at before the first run, which may take long.
+    # All settings are looked at before the first run, which may take long.
     configs = {(m, s): method_config(base, m, s) for s in seeds for m in methods}
+    for config in configs.values():
+        check_settings(config)
+        make_evolution(config)
     for number, ((method, seed), config) in enumerate(configs.items(), 1):
         folder = folder_of(workdir, method, seed)
         if is_finished(config, folder):

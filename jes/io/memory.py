@@ -72,6 +72,28 @@ def bytes_per_member(
     return 2 * parameters * size + cache + max(scores, hidden) + logits
 
 
+def rows_of_gradient(
+    config: Any, parameters: int, prompt: int, new: int, *, budget: int
+) -> int:
+    """How many answers to take a gradient of at once; at least 1.
+
+    An estimate: every layer's activations are kept for the way back, and four arrays
+    of logits.
+
+    Args:
+      config: `ModelConfig`.
+      parameters: number of weights; a gradient and two moments of them come on top.
+      prompt, new: tokens of a padded prompt, new tokens.
+      budget: bytes to spend.
+    """
+    tokens = prompt + new
+    hidden = tokens * (3 * config.intermediate_size + 8 * config.hidden_size) * 4
+    scores = 2 * config.num_attention_heads * tokens * tokens * 4
+    logits = 4 * new * config.vocab_size * 4
+    row = config.num_hidden_layers * (hidden + scores) + logits
+    return max(1, (budget - 3 * 4 * parameters) // row)
+
+
 def choose_chunk(*member: Any, population: int, budget: int) -> int:
     """How many members to hold at once.
 

@@ -98,9 +98,10 @@ class Writer:
         self.workdir = workdir
         self.board = Board(workdir / "tensorboard", start)
         # Superseded as events, but the evaluation at the start is not done again.
-        for row in read_rows(workdir / "evaluations.jsonl"):
-            if row["generation"] >= start:
-                self.board.write("evaluations", row["generation"], row)
+        for name in ("evaluations", "distances"):
+            for row in read_rows(workdir / f"{name}.jsonl"):
+                if row["generation"] >= start:
+                    self.board.write(name, row["generation"], row)
 
     def write(self, name: str, step: int, row: Mapping[str, Any]) -> None:
         """Appends `row` to `<name>.jsonl`; non-finite numbers are written as null."""

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jes.core.placement import on_device
 from jes.sampling.generate import generate
 from jes.sampling.prompts import BUCKETS, pad
 
@@ -136,10 +137,7 @@ def _log_ratios(
     targets = tokens[:, -longest:, None]
 
     def log_probabilities(weights: Any) -> jax.Array:
-        weights = jax.tree.map(
-            lambda leaf: jax.device_put(leaf, jax.memory.Space.Device).astype(dtype),
-            weights,
-        )
+        weights = jax.tree.map(lambda leaf: on_device(leaf).astype(dtype), weights)
         logits, _ = model.apply(
             {"params": weights}, tokens, positions, last=longest + 1
         )

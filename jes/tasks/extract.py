@@ -52,7 +52,8 @@ def option(text: str, options: str, lenient: re.Pattern[str]) -> Found:
 def letter(text: str, last: str) -> Found:
     """The letter A to `last` that a chain of thought ends with.
 
-    The format is a last 'The answer is (X)', whatever was said before. Leniently, in
+    The format is a last 'The answer is (X)', and a text that ends so is judged by that
+    (a departure: the paper's extraction would take the first). Leniently, in
     three stages, the first 'answer is (X)', the first 'answer is X' (where X may begin
     a word: 'the answer is clearly (B)' is C), the first letter that stands alone
     ('A dog' is A). All in capitals, and in the last `READ` characters.

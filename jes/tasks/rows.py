@@ -60,7 +60,10 @@ def one_of(answer: str, answers: Sequence[str], where: str) -> str:
 
 
 def subset(rows: list[Any], size: int = 2048) -> list[Any]:
-    """All rows, or of more than `size` the fixed random subset of 2605.30148."""
+    """All rows, or of more than `size` a fixed random subset.
+
+    2605.30148 takes as many with the same seed; how it draws them is not known.
+    """
     if len(rows) <= size:
         return rows
     return [rows[i] for i in random.Random(2357).sample(range(len(rows)), size)]

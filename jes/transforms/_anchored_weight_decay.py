@@ -9,6 +9,7 @@ import optax
 
 from jes.core.drift import KINDS
 from jes.core.noise import PyTree
+from jes.core.placement import on_device
 
 
 class AnchoredWeightDecayState(NamedTuple):
@@ -103,7 +104,7 @@ def anchored_weight_decay(
             if not chosen:
                 return update
             # One leaf at a time comes over from the host, if that is where it is kept.
-            home = jax.device_put(home, jax.memory.Space.Device)
+            home = on_device(home)
             f32 = jnp.float32
             step = update.astype(f32)
             away = param.astype(f32) + step - home.astype(f32)
