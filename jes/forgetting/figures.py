@@ -35,6 +35,8 @@ def study_figure(results: Results, target: str) -> Figure:
     trade_off(trade, results, colors)
     caption(course, f"target {target} (solid) and mean of the priors (dashed)")
     course.set(xlabel="sampled answers, thousands", ylabel="held-out accuracy, %")
+    course.set_ylim(-2, 124)  # room for the legend
+    course.legend(frameon=False, fontsize="small", loc="upper center", ncol=4)
     caption(norms, "distance from the base model; dotted: the law of pure drift")
     norms.set(xlabel="generation", ylabel="‖θ - θ₀‖")
     kl.set_yscale("symlog", linthresh=1e-2)
