@@ -415,3 +415,27 @@ def test_slices_are_taken_between_evaluations() -> None:
     assert "| x |" not in text
     assert among([None, first], "prior") == "97.5 (1 of 2)"
     assert among([None, None], "prior") == "not reached"
+
+
+def test_a_run_of_the_baseline_is_evaluated_by_its_model(
+    studied: tuple[Path, ConfigDict], tmp_path: Path
+) -> None:
+    workdir, _ = studied
+    folder = folder_of(workdir, "grpo:1e-3", 0)
+    pretrained, dtype = evaluate.load_model(str(folder))
+    assert dtype == "float32"
+    result = jes.load(folder / "model").params
+    assert fingerprint(pretrained.params) == fingerprint(result)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(InputError, match="without a ledger that is not finished"):
+        evaluate.load_model(str(tmp_path))
+
+
+def test_studies_do_not_take_the_runs_of_others(
+    studied: tuple[Path, ConfigDict],
+) -> None:
+    workdir, config = studied
+    config = config.copy_and_resolve_references()
+    config.sigma = 0.2
+    with pytest.raises(InputError, match="belongs to a run with other settings"):
+        study.run_all(config, ["es"], [0], workdir)
