@@ -36,6 +36,8 @@ def study_figure(results: Results, target: str) -> Figure:
     caption(course, f"target {target} (solid) and mean of the priors (dashed)")
     course.set(xlabel="sampled answers, thousands", ylabel="held-out accuracy, %")
     course.set_ylim(-2, 124)  # room for the legend
+    for axes in (course, kl):  # some methods take many times the answers of others
+        axes.set_xscale("symlog", linthresh=50)
     course.legend(frameon=False, fontsize="small", loc="upper center", ncol=4)
     caption(norms, "distance from the base model; dotted: the law of pure drift")
     norms.set(xlabel="generation", ylabel="‖θ - θ₀‖")
