@@ -38,6 +38,7 @@ def study_figure(results: Results, target: str) -> Figure:
     course.set_ylim(-2, 124)  # room for the legend
     for axes in (course, kl):  # some methods take many times the answers of others
         axes.set_xscale("symlog", linthresh=50)
+        axes.set_xlim(left=0)
     course.legend(frameon=False, fontsize="small", loc="upper center", ncol=4)
     caption(norms, "distance from the base model; dotted: the law of pure drift")
     norms.set(xlabel="generation", ylabel="‖θ - θ₀‖")
