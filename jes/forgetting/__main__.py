@@ -1,5 +1,7 @@
-"""`python -m jes.forgetting`: see `jes.forgetting.study`."""
+"""`python -m jes.forgetting`."""
 
-from jes.forgetting.study import main
+from jes.forgetting import study
 
-main()
+__doc__ = study.__doc__  # what --help shows
+
+study.main()

@@ -1,4 +1,4 @@
-"""The forgetting study of 2605.30148: methods and seeds, then a table and figures.
+r"""The forgetting study of 2605.30148: methods and seeds, then a table and figures.
 
     python -m jes.forgetting --config=configs/forgetting_tiny.py:quick
     python -m jes.forgetting --config=configs/forgetting_tiny.py --seeds=0,1,2 \
