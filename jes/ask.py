@@ -258,19 +258,13 @@ def _score_answers(
     examiner: Examiner, questions: Sequence[Question], answers: jax.Array
 ) -> list[Score]:
     """Rewards of generated tokens [C, B, N], one `Score` a member."""
-    texts = examiner.tokenizer.backend_tokenizer
-    earned: dict[tuple[int, tuple[int, ...]], Reward] = {}
     members = []
     for rows in np.asarray(answers)[:, : len(questions)]:
         members.append([tuple(row) for row in trim(rows, examiner.eos_ids)])
-    # Members mostly agree: each different answer is decoded and scored once.
-    new = list({(i, row) for rows in members for i, row in enumerate(rows)})
-    decoded = texts.decode_batch([list(row) for _, row in new])
-    for (i, row), text in zip(new, decoded, strict=True):
-        earned[i, row] = examiner.task.reward(questions[i].example, text)
+    asked = [(i, row) for rows in members for i, row in enumerate(rows)]
+    earned = rewards_of(examiner, questions, asked)
     scores = []
-    for rows in members:
-        rewards = np.array([earned[i, row] for i, row in enumerate(rows)], float)
+    for rows, rewards in zip(members, np.split(earned, len(members)), strict=True):
         lengths = np.array([len(row) for row in rows])
         truncated = lengths == examiner.max_new_tokens
         tokens = int((lengths + ~truncated).sum())
@@ -279,6 +273,30 @@ def _score_answers(
             Score(value, correct, strict, formatted, truncated.mean(), tokens)
         )
     return scores
+
+
+def rewards_of(
+    examiner: Examiner,
+    questions: Sequence[Question],
+    asked: Sequence[tuple[int, tuple[int, ...]]],
+) -> np.ndarray:
+    """What answers earn: the fields of a `Reward`, float64 [R, 4].
+
+    Answers mostly agree: each different one is decoded and scored once.
+
+    Args:
+      examiner: the task and the tokenizer.
+      questions: what was asked.
+      asked: for each of R answers the number of its question, and its tokens without
+        the end token.
+    """
+    new = list(dict.fromkeys(asked))
+    texts = examiner.tokenizer.backend_tokenizer
+    decoded = texts.decode_batch([list(answer) for _, answer in new])
+    earned: dict[tuple[int, tuple[int, ...]], Reward] = {}
+    for (i, answer), text in zip(new, decoded, strict=True):
+        earned[i, answer] = examiner.task.reward(questions[i].example, text)
+    return np.array([earned[one] for one in asked], float)
 
 
 def _score_likelihoods(

@@ -23,13 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jes.ask import Examiner, Question, Score
+from jes.ask import Examiner, Question, Score, rewards_of
 from jes.core.noise import PyTree
 from jes.core.placement import on_device
 from jes.errors import InputError
 from jes.sampling.generate import Sampling, decode_members, trim, unrolled_members
 from jes.sampling.prompts import pad
-from jes.tasks.task import Reward
 
 MOST_NATS = 20.0
 """Log-ratios are cut off here: exp(89) is infinite in float32, and one infinite token
@@ -223,7 +222,8 @@ def score_rollout(
     """
     group = len(answers) // len(questions)
     trimmed = [tuple(row) for row in trim(answers, examiner.eos_ids)]
-    earned = _rewards(examiner, questions, trimmed, group)
+    asked = [(i // group, answer) for i, answer in enumerate(trimmed)]
+    earned = rewards_of(examiner, questions, asked)
     rewards = earned[:, 0].reshape(-1, group)
     lengths = np.array([len(row) for row in trimmed])
     truncated = lengths == answers.shape[1]
@@ -243,24 +243,6 @@ def score_rollout(
     tokens = int(chosen.sum())
     score = Score(value, correct, strict, formatted, truncated.mean(), tokens)
     return Rollout(batch, rewards, score)
-
-
-def _rewards(
-    examiner: Examiner,
-    questions: Sequence[Question],
-    answers: Sequence[tuple[int, ...]],
-    group: int,
-) -> np.ndarray:
-    """A `Reward` a row, float64 [R, 4], of answers without their end token."""
-    asked = [(i // group, answer) for i, answer in enumerate(answers)]
-    # A group agrees in part: each different answer is decoded and scored once.
-    new = list(dict.fromkeys(asked))
-    texts = examiner.tokenizer.backend_tokenizer
-    decoded = texts.decode_batch([list(answer) for _, answer in new])
-    earned: dict[tuple[int, tuple[int, ...]], Reward] = {}
-    for (i, answer), text in zip(new, decoded, strict=True):
-        earned[i, answer] = examiner.task.reward(questions[i].example, text)
-    return np.array([earned[one] for one in asked], float)
 
 
 def log_probabilities(

@@ -1,6 +1,9 @@
 """The methods of the study by name, as settings of `jes.train`."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
@@ -66,3 +69,15 @@ def is_finished(config: ml_collections.ConfigDict, folder: Path) -> bool:
       InputError: if the folder is that of a run with others, or of a longer one.
     """
     return folder.is_dir() and finished(config, folder) is not None
+
+
+def summary_of(workdir: Path, method: str, seed: int) -> dict[str, Any]:
+    """What a finished run came to."""
+    return json.loads((folder_of(workdir, method, seed) / "summary.json").read_text())
+
+
+def matched(methods: Sequence[str]) -> list[str]:
+    """The methods that plain ES is shrunk and stopped to match, if it was run too."""
+    if "es" not in methods:
+        return []
+    return [m for m in methods if m.startswith(("l1:", "l2:", "grpo:"))]

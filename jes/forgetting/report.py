@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,13 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from jes.forgetting.figures import Results, study_figure
-from jes.forgetting.methods import folder_of, method_config
+from jes.forgetting.figures import Results, has_curve, spread, study_figure
+from jes.forgetting.methods import (
+    folder_of,
+    matched,
+    method_config,
+    summary_of,
+)
 from jes.forgetting.systematic import displacements, reach, systematic
 from jes.io.metrics import read_rows, write_json
 from jes.io.progress import console
@@ -53,13 +57,11 @@ def study_report(
     results: Results = {}
     for method in methods:
         for seed in seeds:
-            folder = folder_of(workdir, method, seed)
-            results.setdefault(method, {})[seed] = result(folder, config.task, priors)
-    for method in methods:
-        if method.startswith(("l1:", "l2:", "grpo:")) and "es" in methods:
-            for seed in seeds:
-                add_controls(results, method, seed, workdir, config.task, priors)
-    results = {method: of_seed for method, of_seed in results.items() if of_seed}
+            found = result(workdir, method, seed, config.task, priors)
+            results.setdefault(method, {})[seed] = found
+    for method in matched(methods):
+        for seed in seeds:
+            add_controls(results, method, seed, workdir, config.task, priors)
     write_csv(out / "results.csv", results, priors)
     text = markdown(results, config.task, priors)
     text += slices(results)
@@ -70,7 +72,7 @@ def study_report(
     curves = {
         method: {str(seed): one["curve"] for seed, one in of_seed.items()}
         for method, of_seed in results.items()
-        if all("curve" in one for one in of_seed.values())
+        if has_curve(of_seed)
     }
     write_json(out / "curves.json", curves)
     study_figure(results, config.task).savefig(out / "forgetting.png", dpi=120)
@@ -78,10 +80,13 @@ def study_report(
     console.print(f"tables and figures in {out}")
 
 
-def result(folder: Path, target: str, priors: Sequence[str]) -> dict[str, Any]:
+def result(
+    workdir: Path, method: str, seed: int, target: str, priors: Sequence[str]
+) -> dict[str, Any]:
     """What a finished run came to, accuracies in percent, and how it got there."""
-    summary = json.loads((folder / "summary.json").read_text())
-    curve = curve_of(folder, target, priors)
+    summary = summary_of(workdir, method, seed)
+    each = summary["answers"] / summary["generations"] / 1000
+    curve = curve_of(folder_of(workdir, method, seed), target, priors, each)
     far = summary["distance"]
     return {
         **final(summary, target, priors),
@@ -123,14 +128,20 @@ def mean_kl(row: dict[str, Any], tasks: Sequence[str]) -> float | None:
     return float(np.mean(known)) if len(known) == len(tasks) else None
 
 
-def curve_of(folder: Path, target: str, priors: Sequence[str]) -> dict[str, list]:
-    """The course of a run at its evaluations: accuracies in percent, norm, KL."""
+def curve_of(
+    folder: Path, target: str, priors: Sequence[str], each: float
+) -> dict[str, list]:
+    """The course of a run at its evaluations: accuracies in percent, norm, KL.
+
+    Args:
+      folder: of the run.
+      target, priors: its tasks.
+      each: thousands of answers a generation.
+    """
     scores: dict[int, dict[str, dict[str, Any]]] = {}
     for row in read_rows(folder / "evaluations.jsonl"):
         scores.setdefault(row["generation"], {})[row["task"]] = row
     far = {row["generation"]: row for row in read_rows(folder / "distances.jsonl")}
-    summary = json.loads((folder / "summary.json").read_text())
-    each = summary["answers"] / summary["generations"] / 1000
     times = sorted(scores)
     laws = {
         row["generation"] + 1: row["displacement_norm_drift"]
@@ -169,8 +180,7 @@ def add_controls(
 ) -> None:
     """Plain ES shrunk to this method's norm, and stopped at its target accuracy."""
     name = f"shrunk to {method}"
-    folder = folder_of(workdir, name, seed)
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = summary_of(workdir, name, seed)
     results.setdefault(name, {})[seed] = final(summary, target, priors)
     curve = results["es"][seed]["curve"]
     goal = results[method][seed]["target"]
@@ -232,7 +242,7 @@ def slices(results: Results) -> str:
     runs = {
         method: [one["curve"] for one in of_seed.values()]
         for method, of_seed in results.items()
-        if all("curve" in one for one in of_seed.values())
+        if has_curve(of_seed)
     }
     curves = [curve for of_seed in runs.values() for curve in of_seed]
     answers = min(curve["answers"][-1] for curve in curves)
@@ -322,7 +332,5 @@ def mean_error(values: Sequence[float], form: str) -> str:
     """'mean ± standard error', or the value alone where there is one."""
     if not values:
         return ""
-    mean = format(np.mean(values), form)
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {np.std(values, ddof=1) / len(values) ** 0.5:{form}}"
+    mean, error = spread(values)
+    return f"{mean:{form}}" + (f" ± {error:{form}}" if len(values) > 1 else "")

@@ -22,7 +22,6 @@ the target. `--chain=TASK,TASK,...` studies tasks learned one after another inst
 each stage starts from the model of the one before and is anchored there.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,13 @@ from jes import train
 from jes.ask import examine
 from jes.errors import InputError
 from jes.forgetting.chain import chain_report, run_chain
-from jes.forgetting.methods import folder_of, is_finished, method_config
+from jes.forgetting.methods import (
+    folder_of,
+    is_finished,
+    matched,
+    method_config,
+    summary_of,
+)
 from jes.forgetting.report import study_report
 from jes.io import command_line, memory
 from jes.io.metrics import write_json
@@ -74,8 +79,8 @@ def shrink_all(
     workdir: Path,
 ) -> None:
     """Evaluates plain ES moved back towards the start, to the norm of other methods."""
-    to = [m for m in methods if m.startswith(("l1:", "l2:", "grpo:"))]
-    if "es" not in methods:
+    to = matched(methods)
+    if not to:
         return
     for seed in seeds:
         config = method_config(base, "es", seed)
@@ -107,11 +112,6 @@ def examined(setup: Any, params: Any, norm: float) -> dict[str, Any]:
         score = examine(examiner, params, questions, batch_size=size)
         evaluations[name] = {"after": score.accuracy, "examples": len(questions)}
     return {"evaluations": evaluations, "displacement_norm": norm}
-
-
-def summary_of(workdir: Path, method: str, seed: int) -> dict[str, Any]:
-    """What a finished run came to."""
-    return json.loads((folder_of(workdir, method, seed) / "summary.json").read_text())
 
 
 def main() -> None:
