@@ -24,6 +24,7 @@ import numpy as np
 
 from jes.models.cache import PADDING, Cache, write
 from jes.models.config import ModelConfig, RopeScaling
+from jes.models.quantized import Quantized, matmul
 
 MASKED = -1e30
 """Score of a slot that may not be seen: finite, so that a row of padding, which sees
@@ -110,7 +111,7 @@ class Decoder(nn.Module):
         """Layers on a leading axis: one compiled layer, whatever their number."""
         layers = nn.scan(
             Layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "noise": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             out_axes=0,
@@ -213,15 +214,23 @@ class FeedForward(nn.Module):
 
 
 class Dense(nn.Module):
-    """x @ kernel + bias, with kernel [in, out] in the dtype of the parameters."""
+    """x @ kernel + bias, with kernel [in, out] in the dtype of the parameters.
+
+    The kernel may be `Quantized`, and a member's deviation from it be given in the
+    collection 'noise'.
+    """
 
     features: int
     use_bias: bool = False
 
     @nn.compact
     def __call__(self, x):
-        init = nn.initializers.normal(0.02)
-        y = x @ self.param("kernel", init, (x.shape[-1], self.features))
+        kernel = self.get_variable("params", "kernel")
+        if isinstance(kernel, Quantized):
+            y = matmul(x, kernel, self.get_variable("noise", "kernel"))
+        else:
+            init = nn.initializers.normal(0.02)
+            y = x @ self.param("kernel", init, (x.shape[-1], self.features))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
             y += on_last_axis(bias, y.ndim)

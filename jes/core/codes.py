@@ -1,0 +1,136 @@
+"""Integer codes of quantised weights: packed storage, ranges, bounded moves.
+
+A code is an integer of 4 or 8 bits on a fixed grid; the grid's spacing is 1 in all that
+`jes.core` and `jes.transforms` compute. What a code is worth is the model's business.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BITS = (4, 8)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """Matrices of codes, alone [I, O] or stacked [L, I, O].
+
+    Attributes:
+      data: 8 bits: the codes, uint8 or, if signed, int8. 4 bits: uint8 [..., I/2, O];
+        a byte holds the codes of rows 2i (low half) and 2i + 1.
+      bits: 4 or 8.
+      signed: whether codes run from -2^(bits-1), not from 0.
+    """
+
+    data: jax.Array
+    bits: int = dataclasses.field(metadata={"static": True})
+    signed: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the codes, unpacked."""
+        *stack, rows, columns = self.data.shape
+        return (*stack, rows * (8 // self.bits), columns)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes: 2, or 3 for a stack."""
+        return self.data.ndim
+
+    @property
+    def size(self) -> int:
+        """How many codes."""
+        return int(np.prod(self.shape))
+
+    @property
+    def lowest(self) -> int:
+        """The smallest code."""
+        return -(2 ** (self.bits - 1)) if self.signed else 0
+
+    @property
+    def highest(self) -> int:
+        """The largest code."""
+        return self.lowest + 2**self.bits - 1
+
+
+def is_codes(node: object) -> bool:
+    """For `is_leaf` of tree functions that take codes as one leaf."""
+    return isinstance(node, Codes)
+
+
+def check_bits(bits: int) -> None:
+    """Raises ValueError for a width that codes cannot have."""
+    if bits not in BITS:
+        raise ValueError(f"bits must be one of {BITS}, not {bits}")
+
+
+def unpack(codes: Codes) -> jax.Array:
+    """The codes as uint8, or int8 if signed, in their shape."""
+    if codes.bits == 8:
+        return codes.data
+    halves = jnp.stack([codes.data & 15, codes.data >> 4], axis=-2)
+    return halves.reshape(codes.shape)
+
+
+def pack(values: jax.Array, bits: int, signed: bool = False) -> Codes:
+    """Stores integers as codes; they are taken to be in range.
+
+    Raises:
+      ValueError: for bits other than 4 or 8, signed codes of 4 bits, or an odd number
+        of rows at 4 bits.
+    """
+    check_bits(bits)
+    if bits == 8:
+        return Codes(values.astype(jnp.int8 if signed else jnp.uint8), bits, signed)
+    if signed:
+        raise ValueError("codes of 4 bits are unsigned")
+    if values.shape[-2] % 2:
+        raise ValueError(f"{values.shape[-2]} rows cannot be packed in pairs")
+    low, high = values[..., 0::2, :], values[..., 1::2, :]
+    return Codes(low.astype(jnp.uint8) | high.astype(jnp.uint8) << 4, bits)
+
+
+def pick(codes: Codes, positions: jax.Array) -> jax.Array:
+    """Codes int32 at positions of one flattened matrix; 0 beyond its end.
+
+    Args:
+      codes: one matrix.
+      positions: int32, row times number of columns plus column.
+    """
+    columns = codes.shape[-1]
+    row, column = positions // columns, positions % columns
+    if codes.bits == 8:
+        return codes.data.at[row, column].get(mode="fill", fill_value=0).astype(int)
+    byte = codes.data.at[row // 2, column].get(mode="fill", fill_value=0)
+    return (byte >> (4 * (row % 2)).astype(jnp.uint8) & 15).astype(int)
+
+
+def allowed(codes: Codes, values: jax.Array, moves: jax.Array) -> jax.Array:
+    """The gate of 2602.03120 Eq. (4): moves that leave the range are skipped, to 0.
+
+    Args:
+      codes: for their range.
+      values: codes, any numeric dtype.
+      moves: of the dtype to return; may be larger than the range.
+    """
+    moved = values.astype(jnp.float32) + moves.astype(jnp.float32)
+    inside = (codes.lowest <= moved) & (moved <= codes.highest)
+    return jnp.where(inside, moves, 0)
+
+
+def difference(codes: Codes, moves: jax.Array) -> Codes:
+    """Moves as an update that `optax.apply_updates` adds to `codes`.
+
+    That adds bytes, modulo 256, so it is the difference of the packed bytes.
+
+    Args:
+      codes: before.
+      moves: integers of any numeric dtype that keep every code in range.
+    """
+    values = unpack(codes)
+    moved = (values.astype(jnp.int32) + moves.astype(jnp.int32)).astype(values.dtype)
+    after = pack(moved, codes.bits, codes.signed)
+    return dataclasses.replace(codes, data=after.data - codes.data)

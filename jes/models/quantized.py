@@ -1,0 +1,144 @@
+"""Quantised weight matrices, used directly by the decoder.
+
+Axis letters: I rows (inputs), O columns (outputs), G groups of rows with one scale a
+column, K entries of a perturbation.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jes.core.codes import Codes, is_codes, unpack
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A matrix [I, O], or a stack [L, I, O]: (codes - zeros) * scales.
+
+    Attributes:
+      codes: the integers that are trained.
+      scales: float [..., G, O]; group of a row is row // (I / G), or `groups[row]`.
+      zeros: int16 [..., G, O], the codes of weight zero; None for signed codes, whose
+        zero is 0. (Not uint8: files can mean 256.)
+      groups: int32 [..., I], the group of each row where they are not in order (GPTQ's
+        g_idx with desc_act); None where they are.
+      int8_activations: whether inputs are rounded to int8 too, with a scale for each
+        token, and the product is one of integers (W8A8).
+    """
+
+    codes: Codes
+    scales: jax.Array
+    zeros: jax.Array | None = None
+    groups: jax.Array | None = None
+    int8_activations: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix, or of the stack."""
+        return self.codes.shape
+
+
+class Overlay(NamedTuple):
+    """How a member's codes differ from the centre's: few entries of a matrix.
+
+    Attributes:
+      positions: int32 [K], in the flattened matrix, ascending; those beyond its end
+        mean nothing.
+      moves: int16 [K], within the range of the codes.
+    """
+
+    positions: jax.Array
+    moves: jax.Array
+
+
+def is_quantized(params: Any) -> bool:
+    """Whether some leaf of the parameters is codes."""
+    return any(map(is_codes, jax.tree.leaves(params, is_leaf=is_codes)))
+
+
+def member_codes(codes: Codes, overlay: Overlay | None) -> jax.Array:
+    """Codes of one matrix [I, O] as a member has them, uint8 or int8."""
+    values = unpack(codes)
+    if overlay is None:
+        return values
+    moved = (
+        values.reshape(-1)
+        .at[overlay.positions]
+        .add(
+            overlay.moves.astype(values.dtype),  # modulo 256: never out of range
+            mode="drop",
+            unique_indices=True,
+            indices_are_sorted=True,
+        )
+    )
+    return moved.reshape(values.shape)
+
+
+def dequantize(
+    weight: Quantized, noise: Quantized | None = None, dtype: Any = jnp.float32
+) -> jax.Array:
+    """The matrix [I, O] in floats; computed in float32, then cast.
+
+    Args:
+      weight: one matrix.
+      noise: a member's: an `Overlay` for `codes`, and what to add to `scales`.
+      dtype: of the result.
+    """
+    values = member_codes(weight.codes, None if noise is None else noise.codes)
+    scales = member_scales(weight, noise)
+    spread = _by_row(weight)
+    values = values.astype(jnp.float32)
+    if weight.zeros is not None:
+        values -= spread(weight.zeros.astype(jnp.float32))
+    return (values * spread(scales)).astype(dtype)
+
+
+def member_scales(weight: Quantized, noise: Quantized | None) -> jax.Array:
+    """Scales float32 [G, O] as a member has them."""
+    scales = weight.scales.astype(jnp.float32)
+    if noise is not None and noise.scales is not None:
+        scales += noise.scales
+    return scales
+
+
+def _by_row(weight: Quantized) -> Any:
+    """A function from [G, O] to [I, O]."""
+    rows, columns = weight.shape
+
+    def spread(values: jax.Array) -> jax.Array:
+        if weight.groups is not None:
+            return values[weight.groups]
+        count = values.shape[0]
+        wide = jnp.broadcast_to(values[:, None], (count, rows // count, columns))
+        return wide.reshape(rows, columns)
+
+    return spread
+
+
+def matmul(
+    x: jax.Array, weight: Quantized, noise: Quantized | None = None
+) -> jax.Array:
+    """x @ weight, [..., I] -> [..., O] in the dtype of x."""
+    if not weight.int8_activations:
+        return x @ dequantize(weight, noise, x.dtype)
+    overlay = None if noise is None else noise.codes
+    codes = member_codes(weight.codes, overlay)
+    rounded, token_scales = round_tokens(x)
+    products = jnp.matmul(rounded, codes, preferred_element_type=jnp.int32)
+    scales = member_scales(weight, noise).reshape((1,) * (x.ndim - 1) + (-1,))
+    return (products.astype(jnp.float32) * token_scales * scales).astype(x.dtype)
+
+
+def round_tokens(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Dynamic int8 rounding, symmetric, with one scale a token.
+
+    Returns:
+      int8 [..., I] in -127..127 and float32 [..., 1], whose product is nearly x.
+    """
+    x = x.astype(jnp.float32)
+    largest = jnp.abs(x).max(-1, keepdims=True)
+    scales = jnp.where(largest > 0, largest, 1) / 127
+    return jnp.round(x / scales).astype(jnp.int8), scales
