@@ -1,12 +1,19 @@
 """Evolution strategies for language models, in JAX: the table of contents."""
 
 from jes.anchor import distance, keep_anchor
+from jes.core.codes import pack as pack_codes
+from jes.core.codes import unpack as unpack_codes
 from jes.core.drift import coefficient_for_norm, drift_norm
 from jes.core.fitness import shape_fitness
 from jes.core.noise import Noise, generation_key, perturb, perturb_member
 from jes.models.weights import Pretrained, load
 from jes.sampling.generate import generate
-from jes.transforms import anchored_weight_decay, es_gradient
+from jes.transforms import (
+    anchored_weight_decay,
+    error_feedback,
+    es_gradient,
+    seed_replay,
+)
 
 __all__ = [
     "Noise",
@@ -15,12 +22,16 @@ __all__ = [
     "coefficient_for_norm",
     "distance",
     "drift_norm",
+    "error_feedback",
     "es_gradient",
     "generate",
     "generation_key",
     "keep_anchor",
     "load",
+    "pack_codes",
     "perturb",
     "perturb_member",
+    "seed_replay",
     "shape_fitness",
+    "unpack_codes",
 ]

@@ -9,8 +9,9 @@ import numpy as np
 
 from jes.core.noise import PyTree, leaf_path
 from jes.core.placement import on_device
+from jes.core.tree import is_codes, is_float, map_leaves, merge, split, values_of
 
-PLACES = ("device", "bfloat16", "host")
+PLACES = ("device", "bfloat16", "host", "none")
 MOVED = 1e-6
 """A weight that differs by more has moved; the threshold of 2601.20861."""
 
@@ -19,11 +20,13 @@ def keep_anchor(params: PyTree, place: str = "device", stored: Any = None) -> Py
     """A copy of the base weights, to measure from and to be pulled back to.
 
     Args:
-      params: float32 weights, which may be given away afterwards (donated).
+      params: float32 weights, which may be given away afterwards (donated). Of a
+        quantised model only codes and scales are copied, the rest is shared.
       place: 'device' keeps them as they are; 'bfloat16' rounds them, which
         moves the point that the pull goes to by up to 2^-8 of each weight; 'host'
         keeps them in the pinned memory of the host, from where an update reads one
-        tensor at a time: no memory of the device, the same numbers.
+        tensor at a time: no memory of the device, the same numbers. 'none' keeps
+        nothing and gives None.
       stored: dtype of the files that the weights were read from. Where the weights fit
         it without loss the copy has it: half the memory for a bfloat16 model.
 
@@ -33,18 +36,28 @@ def keep_anchor(params: PyTree, place: str = "device", stored: Any = None) -> Py
     if place not in PLACES:
         raise ValueError(f"an anchor is kept in one of {PLACES}, not {place!r}")
 
-    def kept(leaf: jax.Array) -> jax.Array:
-        dtype = jnp.bfloat16 if place == "bfloat16" else jnp.dtype(stored or leaf.dtype)
-        small, exact = _cast(leaf, dtype)
-        if leaf.dtype == dtype or not (exact or place == "bfloat16"):
-            # Its own memory in any case: that of the centre is given to its successor.
-            small = jnp.array(leaf)
-        if place == "host":
-            host = small.sharding.with_memory_kind("pinned_host")
-            small = jax.device_put(small, host)
-        return small
+    if place == "none":
+        return None
 
-    return jax.tree.map(kept, params)
+    def kept(leaf: jax.Array) -> jax.Array:
+        copy = _narrow(leaf, place, stored) if is_float(leaf) else jnp.array(leaf)
+        if place == "host":
+            host = copy.sharding.with_memory_kind("pinned_host")
+            copy = jax.device_put(copy, host)
+        return copy
+
+    trained, frozen = split(params, scales=True)
+    return merge(jax.tree.map(kept, trained), frozen)
+
+
+def _narrow(leaf: jax.Array, place: str, stored: Any) -> jax.Array:
+    """A copy of floats, in the dtype of the files or in bfloat16."""
+    dtype = jnp.bfloat16 if place == "bfloat16" else jnp.dtype(stored or leaf.dtype)
+    small, exact = _cast(leaf, dtype)
+    if leaf.dtype == dtype or not (exact or place == "bfloat16"):
+        # Its own memory in any case: that of the centre is given to its successor.
+        small = jnp.array(leaf)
+    return small
 
 
 @partial(jax.jit, static_argnums=1)
@@ -58,11 +71,13 @@ class Distance(NamedTuple):
     """How far weights are from where they started.
 
     Attributes:
-      norm: ‖θ - θ_0‖, Euclidean, in units of the weights.
+      norm: ‖θ - θ_0‖, Euclidean, in units of the weights; of a quantised model in
+        codes (and of its scales in units of these).
       relative: that over ‖θ_0‖.
       moved: share of the weights that differ by more than `MOVED`.
       largest: the largest difference of one weight.
-      norms: the norm by kind of tensor: embedding, attention, mlp, norm, bias, lm_head.
+      norms: the norm by kind of tensor: embedding, attention, mlp, norm, bias, lm_head;
+        of a quantised model attention, mlp and scales.
       moved_shares: the share moved by kind of tensor.
     """
 
@@ -80,10 +95,11 @@ def distance(params: PyTree, anchor: PyTree) -> Distance:
     Args:
       params, anchor: pytrees of the same structure, of any floating dtypes.
     """
+    params, anchor = split(params, scales=True)[0], split(anchor, scales=True)[0]
     leaves = jax.tree_util.tree_leaves_with_path(_sums(params, anchor), is_leaf=_is_row)
     sums: dict[str, np.ndarray] = {}
     largest = 0.0
-    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    sizes = [leaf.size for leaf in jax.tree.leaves(params, is_leaf=is_codes)]
     for (path, row), size in zip(leaves, sizes, strict=True):
         squares, home, moved, most = map(float, row)
         kind = kind_of(leaf_path(path))
@@ -101,9 +117,14 @@ def distance(params: PyTree, anchor: PyTree) -> Distance:
     )
 
 
-@jax.jit
 def displacement(params: PyTree, anchor: PyTree) -> jax.Array:
-    """‖θ - θ_0‖ in the Euclidean norm over all weights, float32 scalar."""
+    """‖θ - θ_0‖ in the Euclidean norm over all that is trained, float32 scalar."""
+    params, anchor = split(params, scales=True)[0], split(anchor, scales=True)[0]
+    return _norm(params, anchor)
+
+
+@jax.jit
+def _norm(params: PyTree, anchor: PyTree) -> jax.Array:
     rows = jax.tree.leaves(_sums(params, anchor), is_leaf=_is_row)
     return jnp.sqrt(sum(row[0] for row in rows))
 
@@ -112,13 +133,13 @@ def displacement(params: PyTree, anchor: PyTree) -> jax.Array:
 def _sums(params: PyTree, anchor: PyTree) -> PyTree:
     """For each leaf: squares of difference and anchor, number moved, largest."""
 
-    def row(new: jax.Array, old: jax.Array) -> tuple[jax.Array, ...]:
-        old = on_device(old).astype(jnp.float32)
-        away = new.astype(jnp.float32) - old
+    def row(path: Any, new: Any, old: Any) -> tuple[jax.Array, ...]:
+        old = values_of(jax.tree.map(on_device, old))
+        away = values_of(new) - old
         moved = (jnp.abs(away) > MOVED).sum(dtype=jnp.float32)
         return (away**2).sum(), (old**2).sum(), moved, jnp.abs(away).max()
 
-    return jax.tree.map(row, params, anchor)
+    return map_leaves(row, params, anchor)
 
 
 def _is_row(node: Any) -> bool:
@@ -128,7 +149,8 @@ def _is_row(node: Any) -> bool:
 def kind_of(path: str) -> str:
     """The kind of tensor that a leaf of this path ('layers/mlp/up/kernel') is."""
     parts = path.split("/")
-    if parts[-1] in ("bias", "scale"):
-        return {"bias": "bias", "scale": "norm"}[parts[-1]]
+    by_name = {"bias": "bias", "scale": "norm", "scales": "scales"}
+    if parts[-1] in by_name:
+        return by_name[parts[-1]]
     known = [part for part in parts if part in ("attention", "mlp", "lm_head")]
     return known[0] if known else "embedding" if parts[0] == "embed" else parts[0]

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jes.core.noise import Noise, PyTree
-from jes.core.population import draw_members, evaluate
+from jes.core.population import draw_members, draw_overlays, evaluate
+from jes.core.tree import is_quantized, with_dtype
 from jes.errors import InputError
 from jes.sampling.generate import (
     GREEDY,
@@ -213,14 +214,25 @@ def _rollout(
     model = examiner.model
     draw = partial(_draw, dtype=jnp.dtype(examiner.dtype))
 
+    def prepared(
+        params: PyTree, key: jax.Array, members: jax.Array, noise: Noise | None
+    ) -> tuple[PyTree, PyTree]:
+        """The members' weights; or how they differ from a quantised centre, and it."""
+        if not is_quantized(params):
+            return draw(params, key, members, noise=noise), None
+        deviations = None
+        if noise is not None:
+            deviations = _draw_overlays(params, key, members, noise)
+        return deviations, with_dtype(params, jnp.dtype(examiner.dtype))
+
     if examiner.mode == "likelihood":
         batch = pad_choices(prompts, [q.choices for q in filled], examiner.buckets)
 
         def rate(
             params: PyTree, key: jax.Array, members: Any, noise: Noise | None = None
         ) -> jax.Array:
-            weights = draw(params, key, members, noise=noise)
-            return _log_likelihoods(model, weights, batch)
+            weights, centre = prepared(params, key, members, noise)
+            return _log_likelihoods(model, weights, batch, len(members), centre)
 
         return rate, partial(_score_likelihoods, examiner, questions, batch)
 
@@ -229,15 +241,18 @@ def _rollout(
     def answer(
         params: PyTree, key: jax.Array, members: jax.Array, noise: Noise | None = None
     ) -> jax.Array:
-        weights = draw(params, key, members, noise=noise)
+        weights, centre = prepared(params, key, members, noise)
+        if weights is not None:
+            weights = unrolled_members(model, weights)
         return decode_members(
             model.unrolled(),
-            unrolled_members(model, weights),
+            weights,
             padded,
             _sampling_keys(key, members),
             max_new_tokens=examiner.max_new_tokens,
             eos_ids=examiner.eos_ids,
             sampling=examiner.sampling,
+            centre=centre,
         )
 
     return answer, partial(_score_answers, examiner, questions)
@@ -251,7 +266,8 @@ def _sampling_keys(key: jax.Array, members: jax.Array) -> jax.Array:
 
 
 _draw = jax.jit(draw_members, static_argnames=("noise", "dtype"))
-_log_likelihoods = jax.jit(choice_log_likelihoods, static_argnums=0)
+_draw_overlays = jax.jit(draw_overlays, static_argnums=3)
+_log_likelihoods = jax.jit(choice_log_likelihoods, static_argnums=(0, 3))
 
 
 def _score_answers(

@@ -25,14 +25,28 @@ def default() -> ConfigDict:
     config.sigma = 0.001
     config.alpha = 0.0005
     config.antithetic = False
-    config.shaping = "zscore"
+    config.shaping = "zscore"  # or 'centered_rank', 'pair_zscore', 'none'
 
     config.shuffle_fitness = False  # a control: steps as long, in random directions
 
     # Anchored weight decay (2605.30148): a pull back to the base model.
     config.decay = "none"  # or 'l2', 'l1'
     config.decay_coefficient = 0.0  # λ; L2 takes off the share alpha x λ a generation
-    config.anchor = "device"  # or 'bfloat16', rounded, or 'host', out of its memory
+    config.anchor = "device"  # 'bfloat16', rounded; 'host', out of its memory; 'none'
+
+    # Quantised weights (2602.03120): how steps come to whole codes. 'replay' computes
+    # the residual again from the last `window` generations, 'residual' keeps it,
+    # 'naive' drops it, 'quzo' rounds at random; 'none' is for a model of floats. Then
+    # sigma is in codes, and alpha is that of Eq. 6, divided by sigma.
+    config.rounding = "none"
+    config.residual_decay = 0.9  # γ
+    config.window = 50  # K
+    config.residual_dtype = "float32"  # of 'residual'; or 'bfloat16', 'float16'
+    config.initial_residual = "zero"  # or 'uniform', as in the published code
+    config.residual_clip = 0.0  # 0 for none; 1.5 in the published code
+    config.divide_by_population = True  # the 1/N of Eq. 5, not in the published code
+    config.scale_sigma = 0.0  # of the scales, in units of these; 0 keeps them frozen
+    config.scale_alpha = 0.0
 
     # The policy gradient that ES is compared with; `population` is its group.
     config.grpo = ConfigDict()

@@ -22,7 +22,7 @@ from jes.io.command_line import at_least, guarded
 from jes.io.progress import console
 from jes.models.weights import Pretrained, fingerprint, load
 from jes.setup import DTYPES
-from jes.tell import Evolution, make_optimizer, replay
+from jes.tell import Evolution, first_state, replay
 
 
 def rebuild(
@@ -47,7 +47,7 @@ def rebuild(
         )
     pretrained = load_base(ledger, model)
     evolution = evolution_of(ledger)
-    optimizer = make_optimizer(evolution).init(pretrained.params)
+    optimizer = first_state(evolution, pretrained.params)
     anchor = decay_anchor(evolution, pretrained)
     root = jax.random.key(ledger.header["seed"])
     fitness = ledger.fitness[:count]

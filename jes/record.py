@@ -54,7 +54,7 @@ def evaluate(
       setup: of the run.
       generation: how many generations led to `params`.
       params: the centre.
-      base: the anchor.
+      base: the anchor; None if none is kept.
       writer: of the rows.
       stop: asked before every batch.
     """
@@ -82,7 +82,7 @@ def evaluate(
             f"{100 * score.accuracy:.1f} % of {len(questions)} held-out examples"
         )
     rows = read_rows(writer.workdir / "distances.jsonl")
-    if generation not in {row["generation"] for row in rows}:
+    if base is not None and generation not in {row["generation"] for row in rows}:
         row = distance_row(setup, params, base, stop)
         writer.write("distances", generation, {"generation": generation, **row})
 

@@ -5,21 +5,34 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from jes.anchor import PLACES
 from jes.ask import Examiner, Question, longest, prepare
+from jes.core.tree import is_quantized, with_dtype
 from jes.errors import InputError
 from jes.io import memory
+from jes.io.progress import console
 from jes.models.weights import Pretrained, load
 from jes.sampling.divergence import Answers, sample_answers
 from jes.sampling.generate import GREEDY, Sampling
 from jes.tasks import load_task
-from jes.tell import Evolution, make_optimizer
+from jes.tell import (
+    ROUNDINGS,
+    Evolution,
+    count_trained,
+    flip_rate,
+    make_optimizer,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Of the weights that answer. The master, which is trained, is float32."""
+
+
+MANY_FLIPS = 0.1
+"""Share of the codes that noise moves in a generation, from which to warn."""
 
 
 class Setup(NamedTuple):
@@ -29,7 +42,7 @@ class Setup(NamedTuple):
       config: all settings.
       evolution: those of the update.
       pretrained: the base model.
-      parameters: how many it has.
+      parameters: how many of its weights are trained.
       examiner: how members are examined on the task that is trained.
       train: its questions.
       evaluations: the trained task and those beside it, with held-out questions.
@@ -54,18 +67,12 @@ class Setup(NamedTuple):
 def make_evolution(config: ml_collections.ConfigDict) -> Evolution:
     """The settings of the update, checked."""
     try:
-        evolution = Evolution(
-            population=config.population,
-            sigma=config.sigma,
-            alpha=config.alpha,
-            antithetic=config.antithetic,
-            shaping=config.shaping,
-            decay=config.decay,
-            decay_coefficient=config.decay_coefficient,
-            anchor=config.anchor,
-        )
+        fields = [field.name for field in dataclasses.fields(Evolution)]
+        evolution = Evolution(**{name: config[name] for name in fields})
         evolution.noise.check_population(evolution.population)
         make_optimizer(evolution)
+        if evolution.shaping == "pair_zscore" and not evolution.antithetic:
+            raise ValueError("shaping 'pair_zscore' needs antithetic pairs")
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from error
     return evolution
@@ -88,11 +95,15 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
     for name, value in config.data.items():
         if isinstance(value, int) and value < 0:
             raise InputError(f"data.{name} cannot be negative: {value}")
-    for name in ("alpha", "temperature", "memory_gb"):
+    for name in ("alpha", "temperature", "memory_gb", "scale_alpha", "residual_clip"):
         if not np.isfinite(config[name]):
             raise InputError(f"{name} must be finite, not {config[name]}")
     if config.anchor not in PLACES:
         raise InputError(f"anchor must be one of {PLACES}, not {config.anchor!r}")
+    if config.anchor == "none" and (config.decay != "none" or config.kl_prompts):
+        raise InputError("anchor='none' leaves nothing to decay to, or to take a KL to")
+    if bool(config.scale_sigma) != bool(config.scale_alpha):
+        raise InputError("scale_sigma and scale_alpha go together")
     if config.decay_coefficient and config.decay == "none":
         raise InputError("decay_coefficient without decay='l2' or 'l1' does nothing")
     if not 0 <= config.seed < 2**32:
@@ -107,7 +118,7 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
 
 def make_setup(config: ml_collections.ConfigDict, evolution: Evolution) -> Setup:
     """Loads the model and the tasks, and encodes all prompts."""
-    pretrained = load(config.model)
+    pretrained = load_trainable(config, evolution)
     if pretrained.tokenizer is None:
         raise InputError(f"{config.model} has no tokenizer, which tasks need")
 
@@ -131,7 +142,7 @@ def make_setup(config: ml_collections.ConfigDict, evolution: Evolution) -> Setup
     # Members may sample their answers; what is reported is the greedy answer's.
     greedy = dataclasses.replace(trained, sampling=GREEDY)
     evaluations = make_evaluations(config, pretrained, greedy)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(pretrained.params))
+    parameters = count_trained(pretrained.params, evolution)
     answers = {
         name: base_answers(config, pretrained, questions)
         for name, (_, questions) in evaluations.items()
@@ -147,6 +158,43 @@ def make_setup(config: ml_collections.ConfigDict, evolution: Evolution) -> Setup
         evaluations,
         answers,
     )
+
+
+def load_trainable(
+    config: ml_collections.ConfigDict, evolution: Evolution
+) -> Pretrained:
+    """The base model, in a form that the settings can train.
+
+    Raises:
+      InputError: for `rounding` without codes, or codes without it.
+    """
+    pretrained = load(config.model)
+    quantized = is_quantized(pretrained.params)
+    if quantized == (evolution.rounding == "none"):
+        ways = ", ".join(repr(name) for name in ROUNDINGS if name != "none")
+        raise InputError(
+            f"{config.model} is quantised: set rounding to one of {ways}"
+            if quantized
+            else f"{config.model} has floats for weights, which rounding="
+            f"{evolution.rounding!r} is not for: quantise it (python -m jes.quantize)"
+        )
+    if not quantized:
+        return pretrained
+    # What is frozen has no master: it is kept in the dtype that members answer in.
+    params = with_dtype(pretrained.params, jnp.dtype(config.dtype))
+    warn_of_flips(evolution)
+    return dataclasses.replace(pretrained, params=params)
+
+
+def warn_of_flips(evolution: Evolution) -> None:
+    """Says so where noise alone would move many of the codes every generation."""
+    share = flip_rate(evolution)
+    if share > MANY_FLIPS:
+        console.print(
+            f"[yellow]alpha / sigma = {evolution.alpha / evolution.sigma:.3g} is "
+            f"large: about {100 * share:.0f} % of the codes will move every "
+            "generation by noise alone; a smaller alpha moves fewer[/yellow]"
+        )
 
 
 def make_evaluations(
@@ -172,7 +220,7 @@ def base_answers(
     questions: Sequence[Question],
 ) -> Answers:
     """What the base model says to some of the questions: fixed by the seed."""
-    params = jax.tree.map(lambda leaf: leaf.astype(config.dtype), pretrained.params)
+    params = with_dtype(pretrained.params, jnp.dtype(config.dtype))
     return sample_answers(
         pretrained.model,
         params,

@@ -42,7 +42,7 @@ from jes.setup import (
     make_setup,
     pick,
 )
-from jes.tell import Evolution, drift, make_optimizer, replay, tell
+from jes.tell import Evolution, drift, first_state, moves_of, replay, tell
 
 
 class State(NamedTuple):
@@ -207,7 +207,7 @@ def resume(
       ledger: what happened.
       folder: of the run's checkpoints, to start from the newest that can be read.
     """
-    optimizer = make_optimizer(evolution).init(params)
+    optimizer = first_state(evolution, params)
     saved, done = 0, len(ledger.fitness)
     restored = checkpoints.restore_latest(folder, (params, optimizer), done)
     if restored is not None:
@@ -250,7 +250,7 @@ def metrics_row(
     """One row of `metrics.jsonl`; `generation` counts from 0."""
     counted = np.isfinite(scores.reward)
     fitness = scores.reward[counted]
-    moved = float(displacement(state.params, base))
+    moved = None if base is None else float(displacement(state.params, base))
     seconds = time.perf_counter() - began
     return {
         "generation": state.generation - 1,
@@ -266,10 +266,20 @@ def metrics_row(
         "displacement_norm_drift": drift(
             setup.evolution, setup.parameters, state.generation
         ),
+        **flips(state.optimizer, setup.parameters),
         "tokens": int(np.sum(scores.tokens)),
         "tokens_per_second": float(np.sum(scores.tokens) / seconds),
         "seconds": seconds,
     }
+
+
+def flips(optimizer: Any, parameters: int) -> dict[str, float]:
+    """Of a quantised model: shares of its codes that moved, or were not let out."""
+    moves = moves_of(optimizer)
+    if moves is None:
+        return {}
+    changed, blocked = moves
+    return {"codes_changed": changed / parameters, "blocked": blocked / parameters}
 
 
 def save(folder: Path, state: State) -> State:

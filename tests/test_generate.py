@@ -219,7 +219,7 @@ def test_choice_likelihoods_are_sums_of_log_softmax(params: dict) -> None:
     choices = [[[4], [5, 6, 7]], [[8, 9], [1], [2]]]
     batch = pad_choices(prompts, choices, (16,))
     stack = jax.tree.map(lambda leaf: leaf[None], params)
-    (got,) = choice_log_likelihoods(MODEL, stack, batch)
+    (got,) = choice_log_likelihoods(MODEL, stack, batch, 1)
     expected = []
     for prompt, some in zip(prompts, choices, strict=True):
         for choice in some:

@@ -5,6 +5,7 @@ A code is an integer of 4 or 8 bits on a fixed grid; the grid's spacing is 1 in 
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +57,17 @@ class Codes:
         return self.lowest + 2**self.bits - 1
 
 
-def is_codes(node: object) -> bool:
-    """For `is_leaf` of tree functions that take codes as one leaf."""
-    return isinstance(node, Codes)
+class Overlay(NamedTuple):
+    """How a member's codes differ from the centre's: few entries of a matrix.
+
+    Attributes:
+      positions: int32 [K], in the flattened matrix, ascending; those beyond its end
+        mean nothing.
+      moves: int16 [K], within the range of the codes.
+    """
+
+    positions: jax.Array
+    moves: jax.Array
 
 
 def check_bits(bits: int) -> None:
@@ -108,6 +117,22 @@ def pick(codes: Codes, positions: jax.Array) -> jax.Array:
     return (byte >> (4 * (row % 2)).astype(jnp.uint8) & 15).astype(int)
 
 
+def moved(codes: Codes, overlay: Overlay | None) -> jax.Array:
+    """The codes of one matrix as a member has them, uint8 or int8 [I, O]."""
+    values = unpack(codes)
+    if overlay is None:
+        return values
+    # Bytes add modulo 256, and an overlay leads to no code out of range.
+    flat = values.reshape(-1)
+    flat = flat.at[overlay.positions].add(
+        overlay.moves.astype(values.dtype),
+        mode="drop",
+        unique_indices=True,
+        indices_are_sorted=True,
+    )
+    return flat.reshape(values.shape)
+
+
 def allowed(codes: Codes, values: jax.Array, moves: jax.Array) -> jax.Array:
     """The gate of 2602.03120 Eq. (4): moves that leave the range are skipped, to 0.
 
@@ -116,8 +141,8 @@ def allowed(codes: Codes, values: jax.Array, moves: jax.Array) -> jax.Array:
       values: codes, any numeric dtype.
       moves: of the dtype to return; may be larger than the range.
     """
-    moved = values.astype(jnp.float32) + moves.astype(jnp.float32)
-    inside = (codes.lowest <= moved) & (moved <= codes.highest)
+    after = values.astype(jnp.float32) + moves.astype(jnp.float32)
+    inside = (codes.lowest <= after) & (after <= codes.highest)
     return jnp.where(inside, moves, 0)
 
 
@@ -131,6 +156,6 @@ def difference(codes: Codes, moves: jax.Array) -> Codes:
       moves: integers of any numeric dtype that keep every code in range.
     """
     values = unpack(codes)
-    moved = (values.astype(jnp.int32) + moves.astype(jnp.int32)).astype(values.dtype)
-    after = pack(moved, codes.bits, codes.signed)
-    return dataclasses.replace(codes, data=after.data - codes.data)
+    after = (values.astype(jnp.int32) + moves.astype(jnp.int32)).astype(values.dtype)
+    packed = pack(after, codes.bits, codes.signed)
+    return dataclasses.replace(codes, data=packed.data - codes.data)

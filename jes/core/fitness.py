@@ -19,7 +19,9 @@ def shape_fitness(rewards: jax.Array, method: str = "zscore") -> jax.Array:
       rewards: [N]; higher is better.
       method: a name in `METHODS`: 'zscore' (ddof 0, eps 1e-8; 2509.24372, Algorithm
         1), 'centered_rank' (ranks scaled to [-1/2, 1/2], ties share their mean rank;
-        1703.03864) or 'none' (the rewards as they are).
+        1703.03864), 'pair_zscore' (of antithetic pairs, the z-score of r(+) - r(-) over
+        pairs, cut at ±3, with both signs; as in the code of 2602.03120, though the mean
+        that it takes off is signal) or 'none' (the rewards as they are).
 
     Returns:
       float32 [N].
@@ -41,7 +43,8 @@ def shape_fitness(rewards: jax.Array, method: str = "zscore") -> jax.Array:
 def typical_spread(method: str, population: int) -> float:
     """Root mean square of shaped fitness without ties; NaN where rewards decide it."""
     ranks = (population + 1) / (12 * max(population - 1, 1))
-    return {"zscore": 1.0, "centered_rank": ranks**0.5, "none": math.nan}[method]
+    spreads = {"zscore": 1.0, "pair_zscore": 1.0, "centered_rank": ranks**0.5}
+    return spreads.get(method, math.nan)
 
 
 def finite_members(rewards: jax.Array) -> jax.Array:
@@ -55,6 +58,13 @@ def _zscore(rewards: jax.Array, finite: jax.Array) -> jax.Array:
     return centred / (jnp.sqrt((centred**2).sum() / count) + 1e-8)
 
 
+def _pair_zscore(rewards: jax.Array, finite: jax.Array) -> jax.Array:
+    both = finite[0::2] & finite[1::2]
+    gains = _zscore(jnp.where(both, rewards[0::2] - rewards[1::2], 0), both)
+    gains = jnp.where(both, jnp.clip(gains, -3, 3), 0)
+    return jnp.stack([gains, -gains], axis=1).reshape(-1)
+
+
 def _centered_rank(rewards: jax.Array, finite: jax.Array) -> jax.Array:
     other = finite[None, :]
     below = (other & (rewards[None, :] < rewards[:, None])).sum(-1)
@@ -66,5 +76,6 @@ def _centered_rank(rewards: jax.Array, finite: jax.Array) -> jax.Array:
 METHODS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "zscore": _zscore,
     "centered_rank": _centered_rank,
+    "pair_zscore": _pair_zscore,
     "none": lambda rewards, finite: rewards,
 }

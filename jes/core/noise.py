@@ -11,6 +11,9 @@ A member's direction is the member itself, or with antithetic pairs members 2i a
 '/', such as 'layers/mlp/up/kernel'. Every leaf has noise of its own: the published
 code of 2509.24372 reseeds for each tensor, which gives equal shapes equal noise.
 Noise is never stored; whoever needs it draws it again from the key.
+
+Codes, the integers of quantised weights, have integer noise, matrix by matrix:
+matrix l of a stack has the key fold_in(leaf_key, l), a matrix alone l = 0.
 """
 
 import dataclasses
@@ -21,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jes.core.integer_noise import sparse_noise
 from jes.core.normal import standard_normal
 
 PyTree = Any
@@ -31,16 +35,25 @@ class Noise:
     """How members differ from the centre.
 
     Attributes:
-      sigma: standard deviation of the perturbation, in units of the weights.
+      sigma: standard deviation of the perturbation, in units of the weights; of
+        quantised weights, in codes, before it is rounded to whole ones.
       antithetic: whether members come in pairs θ + σε and θ - σε.
+      rounds: of codes, how many times σε is rounded: once, or twice independently, to
+        measure with the one and to move by the other (QuZO).
+      scale_sigma: of quantised weights, standard deviation of the perturbation of
+        their scales, in units of these; 0 leaves them alone.
     """
 
     sigma: float
     antithetic: bool = False
+    rounds: int = 1
+    scale_sigma: float = 0.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.sigma) and self.sigma > 0):
             raise ValueError(f"sigma must be positive and finite, not {self.sigma}")
+        if not (math.isfinite(self.scale_sigma) and self.scale_sigma >= 0):
+            raise ValueError(f"scale_sigma cannot be {self.scale_sigma}")
 
     def check_population(self, population: int) -> None:
         """Raises ValueError where `population` members cannot be drawn."""
@@ -78,12 +91,39 @@ def leaf_path(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def leaf_key(direction_key: jax.Array, path: tuple[Any, ...]) -> jax.Array:
+    """The key of one leaf's noise."""
+    return jax.random.fold_in(direction_key, zlib.crc32(leaf_path(path).encode()))
+
+
 def leaf_noise(
     direction_key: jax.Array, path: tuple[Any, ...], shape: tuple[int, ...]
 ) -> jax.Array:
     """Standard normal float32 noise of one leaf; independent of every other leaf."""
-    key = jax.random.fold_in(direction_key, zlib.crc32(leaf_path(path).encode()))
-    return standard_normal(key, shape)
+    return standard_normal(leaf_key(direction_key, path), shape)
+
+
+def codes_noise(
+    direction_key: jax.Array,
+    path: tuple[Any, ...],
+    matrix: jax.typing.ArrayLike,
+    size: int,
+    noise: Noise,
+) -> tuple[jax.Array, jax.Array]:
+    """The entries of a matrix of codes that move: see `sparse_noise`.
+
+    Args:
+      direction_key: as everywhere.
+      path: of the codes in the parameters.
+      matrix: its number in the stack.
+      size: number of its codes.
+      noise: how members differ.
+
+    Returns:
+      positions int32 [K] and values int32 [rounds, K], before sign and gate.
+    """
+    key = jax.random.fold_in(leaf_key(direction_key, path), matrix)
+    return sparse_noise(key, size, noise.sigma, noise.rounds)
 
 
 def perturb(params: PyTree, key: jax.Array, sigma: jax.typing.ArrayLike) -> PyTree:

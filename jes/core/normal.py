@@ -23,15 +23,30 @@ def standard_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     Keys of other generators than threefry, and arrays too large for a 32-bit counter,
     are left to `jax.random.normal`.
     """
-    size = math.prod(shape)
-    if str(jax.random.key_impl(key)) != "threefry2x32" or size >= 2**32:
+    if not _fusible(key, shape):
         return jax.random.normal(key, shape, jnp.float32)
+    return normal_of_bits(_flat_bits(key, shape)).reshape(shape)
+
+
+def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """What `jax.random.bits(key, shape)` returns, bit for bit: uint32."""
+    if not _fusible(key, shape):
+        return jax.random.bits(key, shape, jnp.uint32)
+    return _flat_bits(key, shape).reshape(shape)
+
+
+def _fusible(key: jax.Array, shape: tuple[int, ...]) -> bool:
+    threefry = str(jax.random.key_impl(key)) == "threefry2x32"
+    return threefry and math.prod(shape) < 2**32
+
+
+def _flat_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     first, second = jax.random.key_data(key)
     # In one dimension up to the end: a counter of several dimensions is arithmetic
     # that the compiler moves out of loops over keys, and keeps in memory there.
-    counter = jax.lax.iota(jnp.uint32, size)
+    counter = jax.lax.iota(jnp.uint32, math.prod(shape))
     left, right = threefry_2x32(first, second, jnp.zeros_like(counter), counter)
-    return normal_of_bits(left ^ right).reshape(shape)
+    return left ^ right
 
 
 def threefry_2x32(

@@ -1,12 +1,16 @@
 """Evaluating a population: members in chunks, `vmap` inside, a host loop outside."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jes.core.noise import Noise, PyTree, perturb_member
+from jes.core.codes import Codes, Overlay, allowed, pick
+from jes.core.noise import Noise, PyTree, codes_noise, leaf_noise, perturb_member
+from jes.core.tree import is_codes, map_leaves, split
 
 
 def chunks(population: int, size: int) -> Iterator[np.ndarray]:
@@ -58,6 +62,56 @@ def draw_members(
         return jax.tree.map(lambda leaf: leaf.astype(dtype), weights)
 
     return jax.vmap(draw)(members)
+
+
+def draw_overlays(
+    params: PyTree, key: jax.Array, members: jax.Array, noise: Noise
+) -> PyTree:
+    """How a chunk of members of a quantised model differ from the centre.
+
+    Args:
+      params: the centre.
+      key: the generation key.
+      members: int [C], member numbers.
+      noise: how members differ from it.
+
+    Returns:
+      The tree of the parameters with an `Overlay` of arrays [C, ...] for codes (moves
+      out of their range left out, 2602.03120 Eq. 4), what to add for scales that are
+      trained, and None for all that is frozen.
+    """
+    trained, _ = split(params, scales=noise.scale_sigma > 0)
+
+    def draw(member: jax.Array) -> PyTree:
+        direction, sign = noise.direction(member)
+        direction_key = jax.random.fold_in(key, direction)
+
+        def deviation(path: tuple[Any, ...], leaf: Any) -> Any:
+            if not is_codes(leaf):
+                drawn = leaf_noise(direction_key, path, leaf.shape)
+                return noise.scale_sigma * sign * drawn
+            one = partial(_overlay, direction_key, path, sign=sign, noise=noise)
+            if leaf.ndim == 2:
+                return one(leaf, 0)
+            return jax.vmap(one)(leaf, jnp.arange(leaf.shape[0]))
+
+        return map_leaves(deviation, trained)
+
+    return jax.vmap(draw)(members)
+
+
+def _overlay(
+    direction_key: jax.Array,
+    path: tuple[Any, ...],
+    codes: Codes,
+    matrix: jax.typing.ArrayLike,
+    *,
+    sign: jax.Array,
+    noise: Noise,
+) -> Overlay:
+    positions, values = codes_noise(direction_key, path, matrix, codes.size, noise)
+    moves = (sign * values[0]).astype(jnp.int16)
+    return Overlay(positions, allowed(codes, pick(codes, positions), moves))
 
 
 def evaluate(

@@ -5,12 +5,12 @@ column, K entries of a perturbation.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jes.core.codes import Codes, is_codes, unpack
+from jes.core.codes import Codes, Overlay, moved
 
 
 @jax.tree_util.register_dataclass
@@ -41,53 +41,18 @@ class Quantized:
         return self.codes.shape
 
 
-class Overlay(NamedTuple):
-    """How a member's codes differ from the centre's: few entries of a matrix.
-
-    Attributes:
-      positions: int32 [K], in the flattened matrix, ascending; those beyond its end
-        mean nothing.
-      moves: int16 [K], within the range of the codes.
-    """
-
-    positions: jax.Array
-    moves: jax.Array
-
-
-def is_quantized(params: Any) -> bool:
-    """Whether some leaf of the parameters is codes."""
-    return any(map(is_codes, jax.tree.leaves(params, is_leaf=is_codes)))
-
-
-def member_codes(codes: Codes, overlay: Overlay | None) -> jax.Array:
-    """Codes of one matrix [I, O] as a member has them, uint8 or int8."""
-    values = unpack(codes)
-    if overlay is None:
-        return values
-    moved = (
-        values.reshape(-1)
-        .at[overlay.positions]
-        .add(
-            overlay.moves.astype(values.dtype),  # modulo 256: never out of range
-            mode="drop",
-            unique_indices=True,
-            indices_are_sorted=True,
-        )
-    )
-    return moved.reshape(values.shape)
-
-
 def dequantize(
-    weight: Quantized, noise: Quantized | None = None, dtype: Any = jnp.float32
+    weight: Quantized, noise: Any = None, dtype: Any = jnp.float32
 ) -> jax.Array:
     """The matrix [I, O] in floats; computed in float32, then cast.
 
     Args:
       weight: one matrix.
-      noise: a member's: an `Overlay` for `codes`, and what to add to `scales`.
+      noise: a member's deviation, in the same form: an `Overlay` for the codes, what
+        to add to the scales or None, None for the rest.
       dtype: of the result.
     """
-    values = member_codes(weight.codes, None if noise is None else noise.codes)
+    values = moved(weight.codes, _overlay(noise))
     scales = member_scales(weight, noise)
     spread = _by_row(weight)
     values = values.astype(jnp.float32)
@@ -96,7 +61,11 @@ def dequantize(
     return (values * spread(scales)).astype(dtype)
 
 
-def member_scales(weight: Quantized, noise: Quantized | None) -> jax.Array:
+def _overlay(noise: Any) -> Overlay | None:
+    return None if noise is None else noise.codes
+
+
+def member_scales(weight: Quantized, noise: Any) -> jax.Array:
     """Scales float32 [G, O] as a member has them."""
     scales = weight.scales.astype(jnp.float32)
     if noise is not None and noise.scales is not None:
@@ -118,14 +87,11 @@ def _by_row(weight: Quantized) -> Any:
     return spread
 
 
-def matmul(
-    x: jax.Array, weight: Quantized, noise: Quantized | None = None
-) -> jax.Array:
+def matmul(x: jax.Array, weight: Quantized, noise: Any = None) -> jax.Array:
     """x @ weight, [..., I] -> [..., O] in the dtype of x."""
     if not weight.int8_activations:
         return x @ dequantize(weight, noise, x.dtype)
-    overlay = None if noise is None else noise.codes
-    codes = member_codes(weight.codes, overlay)
+    codes = moved(weight.codes, _overlay(noise))
     rounded, token_scales = round_tokens(x)
     products = jnp.matmul(rounded, codes, preferred_element_type=jnp.int32)
     scales = member_scales(weight, noise).reshape((1,) * (x.ndim - 1) + (-1,))

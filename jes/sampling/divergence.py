@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jes.core.placement import on_device
+from jes.core.tree import with_dtype
 from jes.sampling.generate import generate
 from jes.sampling.prompts import BUCKETS, pad
 
@@ -137,7 +138,7 @@ def _log_ratios(
     targets = tokens[:, -longest:, None]
 
     def log_probabilities(weights: Any) -> jax.Array:
-        weights = jax.tree.map(lambda leaf: on_device(leaf).astype(dtype), weights)
+        weights = with_dtype(jax.tree.map(on_device, weights), dtype)
         logits, _ = model.apply(
             {"params": weights}, tokens, positions, last=longest + 1
         )

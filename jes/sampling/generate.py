@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jes.core.tree import is_quantized
 from jes.sampling.prompts import BUCKETS, PromptBatch, pad
 
 
@@ -47,6 +48,7 @@ def decode(
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
     sampling: Sampling = GREEDY,
+    centre: Any = None,
 ) -> jax.Array:
     """Answers every prompt with every member's weights (to be traced under `jit`).
 
@@ -56,13 +58,15 @@ def decode(
 
     Args:
       model: a decoder in its unrolled form.
-      params: unrolled parameters, each leaf with a leading member axis [M, ...].
+      params: unrolled parameters, each leaf with a leading member axis [M, ...]; of a
+        quantised model, how members differ from its `centre`, or None.
       prompts: left-padded prompts, the same for all members.
       keys: typed PRNG keys [M], used where the temperature is above 0. A row's draws
         depend on its member's key and its number alone.
       max_new_tokens: N.
       eos_ids: tokens that end an answer.
       sampling: how the next token is chosen.
+      centre: of a quantised model, the parameters that members share, stacked.
 
     Returns:
       int32 [M, B, N]; after an end token the row holds that token or `eos_ids[0]`.
@@ -74,8 +78,11 @@ def decode(
     row_keys = jax.vmap(fold_rows, in_axes=(0, None))(keys, rows)
     next_position = jnp.asarray(prompts.positions[:, -1:]) + 1
 
+    if centre is not None:
+        centre = model.unrolled_params(centre)
+
     def forward(params: Any, tokens: Any, positions: Any, cache: Any = None) -> Any:
-        variables = {"params": params}
+        variables = member_variables(params, centre)
         logits, cache = model.apply(variables, tokens, positions, cache, last=1)
         return logits[:, 0], cache
 
@@ -99,7 +106,8 @@ def decode(
     def ended(token: jax.Array) -> jax.Array:
         return jnp.isin(token, jnp.array(eos_ids, jnp.int32))
 
-    logits, cache = jax.vmap(prefill, out_axes=axes)(params)
+    members = keys.shape[0]
+    logits, cache = jax.vmap(prefill, out_axes=axes, axis_size=members)(params)
     token = choose(logits, jnp.int32(0))
     fill = eos_ids[0] if eos_ids else 0
     answers = jnp.full((*token.shape, max_new_tokens), fill, jnp.int32)
@@ -119,6 +127,13 @@ def decode(
 
     state = (jnp.int32(1), token, ended(token), cache, answers)
     return jax.lax.while_loop(running, advance, state)[-1]
+
+
+def member_variables(params: Any, centre: Any) -> dict[str, Any]:
+    """What `model.apply` takes for a member, from its weights or its deviation."""
+    if centre is None:
+        return {"params": params}
+    return {"params": centre} | ({} if params is None else {"noise": params})
 
 
 def restrict(logits: jax.Array, sampling: Sampling) -> jax.Array:
@@ -211,8 +226,10 @@ def generate(
     size = min(batch_size, len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
-    one = jax.tree.map(lambda leaf: leaf[None], params)
-    weights = unrolled_members(model, one)
+    weights, centre = None, params
+    if not is_quantized(params):
+        one = jax.tree.map(lambda leaf: leaf[None], params)
+        weights, centre = unrolled_members(model, one), None
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
         filled = chosen + chosen[-1:] * (size - len(chosen))
@@ -225,6 +242,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             eos_ids=tuple(int(i) for i in eos_ids),
             sampling=sampling,
+            centre=centre,
         )
         rows = trim(np.asarray(out[0]), eos_ids, keep_end=keep_end)
         for i, answer in zip(chosen, rows, strict=False):

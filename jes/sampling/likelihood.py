@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jes.sampling.generate import member_variables
 from jes.sampling.prompts import BUCKETS, PromptBatch, pad
 
 
@@ -51,13 +52,18 @@ def pad_choices(
     return ChoiceBatch(pad(rows, buckets), scored, np.array(owners))
 
 
-def choice_log_likelihoods(model: Any, params: Any, batch: ChoiceBatch) -> jax.Array:
+def choice_log_likelihoods(
+    model: Any, params: Any, batch: ChoiceBatch, members: int, centre: Any = None
+) -> jax.Array:
     """Summed log-probability in nats of every row's choice under every member.
 
     Args:
       model: a decoder.
-      params: stacked parameters with a leading member axis [M, ...].
+      params: stacked parameters with a leading member axis [M, ...]; of a quantised
+        model, how members differ from its `centre`, or None.
       batch: prompts and choices.
+      members: M.
+      centre: of a quantised model, the parameters that members share.
 
     Returns:
       float32 [M, R].
@@ -67,9 +73,10 @@ def choice_log_likelihoods(model: Any, params: Any, batch: ChoiceBatch) -> jax.A
     targets = tokens[:, -longest:, None]
 
     def score(params: Any) -> jax.Array:
-        logits, _ = model.apply({"params": params}, tokens, positions, last=longest + 1)
+        variables = member_variables(params, centre)
+        logits, _ = model.apply(variables, tokens, positions, last=longest + 1)
         log_probabilities = jax.nn.log_softmax(logits[:, :-1], axis=-1)
         chosen = jnp.take_along_axis(log_probabilities, targets, axis=-1)[..., 0]
         return jnp.where(batch.scored, chosen, 0).sum(-1)
 
-    return jax.vmap(score)(params)
+    return jax.vmap(score, axis_size=members)(params)

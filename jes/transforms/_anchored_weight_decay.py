@@ -10,6 +10,7 @@ import optax
 from jes.core.drift import KINDS
 from jes.core.noise import PyTree
 from jes.core.placement import on_device
+from jes.core.tree import values_of
 
 
 class AnchoredWeightDecayState(NamedTuple):
@@ -39,6 +40,9 @@ def anchored_weight_decay(
       \text{L2:}\; \theta \leftarrow \theta_0 + (1 - \alpha\lambda)\,\delta, \qquad
       \text{L1:}\; \theta \leftarrow
         \theta_0 + \mathrm{sign}(\delta) \max(|\delta| - \alpha\lambda, 0).
+
+    Before `jes.error_feedback` it pulls codes to the codes of the anchor, and what of
+    the pull is less than a code waits in the residual.
 
     It acts in a generation without a step (all members tied) too. The arithmetic is in
     float32: in half precision most of a pull this small is rounded away, as in the
@@ -96,7 +100,7 @@ def anchored_weight_decay(
         strength = at(learning_rate, state.count) * at(coefficient, state.count)
         chosen = mask(params) if callable(mask) else mask
         if chosen is None:
-            chosen = jax.tree.map(lambda _: True, params)
+            chosen = jax.tree.map(lambda _: True, updates)
 
         def pulled(
             update: jax.Array, param: jax.Array, home: jax.Array, chosen: bool
@@ -104,10 +108,9 @@ def anchored_weight_decay(
             if not chosen:
                 return update
             # One leaf at a time comes over from the host, if that is where it is kept.
-            home = on_device(home)
-            f32 = jnp.float32
-            step = update.astype(f32)
-            away = param.astype(f32) + step - home.astype(f32)
+            home = values_of(jax.tree.map(on_device, home))
+            step = update.astype(jnp.float32)
+            away = values_of(param) + step - home
             if kind == "l2":
                 return step - strength * away
             # What the soft threshold takes off is the displacement, clipped.

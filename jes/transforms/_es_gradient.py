@@ -1,5 +1,6 @@
 """The ES estimate of the gradient, by replaying seeds."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from jes.core.fitness import METHODS, finite_members, shape_fitness
-from jes.core.noise import Noise, PyTree, leaf_noise
+from jes.core.noise import Noise, PyTree, codes_noise, leaf_noise
+from jes.core.tree import is_codes, map_leaves
 
 
 class EsGradientState(NamedTuple):
@@ -28,6 +30,9 @@ def es_gradient(
     Noise is drawn again from the key, one member's noise for one leaf at a time, and
     summed in float32 whatever the dtype of the parameters.
 
+    For `Codes` ε is the integer perturbation δ of 2602.03120 Eq. (3) and (5), of which
+    only what is not 0 is drawn: an update of the shape of the codes, in codes.
+
     Args:
       noise: as the members were perturbed.
       shaping: see `jes.shape_fitness`.
@@ -36,7 +41,8 @@ def es_gradient(
       A transformation whose `update` takes, beside the incoming updates (only their
       shapes matter; zeros will do), `key`, the generation key, and `fitness`, float
       [N], and returns float32 updates. Members with non-finite fitness count neither
-      in the sum nor in N.
+      in the sum nor in N. `matrix`, an int, says that the codes given are one matrix,
+      and which, of the stack that the parameters have there.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jes
@@ -67,6 +73,7 @@ def es_gradient(
         *,
         key: jax.Array,
         fitness: jax.Array,
+        matrix: jax.typing.ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, EsGradientState]:
         del params, extra_args
@@ -75,15 +82,52 @@ def es_gradient(
         weights = shape_fitness(fitness, shaping) / finite_members(fitness)
         weights = noise.direction_weights(weights)
 
-        def estimate(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-            def add(direction: jax.Array, total: jax.Array) -> jax.Array:
-                direction_key = jax.random.fold_in(key, direction)
-                drawn = leaf_noise(direction_key, path, leaf.shape)
-                return total - weights[direction] * drawn
+        def estimate(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+            if not is_codes(leaf):
+                return _of_floats(path, leaf.shape, key, weights)
+            shape = leaf.shape[-2:]
+            one = partial(_of_codes, path, shape, key, weights, noise)
+            if leaf.ndim == 2:
+                return one(0 if matrix is None else matrix)
+            return jax.lax.map(one, jnp.arange(leaf.shape[0]))
 
-            start = jnp.zeros(leaf.shape, jnp.float32)
-            return jax.lax.fori_loop(0, weights.shape[0], add, start)
-
-        return jax.tree_util.tree_map_with_path(estimate, updates), state
+        return map_leaves(estimate, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _of_floats(
+    path: tuple[Any, ...], shape: tuple[int, ...], key: jax.Array, weights: jax.Array
+) -> jax.Array:
+    def add(direction: jax.Array, total: jax.Array) -> jax.Array:
+        drawn = leaf_noise(jax.random.fold_in(key, direction), path, shape)
+        return total - weights[direction] * drawn
+
+    start = jnp.zeros(shape, jnp.float32)
+    return jax.lax.fori_loop(0, weights.shape[0], add, start)
+
+
+def _of_codes(
+    path: tuple[Any, ...],
+    shape: tuple[int, ...],
+    key: jax.Array,
+    weights: jax.Array,
+    noise: Noise,
+    matrix: jax.typing.ArrayLike,
+) -> jax.Array:
+    """The estimate for one matrix; with two roundings, from the second."""
+    size = shape[0] * shape[1]
+
+    def add(direction: jax.Array, total: jax.Array) -> jax.Array:
+        direction_key = jax.random.fold_in(key, direction)
+        positions, values = codes_noise(direction_key, path, matrix, size, noise)
+        # One direction has no position twice, so the order of sums is always the same.
+        return total.at[positions].add(
+            -weights[direction] * values[-1],
+            mode="drop",
+            unique_indices=True,
+            indices_are_sorted=True,
+        )
+
+    start = jnp.zeros(size, jnp.float32)
+    return jax.lax.fori_loop(0, weights.shape[0], add, start).reshape(shape)

@@ -1,0 +1,105 @@
+"""Trees of parameters in which the codes of a matrix are one leaf."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jes.core.codes import Codes, unpack
+
+PyTree = Any
+
+
+def is_codes(node: Any) -> bool:
+    """For `is_leaf` of tree functions."""
+    return isinstance(node, Codes)
+
+
+def structure(tree: PyTree) -> Any:
+    """`jax.tree.structure`."""
+    return jax.tree.structure(tree, is_leaf=is_codes)
+
+
+def values_of(leaf: Codes | jax.Array) -> jax.Array:
+    """Codes, or weights of any dtype, as float32."""
+    return (unpack(leaf) if isinstance(leaf, Codes) else leaf).astype(jnp.float32)
+
+
+def is_quantized(params: Any) -> bool:
+    """Whether some leaf of the parameters is codes."""
+    return any(map(is_codes, jax.tree.leaves(params, is_leaf=is_codes)))
+
+
+def map_leaves(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """`tree_map_with_path` where codes are one leaf."""
+    return jax.tree_util.tree_map_with_path(function, tree, *others, is_leaf=is_codes)
+
+
+def leaves_with_path(tree: Any) -> list[tuple[Any, Any]]:
+    """`tree_leaves_with_path` where codes are one leaf."""
+    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_codes)
+
+
+def split(params: Any, scales: bool = False) -> tuple[Any, Any]:
+    """What is trained of the parameters, and the rest, each with None for the other.
+
+    Everything, in a model of floats. In a quantised one only what may move on a grid:
+    the codes, and the scales if they are to be trained; norms, biases, embeddings and
+    zero points stay as they are (2602.03120).
+    """
+    if not is_quantized(params):
+        return params, jax.tree.map(lambda leaf: None, params)
+
+    def trained(path: tuple[Any, ...], leaf: Any) -> bool:
+        return is_codes(leaf) or (scales and _is_scales(path))
+
+    return (
+        map_leaves(lambda p, leaf: leaf if trained(p, leaf) else None, params),
+        map_leaves(lambda p, leaf: None if trained(p, leaf) else leaf, params),
+    )
+
+
+def merge(trained: Any, frozen: Any) -> Any:
+    """What `split` took apart."""
+
+    def either(first: Any, second: Any) -> Any:
+        return second if first is None else first
+
+    return jax.tree.map(
+        either, trained, frozen, is_leaf=lambda node: node is None or is_codes(node)
+    )
+
+
+def with_dtype(params: Any, dtype: Any) -> Any:
+    """The parameters with all floats in this dtype, but for the scales of codes.
+
+    Arrays that are so already are not copied.
+    """
+
+    def cast(path: tuple[Any, ...], leaf: Any) -> Any:
+        keep = is_codes(leaf) or _is_scales(path) or leaf.dtype == dtype
+        return leaf if keep or not is_float(leaf) else leaf.astype(dtype)
+
+    return map_leaves(cast, params)
+
+
+def is_float(leaf: jax.Array) -> bool:
+    """Whether an array holds floating-point numbers."""
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _is_scales(path: tuple[Any, ...]) -> bool:
+    return jax.tree_util.keystr(path[-1:], simple=True) == "scales"
+
+
+def transpose(params: PyTree, out: PyTree) -> tuple[PyTree, ...]:
+    """A tree of tuples, one for each leaf of the parameters, as a tuple of trees."""
+    outer = structure(params)
+    rows = outer.flatten_up_to(out)
+    return tuple(outer.unflatten(column) for column in zip(*rows, strict=True))
+
+
+def total(tree: PyTree) -> jax.Array:
+    """Sum of a tree of scalars, float32."""
+    return sum(jax.tree.leaves(tree), jnp.zeros([], jnp.float32))
