@@ -58,15 +58,15 @@ class Codes:
 
 
 class Overlay(NamedTuple):
-    """How a member's codes differ from the centre's: few entries of a matrix.
+    """How a member's codes differ from the centre's.
 
     Attributes:
       positions: int32 [K], in the flattened matrix, ascending; those beyond its end
-        mean nothing.
-      moves: int16 [K], within the range of the codes.
+        mean nothing. None for all of them.
+      moves: int16 [K], or of all codes; within their range.
     """
 
-    positions: jax.Array
+    positions: jax.Array | None
     moves: jax.Array
 
 
@@ -124,6 +124,8 @@ def moved(codes: Codes, overlay: Overlay | None) -> jax.Array:
         return values
     # Bytes add modulo 256, and an overlay leads to no code out of range.
     flat = values.reshape(-1)
+    if overlay.positions is None:
+        return (flat + overlay.moves.astype(values.dtype)).reshape(values.shape)
     flat = flat.at[overlay.positions].add(
         overlay.moves.astype(values.dtype),
         mode="drop",

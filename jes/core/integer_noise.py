@@ -7,7 +7,8 @@ independent, and :math:`P(\delta = k) = E[\max(0, 1 - |\sigma\varepsilon - k|)]`
 small σ all but :math:`0.8\sigma` of them are 0. So `sparse_noise` does not draw every
 entry, but the gaps from one that is not 0 to the next, which are geometric, and the
 values there, from their exact probabilities: the same distribution, about 1/σ times
-cheaper. `dense_noise` is the definition, entry by entry.
+cheaper. Where that does not pay, every entry is drawn, but from one number of 32 bits.
+`dense_noise` is the definition, with a normal and a uniform number for each.
 """
 
 import functools
@@ -24,9 +25,13 @@ DEVIATIONS = 8
 """Entries are drawn for the expected number that are not 0 and so many standard
 deviations more. With more of them than that (probability 1e-15) the last are lost."""
 
-RARE = 2.0**-32
+RARE = 2.0**-31
 """A value less probable than this, given that it is not 0, does not occur: it is the
 resolution of the bits that choose. Up to sigma = 0.15 that leaves 1 and -1."""
+
+MANY = 0.05
+"""Share of entries that are not 0 above which all are drawn: one of a few costs twenty
+times what one of all does (measured on a CPU)."""
 
 WIDTH = 64
 """Gaps that are summed by a product with a triangle of ones; see `_running_sum`."""
@@ -108,10 +113,10 @@ def entries(size: int, sigma: float, rounds: int = 1) -> int:
     return min(size, math.ceil(most))
 
 
-def sparse_noise(
+def integer_noise(
     key: jax.Array, size: int, sigma: float, rounds: int = 1
-) -> tuple[jax.Array, jax.Array]:
-    """The entries that are not 0, of a matrix of independent δ.
+) -> tuple[jax.Array | None, jax.Array]:
+    """The δ of a matrix: those that are not 0 if they are few, else all of them.
 
     Args:
       key: typed PRNG key.
@@ -121,8 +126,17 @@ def sparse_noise(
 
     Returns:
       positions int32 [K], ascending, where the last may lie beyond the matrix, and
-      values int32 [rounds, K].
+      values int32 [rounds, K]; or None and values int32 [rounds, size].
     """
+    if outcomes(sigma, rounds).nonzero > MANY:
+        return None, _all_noise(key, size, sigma, rounds)
+    return sparse_noise(key, size, sigma, rounds)
+
+
+def sparse_noise(
+    key: jax.Array, size: int, sigma: float, rounds: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """The entries that are not 0; arguments and results as of `integer_noise`."""
     possible = outcomes(sigma, rounds)
     count = entries(size, sigma, rounds)
     draws = 1 if len(possible.values) == 1 else 2
@@ -133,11 +147,39 @@ def sparse_noise(
     sign = jnp.where(bits[0] & 1, 1, -1)
     if draws == 1:
         return positions, jnp.asarray(possible.values.T) * sign[None]
-    # The values by what they have in common: uniform bits against the running total.
-    limits = np.round(np.cumsum(possible.probabilities)[:-1] * 2.0**32)
+    values = _chosen(bits[1], possible.values, possible.probabilities)
+    return positions, values * sign[None]
+
+
+def _all_noise(key: jax.Array, size: int, sigma: float, rounds: int) -> jax.Array:
+    """Every entry, int32 [rounds, size], from 32 bits each."""
+    possible = outcomes(sigma, rounds)
+    bits = random_bits(key, (size,))
+    zero = np.zeros((1, rounds), int)
+    share = possible.nonzero * possible.probabilities
+    values = np.concatenate([zero, possible.values])
+    drawn = _chosen(bits & ~np.uint32(1), values, np.array([1 - share.sum(), *share]))
+    return drawn * jnp.where(bits & 1, 1, -1)[None]
+
+
+def _chosen(
+    bits: jax.Array, values: np.ndarray, probabilities: np.ndarray
+) -> jax.Array:
+    """Values [R, rounds] of these probabilities, by uniform bits: int32 [rounds, K].
+
+    As sums of steps, one for every limit that the bits have passed: a compiler makes
+    one pass of it, and it asks for no table in memory.
+    """
+    limits = np.round(np.cumsum(probabilities)[:-1] * 2.0**32)
     limits = np.minimum(limits, 2**32 - 1).astype(np.uint32)
-    chosen = jnp.searchsorted(jnp.asarray(limits), bits[1], side="right")
-    return positions, jnp.asarray(possible.values.T)[:, chosen] * sign[None]
+    rows = []
+    for column in values.T:
+        drawn = jnp.full(bits.shape, column[0], jnp.int32)
+        for limit, step in zip(limits, np.diff(column), strict=True):
+            if step:
+                drawn += jnp.where(bits >= limit, jnp.int32(step), 0)
+        rows.append(drawn)
+    return jnp.stack(rows)
 
 
 def _geometric(bits: jax.Array, p: float) -> jax.Array:

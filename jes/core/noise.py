@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jes.core.integer_noise import sparse_noise
+from jes.core.integer_noise import integer_noise
 from jes.core.normal import standard_normal
 
 PyTree = Any
@@ -109,8 +109,8 @@ def codes_noise(
     matrix: jax.typing.ArrayLike,
     size: int,
     noise: Noise,
-) -> tuple[jax.Array, jax.Array]:
-    """The entries of a matrix of codes that move: see `sparse_noise`.
+) -> tuple[jax.Array | None, jax.Array]:
+    """The entries of a matrix of codes that move: see `integer_noise`.
 
     Args:
       direction_key: as everywhere.
@@ -120,10 +120,10 @@ def codes_noise(
       noise: how members differ.
 
     Returns:
-      positions int32 [K] and values int32 [rounds, K], before sign and gate.
+      positions and values, before sign and gate.
     """
     key = jax.random.fold_in(leaf_key(direction_key, path), matrix)
-    return sparse_noise(key, size, noise.sigma, noise.rounds)
+    return integer_noise(key, size, noise.sigma, noise.rounds)
 
 
 def perturb(params: PyTree, key: jax.Array, sigma: jax.typing.ArrayLike) -> PyTree:

@@ -121,6 +121,8 @@ def _of_codes(
     def add(direction: jax.Array, total: jax.Array) -> jax.Array:
         direction_key = jax.random.fold_in(key, direction)
         positions, values = codes_noise(direction_key, path, matrix, size, noise)
+        if positions is None:
+            return total - weights[direction] * values[-1]
         # One direction has no position twice, so the order of sums is always the same.
         return total.at[positions].add(
             -weights[direction] * values[-1],
