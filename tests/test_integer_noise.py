@@ -200,7 +200,7 @@ def test_members_are_perturbed_in_pairs_within_the_range(
 def test_leaves_and_matrices_have_noise_of_their_own() -> None:
     codes = pack(jnp.full((2, 64, 64), 8), 4)
     params = {"a": {"codes": codes}, "b": {"codes": codes}}
-    noise = jes.Noise(sigma=0.1)
+    noise = jes.Noise(sigma=0.05)
     drawn = draw_overlays(params, KEY, jnp.arange(2), noise)
     rows = [
         np.asarray(drawn[name]["codes"].positions)[member, matrix]

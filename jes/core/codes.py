@@ -102,13 +102,15 @@ def pack(values: jax.Array, bits: int, signed: bool = False) -> Codes:
     return Codes(low.astype(jnp.uint8) | high.astype(jnp.uint8) << 4, bits)
 
 
-def pick(codes: Codes, positions: jax.Array) -> jax.Array:
-    """Codes int32 at positions of one flattened matrix; 0 beyond its end.
+def pick(codes: Codes, positions: jax.Array | None) -> jax.Array:
+    """Codes at positions of one flattened matrix; 0 beyond its end.
 
     Args:
       codes: one matrix.
-      positions: int32, row times number of columns plus column.
+      positions: int32, row times number of columns plus column; None for all.
     """
+    if positions is None:
+        return unpack(codes).reshape(-1)
     columns = codes.shape[-1]
     row, column = positions // columns, positions % columns
     if codes.bits == 8:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jes.core.codes import Codes, Overlay, allowed, pick, unpack
+from jes.core.codes import Codes, Overlay, allowed, pick
 from jes.core.noise import Noise, PyTree, codes_noise, leaf_noise, perturb_member
 from jes.core.tree import is_codes, map_leaves, split
 
@@ -111,11 +111,7 @@ def _overlay(
 ) -> Overlay:
     positions, values = codes_noise(direction_key, path, matrix, codes.size, noise)
     moves = (sign * values[0]).astype(jnp.int16)
-    if positions is None:
-        before = unpack(codes).reshape(-1)
-    else:
-        before = pick(codes, positions)
-    return Overlay(positions, allowed(codes, before, moves))
+    return Overlay(positions, allowed(codes, pick(codes, positions), moves))
 
 
 def evaluate(
