@@ -225,7 +225,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.get_variable("params", "kernel")
+        kernel: Any = self.get_variable("params", "kernel")
         if isinstance(kernel, Quantized):
             y = matmul(x, kernel, self.get_variable("noise", "kernel"))
         else:
