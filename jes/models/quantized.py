@@ -59,7 +59,7 @@ def is_quantized(params: Any) -> bool:
     return any(map(is_codes, jax.tree.leaves(params, is_leaf=is_codes)))
 
 
-def member_codes(codes: Codes, overlay: Overlay | None) -> jax.Array:
+def member_codes(codes: Codes, overlay: Any) -> jax.Array:
     """Codes of one matrix [I, O] as a member has them, uint8 or int8."""
     values = unpack(codes)
     if overlay is None:
