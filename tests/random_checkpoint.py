@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from jes.models.config import ModelConfig
-from jes.models.shards import DTYPES, Tensor, write_tensors
-from jes.models.weights import COPIED, MAX_SHARD_BYTES, tensor_shapes
+from jes.models.layout import tensor_shapes
+from jes.models.shards import FLOATS, Tensor, write_tensors
+from jes.models.weights import COPIED, MAX_SHARD_BYTES
 
 QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -103,10 +104,10 @@ def write_checkpoint(
       seed: of the weights.
       max_shard_bytes: above it the weights are split into several files.
     """
-    (stored,) = (name for name, d in DTYPES.items() if d.name == dtype)
+    (stored,) = (name for name, d in FLOATS.items() if d.name == dtype)
     tensors = {
         name: Tensor(
-            shape, stored, partial(random_tensor, name, shape, seed, DTYPES[stored])
+            shape, stored, partial(random_tensor, name, shape, seed, FLOATS[stored])
         )
         for name, shape in tensor_shapes(ModelConfig.from_hf(hf_config)).items()
     }
@@ -132,7 +133,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument(
-        "--dtype", choices=[d.name for d in DTYPES.values()], default="bfloat16"
+        "--dtype", choices=[d.name for d in FLOATS.values()], default="bfloat16"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -14,7 +14,7 @@ import pytest
 from make_goldens import CONFIGS
 from random_checkpoint import GENERATION, SHAPES, write_checkpoint, write_json
 
-from jes.models import hub, weights
+from jes.models import hub, layout, weights
 from jes.models.config import ModelConfig
 from jes.models.shards import (
     INDEX,
@@ -334,7 +334,7 @@ def test_broken_config(contents, folder):
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
         ({"rope_scaling": {"type": "yarn"}}, "'yarn' is not supported"),
         ({"rope_scaling": {"type": "llama3"}}, "without factor, low_freq_factor"),
-        ({"quantization_config": {"bits": 4}}, "the weights are quantised"),
+        ({"quantization_config": {"bits": 4}}, "quant_method=None is not supported"),
     ],
 )
 def test_unsupported_config(fields, message, folder):
@@ -517,8 +517,8 @@ def test_fingerprint_of_a_known_model():
 )
 def test_real_shapes_have_the_published_sizes(shape, billions):
     config = ModelConfig.from_hf(SHAPES[shape])
-    leaves = weights.leaf_shapes(config).values()
-    tensors = weights.tensor_shapes(config).values()
+    leaves = layout.leaf_shapes(config).values()
+    tensors = layout.tensor_shapes(config).values()
     for shapes in (leaves, tensors):
         count = sum(int(np.prod(s)) for s in shapes)
         assert count / 1e9 == pytest.approx(billions, abs=1e-6)

@@ -85,13 +85,14 @@ def unpack(codes: Codes) -> jax.Array:
 
 
 def pack(values: jax.Array, bits: int, signed: bool = False) -> Codes:
-    """Stores integers as codes; they are taken to be in range.
+    """Stores integers as codes; traced ones are taken to be in range.
 
     Raises:
-      ValueError: for bits other than 4 or 8, signed codes of 4 bits, or an odd number
-        of rows at 4 bits.
+      ValueError: for bits other than 4 or 8, signed codes of 4 bits, an odd number of
+        rows at 4 bits, or integers out of range.
     """
     check_bits(bits)
+    _check_range(values, bits, signed)
     if bits == 8:
         return Codes(values.astype(jnp.int8 if signed else jnp.uint8), bits, signed)
     if signed:
@@ -100,6 +101,18 @@ def pack(values: jax.Array, bits: int, signed: bool = False) -> Codes:
         raise ValueError(f"{values.shape[-2]} rows cannot be packed in pairs")
     low, high = values[..., 0::2, :], values[..., 1::2, :]
     return Codes(low.astype(jnp.uint8) | high.astype(jnp.uint8) << 4, bits)
+
+
+def _check_range(values: jax.Array, bits: int, signed: bool) -> None:
+    if isinstance(values, jax.core.Tracer) or not values.size:
+        return
+    lowest = -(2 ** (bits - 1)) if signed else 0
+    highest = lowest + 2**bits - 1
+    smallest, largest = int(values.min()), int(values.max())
+    if smallest < lowest or largest > highest:
+        raise ValueError(
+            f"codes of {bits} bits are {lowest}..{highest}, not {smallest}..{largest}"
+        )
 
 
 def pick(codes: Codes, positions: jax.Array | None) -> jax.Array:

@@ -1,0 +1,246 @@
+"""Rounds the weights of a model to codes of 4 or 8 bits, each to the nearest.
+
+    python -m jes.quantize --model=tiny --out=FOLDER --bits=4 --group-size=32
+    python -m jes.quantize --model=Qwen/Qwen2.5-0.5B-Instruct --out=FOLDER --w8a8
+
+Only the matrices of the layers are rounded; embedding, norms, biases and head stay as
+they are. The folder is one of GPTQ (version 1), or with --w8a8 of compressed-tensors
+(int8 weights, int8 activations), as vLLM and `jes.load` read them.
+
+Deliberate simplification: no data is looked at. GPTQ itself moves the weights that are
+rounded later to make up for those before, and loses less at 4 bits.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jes.core.codes import BITS, Codes, pack
+from jes.errors import InputError
+from jes.io.command_line import guarded
+from jes.io.progress import console
+from jes.models import compressed_tensors, gptq
+from jes.models.hub import locate
+from jes.models.layout import is_kernel
+from jes.models.quantized import Quantized, dequantize, is_quantized
+from jes.models.shards import weight_files
+from jes.models.weights import Pretrained, load
+from jes.setup import DTYPES
+
+GROUP_SIZE = 128
+SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
+"""Of the scales: those of groups of zeros, and what else rounds to 0 in float16."""
+
+
+def quantize(
+    params: Mapping[str, Any],
+    *,
+    bits: int,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    int8_activations: bool = False,
+) -> dict[str, Any]:
+    """Rounds the kernels of the layers to the nearest code; all else is as it was.
+
+    Symmetric: (code - 2^(bits-1)) * scale, the scale being the largest absolute value
+    of a group over 2^(bits-1) - 1. Otherwise (code - zero) * scale, the codes reaching
+    from the smallest to the largest value of a group, or to 0. Scales are rounded to
+    float16 before the codes are computed. With `int8_activations`: code * scale with
+    codes -127..127 and a float32 scale for each output.
+
+    Args:
+      params: parameters with stacked layers, floats.
+      bits: 4 or 8.
+      group_size: how many inputs share a scale for each output; -1 for all. By default
+        128, or all with `int8_activations`.
+      symmetric: whether 0 is the middle code of every group.
+      int8_activations: W8A8, which takes 8 bits, no groups and symmetry.
+
+    Raises:
+      InputError: for settings that cannot be, a group size that does not divide the
+        inputs of a layer, or weights that are quantised, not finite or too large.
+    """
+    _check_settings(bits, group_size, symmetric, int8_activations)
+    if is_quantized(params):
+        raise InputError("the weights are quantised already")
+    leaves = flatten_dict(dict(params), sep="/")
+    for path in filter(is_kernel, leaves):
+        if int8_activations:
+            leaves[path] = _round_channels(leaves[path])
+        else:
+            size = _group_size(path, leaves[path].shape[1], group_size)
+            leaves[path] = _round_groups(leaves[path], bits, size, symmetric)
+        if not jnp.isfinite(leaves[path].scales).all():
+            raise InputError(f"{path} holds weights that are not finite, or too large")
+    return unflatten_dict(leaves, sep="/")
+
+
+def _check_settings(
+    bits: int, group_size: int | None, symmetric: bool, int8_activations: bool
+) -> None:
+    if bits not in BITS:
+        raise InputError(f"bits must be one of {BITS}, not {bits}")
+    if int8_activations and (bits, symmetric) != (8, True):
+        raise InputError("int8_activations take symmetric weights of 8 bits")
+    if int8_activations and group_size not in (None, -1):
+        raise InputError(
+            f"int8_activations take one scale an output, not groups of {group_size}"
+        )
+
+
+def rounding_error(params: Mapping[str, Any], quantized: Mapping[str, Any]) -> float:
+    """RMS of what rounding changed, over the RMS of the weights that were rounded."""
+    before, after = (flatten_dict(dict(p), sep="/") for p in (params, quantized))
+    changed = total = 0.0
+    for path, leaf in after.items():
+        if isinstance(leaf, Quantized):
+            for i in range(leaf.shape[0]):
+                one = jax.tree.map(lambda array, i=i: array[i], leaf)
+                squares = _squares(before[path][i], one)
+                changed, total = changed + float(squares[0]), total + float(squares[1])
+    return (changed / total) ** 0.5 if total else 0.0
+
+
+@jax.jit
+def _squares(before: jax.Array, after: Quantized) -> tuple[jax.Array, jax.Array]:
+    before = before.astype(jnp.float32)
+    return ((dequantize(after) - before) ** 2).sum(), (before**2).sum()
+
+
+def _group_size(path: str, rows: int, size: int | None) -> int:
+    """How many inputs of a layer share a scale."""
+    size = GROUP_SIZE if size is None else size
+    if size == -1:
+        return rows
+    if size < 1 or rows % size:
+        raise InputError(
+            f"{path} has {rows} inputs, which group_size={size} does not divide"
+        )
+    return size
+
+
+@partial(jax.jit, static_argnames=("bits", "size", "symmetric"))
+def _round_groups(stack: jax.Array, bits: int, size: int, symmetric: bool) -> Quantized:
+    """A stack [L, I, O] of floats, in groups of `size` inputs."""
+    highest = 2**bits - 1
+
+    def one(matrix: jax.Array) -> Quantized:
+        rows, columns = matrix.shape
+        groups = matrix.astype(jnp.float32).reshape(rows // size, size, columns)
+        if symmetric:
+            spread = jnp.abs(groups).max(1) / (highest // 2)
+            scales = _stored_scales(spread)
+            zeros = jnp.full(scales.shape, highest // 2 + 1, jnp.int16)
+        else:
+            top = jnp.maximum(groups.max(1), 0)
+            # A zero of 0 would be stored as -1: at least one code is below it.
+            bottom = jnp.minimum(groups.min(1), -top / (highest - 1))
+            scales = _stored_scales((top - bottom) / highest)
+            zeros = jnp.round(-bottom / scales.astype(jnp.float32))
+            zeros = jnp.clip(zeros, 1, highest).astype(jnp.int16)
+        steps = jnp.round(groups / scales[:, None].astype(jnp.float32))
+        values = jnp.clip(steps + zeros[:, None], 0, highest).astype(jnp.uint8)
+        return Quantized(pack(values.reshape(rows, columns), bits), scales, zeros)
+
+    return jax.lax.map(one, stack)
+
+
+def _stored_scales(scales: jax.Array) -> jax.Array:
+    return jnp.maximum(scales.astype(jnp.float16), jnp.float16(SMALLEST))
+
+
+@jax.jit
+def _round_channels(stack: jax.Array) -> Quantized:
+    """A stack [L, I, O] of floats, for int8 activations."""
+
+    def one(matrix: jax.Array) -> Quantized:
+        matrix = matrix.astype(jnp.float32)
+        scales = jnp.abs(matrix).max(0, keepdims=True) / 127
+        scales = jnp.where(scales == 0, SMALLEST, scales)
+        codes = jnp.clip(jnp.round(matrix / scales), -127, 127).astype(jnp.int8)
+        return Quantized(Codes(codes, 8, signed=True), scales, int8_activations=True)
+
+    return jax.lax.map(one, stack)
+
+
+def quantize_model(
+    pretrained: Pretrained,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    int8_activations: bool = False,
+) -> Pretrained:
+    """A model with rounded weights and a config.json that says so; see `quantize`."""
+    if int8_activations:
+        settings = compressed_tensors.to_config()
+    else:
+        size = GROUP_SIZE if group_size is None else group_size
+        settings = gptq.to_config(bits, size, symmetric)
+    params = quantize(
+        pretrained.params,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        int8_activations=int8_activations,
+    )
+    hf_config = {**pretrained.hf_config, "quantization_config": settings}
+    return dataclasses.replace(pretrained, params=params, hf_config=hf_config)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="tiny", help="folder, hub id, or 'tiny'")
+    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    parser.add_argument("--bits", type=int, choices=BITS, help="by default 4")
+    parser.add_argument(
+        *("--group-size", "--group_size"), type=int, help="of inputs; -1 for all"
+    )
+    parser.add_argument("--asymmetric", action="store_true", help="a zero a group")
+    parser.add_argument("--w8a8", action="store_true", help="int8 activations too")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of all else; by default that of the model"
+    )
+    args = parser.parse_args()
+
+    def command() -> None:
+        folder = locate(args.model)
+        pretrained = load(folder)
+        rounded = quantize_model(
+            pretrained,
+            bits=args.bits or (8 if args.w8a8 else 4),
+            group_size=args.group_size,
+            symmetric=not args.asymmetric,
+            int8_activations=args.w8a8,
+        )
+        rounded.save(args.out, dtype=args.dtype or pretrained.stored_dtype)
+        report(pretrained, rounded, folder, args.out)
+
+    guarded(command)
+
+
+def report(before: Pretrained, after: Pretrained, source: Path, out: Path) -> None:
+    """Prints what rounding cost and saved."""
+    sizes = [sum(p.stat().st_size for p in weight_files(f)) for f in (source, out)]
+    error = rounding_error(before.params, after.params)
+    console.print(
+        f"model in {out}: {sizes[1] / 1e6:.2f} MB of weights, "
+        f"{sizes[0] / sizes[1]:.2f} times less than the {sizes[0] / 1e6:.2f} MB of "
+        f"{source}"
+    )
+    console.print(f"RMS rounding error: {100 * error:.2f} % of the RMS of the weights")
+
+
+if __name__ == "__main__":
+    main()
