@@ -2,6 +2,9 @@
 
 from ml_collections import ConfigDict
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of the weights that answer. The master, which is trained, is float32."""
+
 
 def default() -> ConfigDict:
     """The settings of `jes.train`."""
@@ -11,6 +14,8 @@ def default() -> ConfigDict:
     config.seed = 0
     config.method = "es"  # or 'grpo', the baseline
     config.model = "tiny"  # a folder, a hub id, or 'tiny', the embedded model
+    config.quantize = ""  # 'int4', 'int8' or 'w8a8' rounds a float model first
+    config.group_size = 128  # of int4 and int8: weights that share a scale
     config.dtype = "float32"  # of the weights that answer; the master is float32
     config.task = "tiny/min"
     config.mode = "generate"  # or 'likelihood', where the task has choices

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
+from jes.config import DTYPES
 from jes.ask import MODES, Examiner, Score, examine, prepare
 from jes.errors import InputError
 from jes.export import decay_anchor, evolution_of, load_base, read_ledger
@@ -21,7 +22,6 @@ from jes.io.metrics import write_json
 from jes.io.progress import console
 from jes.io.runs import recorded
 from jes.models.weights import Pretrained, load
-from jes.setup import DTYPES
 from jes.tasks import TASKS, load_task
 from jes.train import resume
 

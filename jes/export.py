@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from jes.config import DTYPES
 from jes.anchor import keep_anchor
 from jes.core import ledger as ledgers
 from jes.errors import InputError
@@ -21,7 +22,6 @@ from jes.io import runs
 from jes.io.command_line import at_least, guarded
 from jes.io.progress import console
 from jes.models.weights import Pretrained, fingerprint, load
-from jes.setup import DTYPES
 from jes.tell import Evolution, first_state, replay
 
 
@@ -65,7 +65,11 @@ def load_base(ledger: ledgers.Ledger, model: str = "") -> Pretrained:
       InputError: if there is another one now.
     """
     name = model or ledger.header["model"]
-    pretrained = load(name)
+    header = ledger.header
+    pretrained = load_as(name, header.get("quantize", ""), header.get("group_size", 0))
+    params = with_dtype(pretrained.params, jnp.dtype(header["dtype"]))
+    if is_quantized(params):  # what is frozen is kept as members have it
+        pretrained = dataclasses.replace(pretrained, params=params)
     if fingerprint(pretrained.params) != ledger.header["base"]:
         raise InputError(
             f"{name} is not the model that the run started from (its fingerprint "

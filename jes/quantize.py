@@ -23,18 +23,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jes.config import DTYPES
 from jes.core.codes import BITS, Codes, pack
+from jes.core.tree import is_quantized
 from jes.errors import InputError
 from jes.io.command_line import guarded
 from jes.io.progress import console
 from jes.models import compressed_tensors, gptq
 from jes.models.hub import locate
 from jes.models.layout import is_kernel
-from jes.models.quantized import Quantized, dequantize, is_quantized
+from jes.models.quantized import Quantized, dequantize
 from jes.models.shards import weight_files
 from jes.models.weights import Pretrained, load
-from jes.setup import DTYPES
 
+FORMS: dict[str, Any] = {
+    "int4": {"bits": 4},
+    "int8": {"bits": 8},
+    "w8a8": {"bits": 8, "int8_activations": True},
+}
+"""What a run can round a float model to, and the settings of `quantize`."""
 GROUP_SIZE = 128
 SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
 """Of the scales: those of groups of zeros, and what else rounds to 0 in float16."""
@@ -194,6 +201,27 @@ def quantize_model(
     )
     hf_config = {**pretrained.hf_config, "quantization_config": settings}
     return dataclasses.replace(pretrained, params=params, hf_config=hf_config)
+
+
+def load_as(name: str, form: str = "", group_size: int = GROUP_SIZE) -> Pretrained:
+    """`jes.load`, and rounding to one of `FORMS` if there is one to.
+
+    Args:
+      name: a folder, hub id, or 'tiny'.
+      form: of the weights; '' for that of the folder.
+      group_size: of int4 and int8.
+
+    Raises:
+      InputError: for an unknown form, or weights that cannot be rounded.
+    """
+    if form and form not in FORMS:
+        raise InputError(f"weights are rounded to one of {(*FORMS,)}, not {form!r}")
+    pretrained = load(name)
+    if not form:
+        return pretrained
+    settings = FORMS[form]
+    size = None if settings.get("int8_activations") else group_size
+    return quantize_model(pretrained, group_size=size, **settings)
 
 
 def main() -> None:

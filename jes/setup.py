@@ -11,11 +11,13 @@ import numpy as np
 
 from jes.anchor import PLACES
 from jes.ask import Examiner, Question, longest, prepare
+from jes.config import DTYPES
 from jes.core.tree import is_quantized, with_dtype
 from jes.errors import InputError
 from jes.io import memory
 from jes.io.progress import console
-from jes.models.weights import Pretrained, load
+from jes.models.weights import Pretrained
+from jes.quantize import load_as
 from jes.sampling.divergence import Answers, sample_answers
 from jes.sampling.generate import GREEDY, Sampling
 from jes.tasks import load_task
@@ -26,10 +28,6 @@ from jes.tell import (
     flip_rate,
     make_optimizer,
 )
-
-DTYPES = ("float32", "bfloat16", "float16")
-"""Of the weights that answer. The master, which is trained, is float32."""
-
 
 MANY_FLIPS = 0.1
 """Share of the codes that noise moves in a generation, from which to warn."""
@@ -168,7 +166,7 @@ def load_trainable(
     Raises:
       InputError: for `rounding` without codes, or codes without it.
     """
-    pretrained = load(config.model)
+    pretrained = load_as(config.model, config.quantize, config.group_size)
     quantized = is_quantized(pretrained.params)
     if quantized == (evolution.rounding == "none"):
         ways = ", ".join(repr(name) for name in ROUNDINGS if name != "none")
@@ -176,7 +174,7 @@ def load_trainable(
             f"{config.model} is quantised: set rounding to one of {ways}"
             if quantized
             else f"{config.model} has floats for weights, which rounding="
-            f"{evolution.rounding!r} is not for: quantise it (python -m jes.quantize)"
+            f"{evolution.rounding!r} is not for: set quantize to 'int4', 'int8', 'w8a8'"
         )
     if not quantized:
         return pretrained

@@ -165,6 +165,8 @@ def ledger_header(setup: Setup, base: str) -> dict[str, Any]:
     """What a replay needs to know."""
     return {
         "model": setup.config.model,
+        "quantize": setup.config.quantize,
+        "group_size": setup.config.group_size,
         "base": base,
         "seed": setup.config.seed,
         "evolution": dataclasses.asdict(setup.evolution),
