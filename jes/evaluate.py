@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.table import Table
 
-from jes.config import DTYPES
 from jes.ask import MODES, Examiner, Score, examine, prepare
+from jes.config import DTYPES
 from jes.errors import InputError
 from jes.export import decay_anchor, evolution_of, load_base, read_ledger
 from jes.io.command_line import at_least, guarded

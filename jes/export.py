@@ -14,14 +14,15 @@ from typing import Any
 
 import jax
 
-from jes.config import DTYPES
+from jes import quantize
 from jes.anchor import keep_anchor
+from jes.config import DTYPES
 from jes.core import ledger as ledgers
 from jes.errors import InputError
 from jes.io import runs
 from jes.io.command_line import at_least, guarded
 from jes.io.progress import console
-from jes.models.weights import Pretrained, fingerprint, load
+from jes.models.weights import Pretrained, fingerprint
 from jes.tell import Evolution, first_state, replay
 
 
@@ -66,10 +67,8 @@ def load_base(ledger: ledgers.Ledger, model: str = "") -> Pretrained:
     """
     name = model or ledger.header["model"]
     header = ledger.header
-    pretrained = load_as(name, header.get("quantize", ""), header.get("group_size", 0))
-    params = with_dtype(pretrained.params, jnp.dtype(header["dtype"]))
-    if is_quantized(params):  # what is frozen is kept as members have it
-        pretrained = dataclasses.replace(pretrained, params=params)
+    form, size = header.get("quantize", ""), header.get("group_size", 0)
+    pretrained = quantize.load_base(name, form, size, header["dtype"])
     if fingerprint(pretrained.params) != ledger.header["base"]:
         raise InputError(
             f"{name} is not the model that the run started from (its fingerprint "

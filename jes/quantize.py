@@ -25,7 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jes.config import DTYPES
 from jes.core.codes import BITS, Codes, pack
-from jes.core.tree import is_quantized
+from jes.core.tree import is_quantized, with_dtype
 from jes.errors import InputError
 from jes.io.command_line import guarded
 from jes.io.progress import console
@@ -203,13 +203,16 @@ def quantize_model(
     return dataclasses.replace(pretrained, params=params, hf_config=hf_config)
 
 
-def load_as(name: str, form: str = "", group_size: int = GROUP_SIZE) -> Pretrained:
-    """`jes.load`, and rounding to one of `FORMS` if there is one to.
+def load_base(
+    name: str, form: str = "", group_size: int = GROUP_SIZE, dtype: str = "float32"
+) -> Pretrained:
+    """What a run starts from: a model of float32 weights, or a quantised one.
 
     Args:
       name: a folder, hub id, or 'tiny'.
-      form: of the weights; '' for that of the folder.
+      form: one of `FORMS`, to round a float model to; '' for the model as it is.
       group_size: of int4 and int8.
+      dtype: of the floats of a quantised model, which nothing trains.
 
     Raises:
       InputError: for an unknown form, or weights that cannot be rounded.
@@ -217,11 +220,14 @@ def load_as(name: str, form: str = "", group_size: int = GROUP_SIZE) -> Pretrain
     if form and form not in FORMS:
         raise InputError(f"weights are rounded to one of {(*FORMS,)}, not {form!r}")
     pretrained = load(name)
-    if not form:
+    if form:
+        settings = FORMS[form]
+        size = None if settings.get("int8_activations") else group_size
+        pretrained = quantize_model(pretrained, group_size=size, **settings)
+    if not is_quantized(pretrained.params):
         return pretrained
-    settings = FORMS[form]
-    size = None if settings.get("int8_activations") else group_size
-    return quantize_model(pretrained, group_size=size, **settings)
+    params = with_dtype(pretrained.params, jnp.dtype(dtype))
+    return dataclasses.replace(pretrained, params=params)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from jes.errors import InputError
 from jes.io import memory
 from jes.io.progress import console
 from jes.models.weights import Pretrained
-from jes.quantize import load_as
+from jes.quantize import load_base
 from jes.sampling.divergence import Answers, sample_answers
 from jes.sampling.generate import GREEDY, Sampling
 from jes.tasks import load_task
@@ -166,7 +166,9 @@ def load_trainable(
     Raises:
       InputError: for `rounding` without codes, or codes without it.
     """
-    pretrained = load_as(config.model, config.quantize, config.group_size)
+    pretrained = load_base(
+        config.model, config.quantize, config.group_size, config.dtype
+    )
     quantized = is_quantized(pretrained.params)
     if quantized == (evolution.rounding == "none"):
         ways = ", ".join(repr(name) for name in ROUNDINGS if name != "none")
@@ -176,12 +178,9 @@ def load_trainable(
             else f"{config.model} has floats for weights, which rounding="
             f"{evolution.rounding!r} is not for: set quantize to 'int4', 'int8', 'w8a8'"
         )
-    if not quantized:
-        return pretrained
-    # What is frozen has no master: it is kept in the dtype that members answer in.
-    params = with_dtype(pretrained.params, jnp.dtype(config.dtype))
-    warn_of_flips(evolution)
-    return dataclasses.replace(pretrained, params=params)
+    if quantized:
+        warn_of_flips(evolution)
+    return pretrained
 
 
 def warn_of_flips(evolution: Evolution) -> None:

@@ -1,7 +1,7 @@
 """The methods of the study by name, as settings of `jes.train`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,18 @@ import ml_collections
 from jes.errors import InputError
 from jes.record import finished
 
+Config = ml_collections.ConfigDict
+
 
 def method_config(
-    base: ml_collections.ConfigDict, method: str, seed: int
-) -> ml_collections.ConfigDict:
+    base: Config, method: str, seed: int
+) -> Config:
     """The settings of one run of the study.
 
     Args:
       base: settings of the study.
-      method: as in the list of `jes.forgetting.study`, such as 'l2:1'.
+      method: as in the list of `jes.forgetting.study`, such as 'l2:1', or several that
+        go together, such as 'replay+l2:1'.
       seed: of noise and examples.
 
     Raises:
@@ -27,34 +30,86 @@ def method_config(
     config = base.copy_and_resolve_references()
     config.seed = seed
     config.decay, config.decay_coefficient = "none", 0.0
-    kind, _, value = method.partition(":")
     try:
-        if kind in ("l1", "l2"):
-            config.decay, config.decay_coefficient = kind, float(value)
-        elif kind == "n":
-            config.population = int(value)
-        elif kind == "answers":
-            total = base.population * base.generations
-            config.population = int(value)
-            config.generations = max(1, total // config.population)
-            # As often as the others, counted in answers.
-            every = base.eval_every * base.population // config.population
-            config.eval_every = max(1, every)
-        elif kind == "grpo":
-            config.method = "grpo"
-            rate, _, iterations = value.partition(":")
-            config.grpo.learning_rate = float(rate)
-            config.generations = int(iterations or config.generations)
-        elif kind == "shuffled" and not value:
-            config.shuffle_fitness = True
-        elif kind != "es" or value:
-            raise ValueError("unknown")
-    except ValueError as error:
+        for part in method.split("+"):
+            kind, *values = part.split(":")
+            SETTINGS[kind](config, base, *values)
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{method!r} is no method of the study: es, l2:λ, l1:λ, n:N, answers:N, "
-            "shuffled, grpo:RATE, grpo:RATE:ITERATIONS"
+            "shuffled, grpo:RATE, grpo:RATE:ITERATIONS; of a quantised model replay, "
+            "replay:K:γ, residual, residual:γ, naive, quzo, rate:FACTOR"
         ) from error
     return config
+
+
+def _decay(kind: str) -> Callable[..., None]:
+    def change(config: Config, base: Config, coefficient: str) -> None:
+        config.decay, config.decay_coefficient = kind, float(coefficient)
+
+    return change
+
+
+def _population(config: Config, base: Config, population: str) -> None:
+    config.population = int(population)
+
+
+def _answers(config: Config, base: Config, population: str) -> None:
+    total = base.population * base.generations
+    config.population = int(population)
+    config.generations = max(1, total // config.population)
+    # As often as the others, counted in answers.
+    every = base.eval_every * base.population // config.population
+    config.eval_every = max(1, every)
+
+
+def _grpo(config: Config, base: Config, rate: str, iterations: str = "") -> None:
+    config.method = "grpo"
+    config.grpo.learning_rate = float(rate)
+    config.generations = int(iterations or config.generations)
+
+
+def _shuffled(config: Config, base: Config) -> None:
+    config.shuffle_fitness = True
+
+
+def _replay(config: Config, base: Config, window: str = "", decay: str = "") -> None:
+    config.rounding = "replay"
+    config.window = int(window or config.window)
+    config.residual_decay = float(decay or config.residual_decay)
+
+
+def _residual(config: Config, base: Config, decay: str = "") -> None:
+    config.rounding = "residual"
+    config.residual_decay = float(decay or config.residual_decay)
+
+
+def _rounding(name: str) -> Callable[..., None]:
+    def change(config: Config, base: Config) -> None:
+        config.rounding = name
+
+    return change
+
+
+def _rate(config: Config, base: Config, factor: str) -> None:
+    config.alpha = float(factor) * base.alpha
+
+
+SETTINGS: dict[str, Callable[..., None]] = {
+    "es": lambda config, base: None,
+    "l1": _decay("l1"),
+    "l2": _decay("l2"),
+    "n": _population,
+    "answers": _answers,
+    "grpo": _grpo,
+    "shuffled": _shuffled,
+    "replay": _replay,
+    "residual": _residual,
+    "naive": _rounding("naive"),
+    "quzo": _rounding("quzo"),
+    "rate": _rate,
+}
+"""What a method changes: (settings, settings of the study, what follows the colons)."""
 
 
 def folder_of(workdir: Path, method: str, seed: int) -> Path:
@@ -62,7 +117,7 @@ def folder_of(workdir: Path, method: str, seed: int) -> Path:
     return workdir / method.replace(":", "-") / f"seed-{seed}"
 
 
-def is_finished(config: ml_collections.ConfigDict, folder: Path) -> bool:
+def is_finished(config: Config, folder: Path) -> bool:
     """Whether a run with these settings is complete.
 
     Raises:

@@ -31,6 +31,8 @@ COLUMNS = {
     "kl_prior": ("full KL on priors, nats", ".3f"),
     "norm": ("‖θ-θ₀‖", ".2f"),
     "law": ("drift law", ".2f"),
+    "changed": ("codes moved a generation, %", ".2f"),
+    "moved_codes": ("codes moved in all, %", ".1f"),
     "answers": ("answers, thousands", ".0f"),
 }
 """Key of a result -> heading and format in the table."""
@@ -100,9 +102,22 @@ def result(
         "kl_target": mean_kl(far, [target]),
         "law": summary["displacement_norm_drift"],
         "moved": 100 * far["moved"],
+        **moves(folder_of(workdir, method, seed), far),
         "answers": summary["answers"] / 1000,
         "hours": summary["seconds"] / 3600,
         "curve": curve,
+    }
+
+
+def moves(folder: Path, far: dict[str, Any]) -> dict[str, float]:
+    """Of a quantised model, percent of its codes that moved."""
+    rows = read_rows(folder / "metrics.jsonl")
+    shares = [row["codes_changed"] for row in rows if "codes_changed" in row]
+    if not shares:
+        return {}
+    return {
+        "changed": 100 * float(np.mean(shares)),
+        "moved_codes": 100 * far["moved"],
     }
 
 
@@ -215,22 +230,37 @@ def write_csv(path: Path, results: Results, priors: Sequence[str]) -> None:
 
 def markdown(results: Results, target: str, priors: Sequence[str]) -> str:
     """The table: means over seeds, ± one standard error of the mean."""
-    heads = ["method", "seeds", *(head for head, _ in COLUMNS.values())]
+    columns = {
+        key: column
+        for key, column in COLUMNS.items()
+        if any(one.get(key) is not None for of in results.values() for one in of.values())
+    }
+    heads = ["method", "seeds", *(head for head, _ in columns.values())]
     lines = [
         f"Target `{target}`; priors {', '.join(f'`{p}`' for p in priors)}.",
         "",
         f"| {' | '.join(heads)} |",
         f"|{'---|' * len(heads)}",
     ]
+    results = {"(before)": before(results), **results}
     for method, of_seed in results.items():
         cells = [method, str(len(of_seed))]
-        for key, (_, form) in COLUMNS.items():
+        for key, (_, form) in columns.items():
             values = [one.get(key) for one in of_seed.values()]
             known = [value for value in values if value is not None]
             exact = key in ("answers", "law") and len(set(known)) == 1
             cells.append(mean_error(known[:1] if exact else known, form))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def before(results: Results) -> dict[int, dict[str, Any]]:
+    """The base model, as the runs of the first method found it."""
+    found = {}
+    for seed, one in next(iter(results.values())).items():
+        start = {key: one["curve"][key][0] for key in ("target", "prior")}
+        found[seed] = start
+    return found
 
 
 def slices(results: Results) -> str:
@@ -296,7 +326,7 @@ def systematic_table(
     workdir: Path,
 ) -> str:
     """How far the seeds of a method went in a common direction, if that can be told."""
-    if len(seeds) < 2 or config.dtype != "float32":
+    if len(seeds) < 2 or config.dtype != "float32" or config.rounding != "none":
         return ""  # saved in less, a model's small displacement is mostly rounding
     base = load(config.model).params
 

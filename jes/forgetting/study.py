@@ -13,6 +13,11 @@ any moment, the same command goes on. The methods:
     n:N           a population of N for as many generations
     answers:N     a population of N for as many answers in all
     shuffled      rewards dealt out at random: a walk of the same length
+    replay[:K:γ]  of a quantised model: the residual of rounding replayed over K
+                  generations with decay γ, by default as the config says
+    residual[:γ]  the same, kept
+    naive  quzo   rounding without a residual, and QuZO
+    rate:FACTOR   so many times the learning rate, with another: quzo+rate:0.5
     grpo:RATE     the policy gradient, as many prompts and answers a generation, for
                   as many generations, or grpo:RATE:ITERATIONS
 

@@ -82,7 +82,7 @@ class Board:
         """Adds the numbers of a row, as `<name>/[<task>/]<key>`."""
         task = f"{row['task']}/" if "task" in row else ""
         for key, value in row.items():
-            if isinstance(value, int | float):
+            if isinstance(value, int | float) and math.isfinite(value):
                 self._add(step, summary=scalar(f"{name}/{task}{key}", value))
         self.file.flush()
 
