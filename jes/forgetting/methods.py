@@ -3,19 +3,17 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_collections
 
 from jes.errors import InputError
 from jes.record import finished
 
-Config = ml_collections.ConfigDict
+Config: TypeAlias = ml_collections.ConfigDict
 
 
-def method_config(
-    base: Config, method: str, seed: int
-) -> Config:
+def method_config(base: Config, method: str, seed: int) -> Config:
     """The settings of one run of the study.
 
     Args:
@@ -38,7 +36,7 @@ def method_config(
         raise InputError(
             f"{method!r} is no method of the study: es, l2:λ, l1:λ, n:N, answers:N, "
             "shuffled, grpo:RATE, grpo:RATE:ITERATIONS; of a quantised model replay, "
-            "replay:K:γ, residual, residual:γ, naive, quzo, rate:FACTOR"
+            "replay:K:DECAY, residual, residual:DECAY, naive, quzo, rate:FACTOR"
         ) from error
     return config
 

@@ -230,11 +230,9 @@ def write_csv(path: Path, results: Results, priors: Sequence[str]) -> None:
 
 def markdown(results: Results, target: str, priors: Sequence[str]) -> str:
     """The table: means over seeds, ± one standard error of the mean."""
-    columns = {
-        key: column
-        for key, column in COLUMNS.items()
-        if any(one.get(key) is not None for of in results.values() for one in of.values())
-    }
+    runs = [one for of_seed in results.values() for one in of_seed.values()]
+    known = {key for one in runs for key, value in one.items() if value is not None}
+    columns = {key: COLUMNS[key] for key in COLUMNS if key in known}
     heads = ["method", "seeds", *(head for head, _ in columns.values())]
     lines = [
         f"Target `{target}`; priors {', '.join(f'`{p}`' for p in priors)}.",
@@ -247,9 +245,9 @@ def markdown(results: Results, target: str, priors: Sequence[str]) -> str:
         cells = [method, str(len(of_seed))]
         for key, (_, form) in columns.items():
             values = [one.get(key) for one in of_seed.values()]
-            known = [value for value in values if value is not None]
-            exact = key in ("answers", "law") and len(set(known)) == 1
-            cells.append(mean_error(known[:1] if exact else known, form))
+            found = [value for value in values if value is not None]
+            exact = key in ("answers", "law") and len(set(found)) == 1
+            cells.append(mean_error(found[:1] if exact else found, form))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
