@@ -100,6 +100,8 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
         raise InputError(f"anchor must be one of {PLACES}, not {config.anchor!r}")
     if config.anchor == "none" and (config.decay != "none" or config.kl_prompts):
         raise InputError("anchor='none' leaves nothing to decay to, or to take a KL to")
+    if config.scale_sigma and config.rounding == "quzo":
+        raise InputError("rounding='quzo' is for codes alone: scale_sigma must be 0")
     if bool(config.scale_sigma) != bool(config.scale_alpha):
         raise InputError("scale_sigma and scale_alpha go together")
     if config.decay_coefficient and config.decay == "none":

@@ -1,0 +1,26 @@
+"""Countdown learned in int8 codes of GPTQ: quantised ES, as in 2602.03120.
+
+    python -m jes.train --config=configs/qes_int8_countdown.py
+    python -m jes.train --config=configs/qes_int8_countdown.py:tiny
+    python -m jes.forgetting --config=configs/qes_int8_countdown.py:tiny \\
+        --seeds=0,1,2 --methods=replay,residual,quzo,naive
+
+The first is Qwen2.5-1.5B with the paper's settings, `:3b` the larger model,
+`:published` the settings of the published code where they differ. `:tiny` is the
+embedded model, rounded here, on `tiny/min`; `:float` is the same before rounding, to
+compare with. The last command compares the ways of rounding.
+
+200 problems to train on, 2000 held out, as in `configs/forgetting_countdown.py`.
+Published for Qwen2.5-1.5B, held-out accuracy: 26.4 % with seed replay, 22.1 % with the
+residual kept; `:3b` 4.5 % before, 37.4 and 33.3 %, and 15.9 % with QuZO.
+(Single runs; two of them are 10 points apart.) Not run by us.
+"""
+
+from ml_collections import ConfigDict
+
+from jes.rounding_protocol import qes_config
+
+
+def get_config(variant: str | None = None) -> ConfigDict:
+    """Settings of the run; `variant` is what follows the colon."""
+    return qes_config("int8", variant)
