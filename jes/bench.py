@@ -255,18 +255,18 @@ def rows(members: int, repeats: int) -> list[Row]:
 
 
 def rounding_rows(repeats: int) -> list[Row]:
-    """What sparse noise saves; one matrix of 4.4 million codes, 50 members."""
+    """What sparse noise saves, of 50 members."""
     out = []
     for sigma, goal in rounding.SIGMAS.items():
-        dense, generations = 2, 2
+        dense, sparse = 2, 100
         out.append(
             compare(
                 f"(c) dense / sparse noise, sigma = {sigma}",
                 goal,
                 rounding.dense_estimate(sigma, dense),
-                rounding.sparse_estimate(sigma, generations),
+                rounding.sparse_estimate(sigma, sparse),
                 repeats,
-                scale=dense / (generations * rounding.MEMBERS),
+                scale=dense / sparse,
             )
         )
     for sigma in (0.001, 0.01):

@@ -1,0 +1,150 @@
+"""Peak memory of a quantised run, over that of answering the same prompts.
+
+    python -m jes.bench_memory --model=FOLDER [--prompts=64 --prompt=128 --new=32]
+
+One process loads the model and answers; another loads it and trains it on the same
+prompts by seed replay, for two generations. Each says by how much its resident set is
+larger than before the model was there: with the model, and at its peak after that. The
+prompts are random tokens. Linux only.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from jes.ask import ask, examine
+from jes.bench import Case, examination
+from jes.config import DTYPES
+from jes.core.noise import generation_key
+from jes.core.tree import is_quantized
+from jes.errors import InputError
+from jes.io import command_line, memory
+from jes.io.progress import console
+from jes.quantize import load_base
+from jes.tell import Evolution, first_state, tell
+
+GENERATIONS = 2
+
+
+def resident(peak: bool = False) -> int:
+    """Bytes of this process in memory, now or at most since `forget_peak`."""
+    field = "VmHWM" if peak else "VmRSS"
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def forget_peak() -> None:
+    """Lets the peak begin anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(what: str, args: argparse.Namespace) -> dict[str, float]:
+    """What one process does, and the memory it takes: bytes by name."""
+    memory.give_back_freed_blocks()
+    jax.devices()
+    before = resident()
+    pretrained = load_base(args.model, dtype=args.dtype)
+    if not is_quantized(pretrained.params):
+        raise InputError(f"{args.model} is not quantised")
+    case = Case("", pretrained, args.prompts, args.prompt, args.new)
+    loaded = resident()
+    forget_peak()
+    if what == "answer":
+        answer(case)
+    else:
+        train(case, args)
+    return {
+        "model": loaded - before,
+        "peak": resident(peak=True) - before,
+    }
+
+
+def answer(case: Case) -> None:
+    """The prompts, by the weights as they are."""
+    examiner, questions = examination(case)
+    examine(examiner, case.pretrained.params, questions, batch_size=case.rows)
+
+
+def train(case: Case, args: argparse.Namespace) -> None:
+    """Some generations on the prompts."""
+    evolution = Evolution(
+        population=args.members,
+        sigma=args.sigma,
+        alpha=2 * args.sigma,
+        rounding="replay",
+    )
+    examiner, questions = examination(case)
+    params = case.pretrained.params
+    state = first_state(evolution, params)
+    for generation in range(GENERATIONS):
+        key = generation_key(jax.random.key(0), generation)
+        scores = ask(
+            examiner,
+            params,
+            key,
+            questions,
+            noise=evolution.noise,
+            population=args.members,
+            chunk=1,
+        )
+        params, state = tell(evolution, params, state, key, scores.reward)
+        # As in a run, where the next generation waits for this one's metrics.
+        jax.block_until_ready(params)
+
+
+def in_its_own_process(what: str) -> dict[str, float]:
+    """`measure`, where nothing was before."""
+    command = [sys.executable, "-m", "jes.bench_memory", *sys.argv[1:]]
+    done = subprocess.run(
+        [*command, f"--only={what}"], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise InputError(f"the process that was to {what} failed")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(args: argparse.Namespace) -> None:
+    """Measures both and prints the ratio."""
+    found = {what: in_its_own_process(what) for what in ("answer", "train")}
+    for what, bytes_of in found.items():
+        console.print(
+            f"{what}: model {bytes_of['model'] / 1e6:.0f} MB, at the peak "
+            f"{bytes_of['peak'] / 1e6:.0f} MB"
+        )
+    ratio = found["train"]["peak"] / found["answer"]["peak"]
+    console.print(f"training takes {ratio:.3f} times the memory of answering")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    positive = command_line.at_least(1)
+    parser.add_argument("--model", required=True, help="folder of a quantised model")
+    parser.add_argument("--prompts", type=positive, default=64)
+    parser.add_argument("--prompt", type=positive, default=128, help="tokens of each")
+    parser.add_argument("--new", type=positive, default=32, help="tokens of an answer")
+    parser.add_argument("--members", type=positive, default=2)
+    parser.add_argument("--sigma", type=float, default=0.01, help="in codes")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--only", choices=("answer", "train"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+
+    def command() -> None:
+        if args.only:
+            print(json.dumps(measure(args.only, args)))
+        else:
+            report(args)
+
+    command_line.guarded(command)
+
+
+if __name__ == "__main__":
+    main()
