@@ -29,12 +29,12 @@ RARE = 2.0**-31
 """A value less probable than this, given that it is not 0, does not occur: it is the
 resolution of the bits that choose. Up to sigma = 0.15 that leaves 1 and -1."""
 
-MANY = 0.05
-"""Share of entries that are not 0 above which all are drawn: one of a few costs twenty
+MANY = 0.1
+"""Share of entries that are not 0 above which all are drawn: one of a few costs eight
 times what one of all does (measured on a CPU)."""
 
 WIDTH = 64
-"""Gaps that are summed by a product with a triangle of ones; see `_running_sum`."""
+"""Gaps that are summed by a product with a triangle of ones; see `_row_sums`."""
 
 
 def dense_noise(key: jax.Array, shape: tuple[int, ...], sigma: float) -> jax.Array:
@@ -107,10 +107,16 @@ def _moments(sigma: float, k: int) -> tuple[float, float, float]:
 
 
 def entries(size: int, sigma: float, rounds: int = 1) -> int:
-    """How many entries `sparse_noise` draws for a matrix of this size."""
+    """How many entries `integer_noise` draws for a matrix of this size."""
+    if outcomes(sigma, rounds).nonzero > MANY:
+        return size
+    return _sparse_entries(size, sigma, rounds)
+
+
+def _sparse_entries(size: int, sigma: float, rounds: int) -> int:
     p = outcomes(sigma, rounds).nonzero
     most = size * p + DEVIATIONS * math.sqrt(size * p * (1 - p)) + DEVIATIONS
-    return min(size, math.ceil(most))
+    return math.ceil(most / WIDTH) * WIDTH
 
 
 def integer_noise(
@@ -138,7 +144,7 @@ def sparse_noise(
 ) -> tuple[jax.Array, jax.Array]:
     """The entries that are not 0; arguments and results as of `integer_noise`."""
     possible = outcomes(sigma, rounds)
-    count = entries(size, sigma, rounds)
+    count = _sparse_entries(size, sigma, rounds)
     draws = 1 if len(possible.values) == 1 else 2
     bits = random_bits(key, (draws, count))
     # Gaps beyond the matrix need no precision, and their sum must not overflow.
@@ -192,17 +198,21 @@ def _geometric(bits: jax.Array, p: float) -> jax.Array:
 
 
 def _running_sum(gaps: jax.Array, p: float) -> jax.Array:
-    """`jnp.cumsum(gaps)`, five times as fast on a CPU.
-
-    In rows of `WIDTH`, as products with a triangle of ones in float32: whole numbers,
-    exact up to 2^24, where the expected sum of a row is `WIDTH` / p.
-    """
+    """`jnp.cumsum(gaps)`; the compiler for CPUs makes a slow program of that."""
+    # The expected sum of a row of `WIDTH` gaps is WIDTH / p.
     if 4 * WIDTH / p > 2**24:
         return jnp.cumsum(gaps)
-    count = gaps.shape[0]
-    rows = jnp.pad(gaps, (0, -count % WIDTH), constant_values=1).reshape(-1, WIDTH)
+    return jax.lax.platform_dependent(gaps, cpu=_row_sums, default=jnp.cumsum)
+
+
+def _row_sums(gaps: jax.Array) -> jax.Array:
+    """`jnp.cumsum(gaps)` where `WIDTH` of them do not come to 2^24.
+
+    In rows, as products with a triangle of ones in float32, in which whole numbers up
+    to 2^24 are exact. (Whole rows: filling one up makes it five times slower.)
+    """
+    rows = gaps.reshape(-1, WIDTH)
     triangle = jnp.triu(jnp.ones((WIDTH, WIDTH), jnp.float32))
-    sums = jnp.matmul(rows.astype(jnp.float32), triangle, precision="highest")
-    sums = sums.astype(jnp.int32)
+    sums = (rows.astype(jnp.float32) @ triangle).astype(jnp.int32)
     before = jnp.cumsum(sums[:, -1]) - sums[:, -1]
-    return (sums + before[:, None]).reshape(-1)[:count]
+    return (sums + before[:, None]).reshape(-1)

@@ -141,7 +141,7 @@ def round_step(
 
     Args:
       leaf: for the range of the codes, or the dtype of the weights.
-      values: the weights, float32.
+      values: codes, or the weights in float32.
       update: αĝ, float32.
       residual: e before.
 

@@ -8,8 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from jes.core.fitness import METHODS, finite_members, shape_fitness
+from jes.core.integer_noise import entries
 from jes.core.noise import Noise, PyTree, codes_noise, leaf_noise
 from jes.core.tree import is_codes, map_leaves
+
+AT_ONCE = 2**19
+"""Entries of sparse noise that are drawn at once: some megabytes."""
 
 
 class EsGradientState(NamedTuple):
@@ -116,20 +120,29 @@ def _of_codes(
     matrix: jax.typing.ArrayLike,
 ) -> jax.Array:
     """The estimate for one matrix; with two roundings, from the second."""
-    size = shape[0] * shape[1]
+    size, count = shape[0] * shape[1], weights.shape[0]
 
-    def add(direction: jax.Array, total: jax.Array) -> jax.Array:
+    def draw(direction: jax.Array) -> tuple[jax.Array | None, jax.Array]:
         direction_key = jax.random.fold_in(key, direction)
         positions, values = codes_noise(direction_key, path, matrix, size, noise)
+        return positions, -weights[direction] * values[-1]
+
+    # A short draw costs less than its start: as many at a time as divide them all.
+    most = min(count, max(1, AT_ONCE // entries(size, noise.sigma, noise.rounds)))
+    at_once = max(n for n in range(1, most + 1) if count % n == 0)
+
+    def add(batch: jax.Array, total: jax.Array) -> jax.Array:
+        positions, steps = jax.vmap(draw)(batch * at_once + jnp.arange(at_once))
         if positions is None:
-            return total - weights[direction] * values[-1]
+            return total + steps.sum(0)
+
         # One direction has no position twice, so the order of sums is always the same.
-        return total.at[positions].add(
-            -weights[direction] * values[-1],
-            mode="drop",
-            unique_indices=True,
-            indices_are_sorted=True,
-        )
+        def add_one(i: jax.Array, total: jax.Array) -> jax.Array:
+            return total.at[positions[i]].add(
+                steps[i], mode="drop", unique_indices=True, indices_are_sorted=True
+            )
+
+        return jax.lax.fori_loop(0, at_once, add_one, total)
 
     start = jnp.zeros(size, jnp.float32)
-    return jax.lax.fori_loop(0, weights.shape[0], add, start).reshape(shape)
+    return jax.lax.fori_loop(0, count // at_once, add, start).reshape(shape)

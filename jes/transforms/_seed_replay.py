@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jes.core.codes import unpack
 from jes.core.noise import PyTree
 from jes.core.placement import on_device
 from jes.core.tree import is_codes, leaves_with_path, structure, values_of
@@ -187,7 +188,8 @@ def _replay(
       key, fitness: of this generation.
     """
     ((path, leaf),) = leaves_with_path(alone)
-    values = values_of(leaf)
+    # Bytes as they are: half of what a step reads.
+    values = unpack(leaf) if is_codes(leaf) else values_of(leaf)
     impl = jax.random.key_impl(key)
     window = state.keys.shape[0]
 
