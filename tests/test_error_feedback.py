@@ -332,6 +332,7 @@ def test_the_optimum_of_a_grid() -> None:
             alpha=0.06,
             rounding=rounding,
             residual_decay=1.0,
+            window=250,
         )
         params = {"codes": pack(jnp.full((8, 8), 2), 4)}
         state = first_state(evolution, params)

@@ -237,6 +237,7 @@ def rows_if_any(path: Path) -> list[dict[str, Any]]:
         ({"quantize": "int3"}, "one of ('int4', 'int8', 'w8a8'), not 'int3'"),
         ({"group_size": 48}, "has 32 inputs, which group_size=48 does not divide"),
         ({"rounding": "round"}, "rounding must be one of"),
+        ({"method": "grpo", "decay": "none"}, "GRPO needs gradients"),
         ({"residual_decay": 1.5}, "must be in [0, 1], not 1.5"),
         ({"window": 0}, "at least 1 generation, not 0"),
         ({"initial_residual": "phase"}, "one of ('zero', 'uniform'), not 'phase'"),

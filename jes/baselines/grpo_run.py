@@ -92,6 +92,8 @@ def learn(
 def make_settings(setup: Setup) -> Grpo:
     """The settings of GRPO, checked; a group is as large as a population."""
     config = setup.config
+    if config.rounding != "none":
+        raise InputError("GRPO needs gradients, and codes have none: a float model")
     if config.decay != "none":
         raise InputError("decay is of method 'es'; GRPO has config.grpo.kl")
     if config.top_k or config.top_p < 1 or config.shuffle_fitness:
