@@ -6,6 +6,7 @@ from jes.core.codes import unpack as unpack_codes
 from jes.core.drift import coefficient_for_norm, drift_norm
 from jes.core.fitness import shape_fitness
 from jes.core.noise import Noise, generation_key, perturb, perturb_member
+from jes.core.population import draw_overlays
 from jes.models.weights import Pretrained, load
 from jes.sampling.generate import generate
 from jes.transforms import (
@@ -21,6 +22,7 @@ __all__ = [
     "anchored_weight_decay",
     "coefficient_for_norm",
     "distance",
+    "draw_overlays",
     "drift_norm",
     "error_feedback",
     "es_gradient",

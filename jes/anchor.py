@@ -9,7 +9,7 @@ import numpy as np
 
 from jes.core.noise import PyTree, leaf_path
 from jes.core.placement import on_device
-from jes.core.tree import is_codes, is_float, map_leaves, merge, split, values_of
+from jes.core.tree import is_codes, is_quantized, map_leaves, merge, split, values_of
 
 PLACES = ("device", "bfloat16", "host", "none")
 MOVED = 1e-6
@@ -21,7 +21,8 @@ def keep_anchor(params: PyTree, place: str = "device", stored: Any = None) -> Py
 
     Args:
       params: float32 weights, which may be given away afterwards (donated). Of a
-        quantised model only codes and scales are copied, the rest is shared.
+        quantised model only codes and scales are copied, as they are, and the rest is
+        shared.
       place: 'device' keeps them as they are; 'bfloat16' rounds them, which
         moves the point that the pull goes to by up to 2^-8 of each weight; 'host'
         keeps them in the pinned memory of the host, from where an update reads one
@@ -39,8 +40,10 @@ def keep_anchor(params: PyTree, place: str = "device", stored: Any = None) -> Py
     if place == "none":
         return None
 
+    exact = is_quantized(params)  # its scales are next to nothing
+
     def kept(leaf: jax.Array) -> jax.Array:
-        copy = _narrow(leaf, place, stored) if is_float(leaf) else jnp.array(leaf)
+        copy = jnp.array(leaf) if exact else _narrow(leaf, place, stored)
         if place == "host":
             host = copy.sharding.with_memory_kind("pinned_host")
             copy = jax.device_put(copy, host)
@@ -73,8 +76,8 @@ class Distance(NamedTuple):
     Attributes:
       norm: ‖θ - θ_0‖, Euclidean, in units of the weights; of a quantised model in
         codes (and of its scales in units of these).
-      relative: that over ‖θ_0‖.
-      moved: share of the weights that differ by more than `MOVED`.
+      relative: that over ‖θ_0‖; of codes, which are not around 0, it says little.
+      moved: share of the weights, or codes, that differ by more than `MOVED`.
       largest: the largest difference of one weight.
       norms: the norm by kind of tensor: embedding, attention, mlp, norm, bias, lm_head;
         of a quantised model attention, mlp and scales.
@@ -106,7 +109,9 @@ def distance(params: PyTree, anchor: PyTree) -> Distance:
         row = np.array([squares, home, moved, size])
         sums[kind] = sums.get(kind, np.zeros(4)) + row
         largest = max(largest, most)
-    squares, home, moved, size = sum(sums.values(), np.zeros(4))
+    squares, home, _, _ = sum(sums.values(), np.zeros(4))
+    weights = [row for kind, row in sums.items() if kind != "scales"]
+    _, _, moved, size = sum(weights, np.zeros(4))
     return Distance(
         norm=float(squares**0.5),
         relative=float((squares / home) ** 0.5) if home else float("inf"),
@@ -133,13 +138,22 @@ def _norm(params: PyTree, anchor: PyTree) -> jax.Array:
 def _sums(params: PyTree, anchor: PyTree) -> PyTree:
     """For each leaf: squares of difference and anchor, number moved, largest."""
 
-    def row(path: Any, new: Any, old: Any) -> tuple[jax.Array, ...]:
-        old = values_of(jax.tree.map(on_device, old))
+    def row(new: Any, old: Any) -> tuple[jax.Array, ...]:
+        old = values_of(old)
         away = values_of(new) - old
         moved = (jnp.abs(away) > MOVED).sum(dtype=jnp.float32)
         return (away**2).sum(), (old**2).sum(), moved, jnp.abs(away).max()
 
-    return map_leaves(row, params, anchor)
+    def of_leaf(path: Any, new: Any, old: Any) -> tuple[jax.Array, ...]:
+        del path
+        old = jax.tree.map(on_device, old)
+        if not is_codes(new) or new.ndim == 2:
+            return row(new, old)
+        # A matrix at a time: as floats, a stack of codes is eight times as large.
+        *sums, largest = jax.lax.map(lambda pair: row(*pair), (new, old))
+        return *(part.sum() for part in sums), largest.max()
+
+    return map_leaves(of_leaf, params, anchor)
 
 
 def _is_row(node: Any) -> bool:

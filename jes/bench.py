@@ -127,7 +127,7 @@ def generation(case: Case, members: int, *, update: bool) -> Callable[[], Any]:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     chunk = memory.choose_chunk(
         case.pretrained.config,
-        parameters,
+        memory.weight_bytes(case.pretrained.config, parameters, examiner.dtype),
         examiner.dtype,
         case.rows,
         case.prompt,

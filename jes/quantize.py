@@ -77,7 +77,7 @@ def quantize(
     """
     _check_settings(bits, group_size, symmetric, int8_activations)
     if is_quantized(params):
-        raise InputError("the weights are quantised already")
+        raise InputError("the weights are quantised already: leave out `quantize`")
     leaves = flatten_dict(dict(params), sep="/")
     for path in filter(is_kernel, leaves):
         if int8_activations:

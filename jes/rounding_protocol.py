@@ -9,7 +9,7 @@ MODELS = {
     "int8": "Qwen/Qwen2.5-{}-Instruct-GPTQ-Int8",
     "w8a8": "neuralmagic/Qwen2.5-{}-Instruct-quantized.w8a8",
 }
-SIZES = {None: "1.5B", "3b": "3B", "published": "1.5B"}
+SIZES = {None: "1.5B", "3b": "3B", "published": "1.5B", "published_3b": "3B"}
 RATES = {
     ("int4", "1.5B"): (0.01, 5e-4),
     ("int4", "3B"): (0.005, 3e-4),
@@ -29,7 +29,7 @@ that they are more codes."""
 FLOATS = {"int4": (0.01, 0.0154), "int8": (0.0045, 0.0012), "w8a8": (0.0045, 0.0012)}
 """Sigma and alpha of the same model before rounding, of the same lengths: the codes'
 times sqrt(E[delta^2]) / sigma, times the mean scale, 0.022 of int4 and 0.0015 else."""
-VARIANTS = ("3b", "published", "tiny", "float")
+VARIANTS = ("3b", "published", "published_3b", "tiny", "float")
 
 
 def qes_config(form: str, variant: str | None) -> ConfigDict:
@@ -38,8 +38,9 @@ def qes_config(form: str, variant: str | None) -> ConfigDict:
     Args:
       form: 'int4', 'int8' or 'w8a8'.
       variant: None is the paper with the settings of the 1.5B model, '3b' those of the
-        3B. 'published' is the published code where that differs: no 1/N, z-scores of
-        the pairs' differences, a uniform initial residual, and a clip. 'tiny' is the
+        3B. 'published' and 'published_3b' are the published code where that differs: no
+        1/N, z-scores of the pairs' differences, a uniform initial residual, and a clip.
+        'tiny' is the
         embedded model, rounded here, on a task that it can learn; 'float' is the same
         without rounding, with steps and perturbations of the same length.
 
@@ -63,7 +64,7 @@ def qes_config(form: str, variant: str | None) -> ConfigDict:
     config.sigma, rate = RATES[form, size]
     config.alpha = config.population * rate  # ours has the 1/N
     config.eval_every = 25
-    if variant == "published":
+    if variant in ("published", "published_3b"):
         config.alpha = rate
         config.divide_by_population = False
         config.shaping = "pair_zscore"

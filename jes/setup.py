@@ -100,8 +100,12 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
         raise InputError(f"anchor must be one of {PLACES}, not {config.anchor!r}")
     if config.anchor == "none" and (config.decay != "none" or config.kl_prompts):
         raise InputError("anchor='none' leaves nothing to decay to, or to take a KL to")
-    if config.scale_sigma and config.rounding == "quzo":
-        raise InputError("rounding='quzo' is for codes alone: scale_sigma must be 0")
+    if config.scale_sigma and config.rounding in ("none", "quzo"):
+        raise InputError(f"scale_sigma is not for rounding={config.rounding!r}")
+    if config.scale_sigma and config.decay != "none":
+        raise InputError("a decay is in codes: it cannot be of trained scales too")
+    if config.rounding != "none" and config.sigma >= 2**8:
+        raise InputError(f"sigma={config.sigma} is in codes, of which there are 256")
     if bool(config.scale_sigma) != bool(config.scale_alpha):
         raise InputError("scale_sigma and scale_alpha go together")
     if config.decay_coefficient and config.decay == "none":
@@ -282,11 +286,19 @@ def choose_chunk(setup: Setup) -> int:
     rows = config.prompts or len(setup.train)
     if examiner.mode == "likelihood":
         rows *= max(len(question.choices) for question in setup.train)
-    # The centre, its anchor and one update are there too.
-    beside = 0 if config.memory_gb else 3 * 4 * setup.parameters
-    return memory.choose_chunk(
+    quantized = is_quantized(setup.pretrained.params)
+    weights = memory.weight_bytes(
         setup.pretrained.config,
         setup.parameters,
+        examiner.dtype,
+        setup.evolution.noise if quantized else None,
+    )
+    # The centre, its anchor and one update are there too: float32, or a byte a code.
+    held = 3 * (1 if quantized else 4) * setup.parameters
+    beside = 0 if config.memory_gb else held
+    return memory.choose_chunk(
+        setup.pretrained.config,
+        weights,
         examiner.dtype,
         rows,
         examiner.buckets[0],

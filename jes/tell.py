@@ -217,7 +217,7 @@ def _tell(
 def moves_of(state: Any) -> tuple[float, float] | None:
     """How many codes the last update changed, and how many moves were blocked.
 
-    None where the state does not say: of floats, or before the first update.
+    None where the state does not say: of floats.
     """
     counted = optax.tree.get(state, "changed"), optax.tree.get(state, "blocked")
     return None if counted[0] is None else (float(counted[0]), float(counted[1]))
@@ -278,26 +278,29 @@ def flip_rate(evolution: Evolution, generations: int = 30) -> float:
 def drift(evolution: Evolution, parameters: int, generations: int) -> float:
     """‖θ - θ_0‖ that noise alone would reach in so many generations; see `drift_norm`.
 
-    NaN for shaping 'none', whose steps are as long as the rewards are far apart, and
-    where rounding to codes loses steps. Of a quantised model in codes.
+    Of a quantised model in codes, and of the weights with their residual, W + e: on
+    the grid it is less while steps wait in the residual, and later up to 1/12 a weight
+    more, squared. NaN where rounding loses steps or adds some, for a decay of codes,
+    and for shaping 'none', whose steps are as long as the rewards are far apart.
 
     Args:
       evolution: settings.
       parameters: how many weights are trained.
       generations: how many updates.
     """
-    lossless = evolution.residual_decay == 1 and evolution.rounding != "naive"
     step = evolution.alpha
     if evolution.rounding != "none":
-        step = evolution.rate * math.sqrt(variance(evolution.sigma))
-        if not lossless or evolution.scale_sigma:
+        kept = {"residual": math.inf, "replay": evolution.window}
+        lossless = evolution.residual_decay == 1 and evolution.decay == "none"
+        if not lossless or generations > kept.get(evolution.rounding, 0):
             return math.nan
+        step = evolution.rate * math.sqrt(variance(evolution.sigma))
     return drift_norm(
         alpha=step,
         population=evolution.population,
         parameters=parameters,
         generations=generations,
         kind=evolution.decay,
-        coefficient=evolution.decay_coefficient * evolution.alpha / step,
+        coefficient=evolution.decay_coefficient,
         spread=typical_spread(evolution.shaping, evolution.population),
     )

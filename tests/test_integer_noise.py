@@ -36,13 +36,17 @@ def dense_of(key: jax.Array, size: int, sigma: float, rounds: int = 1) -> np.nda
 
 
 def test_stochastic_rounding_is_unbiased() -> None:
-    """Of the dense definition with ε fixed at ±30 by hand, σ = 0.01."""
-    rest = jax.random.bernoulli(KEY, 0.3, (10**6,))
-    assert abs(float(rest.mean()) - 0.3) < 0.002
-    # floor(-0.3) = -1 with probability 0.3, and 0 else.
-    down = jnp.floor(-0.3) + jax.random.bernoulli(KEY, -0.3 - jnp.floor(-0.3), (10**6,))
-    assert set(np.unique(down)) == {-1, 0}
-    assert abs(float((down == -1).mean()) - 0.3) < 0.002
+    """E[δ | ε] = σε, and δ is one of the two integers around it."""
+    sigma, size = 0.7, 2_000_000
+    delta = np.asarray(dense_noise(KEY, (size,), sigma))
+    normal_key, _ = jax.random.split(KEY)
+    scaled = sigma * np.asarray(jax.random.normal(normal_key, (size,)))
+    assert set(np.unique(delta - np.floor(scaled))) == {0, 1}
+    near = np.abs(scaled - 0.3) < 0.005
+    assert abs(delta[near].mean() - scaled[near].mean()) < 5 * 0.46 / near.sum() ** 0.5
+    below = np.abs(scaled + 0.3) < 0.005
+    assert set(np.unique(delta[below])) == {-1, 0}
+    assert abs((delta[below] == -1).mean() - 0.3) < 5 * 0.46 / below.sum() ** 0.5
 
 
 @pytest.mark.parametrize("sigma", [0.001, 0.005, 0.01])

@@ -247,7 +247,7 @@ def rows_if_any(path: Path) -> list[dict[str, Any]]:
         ({"scale_sigma": -0.1, "scale_alpha": 1.0}, "scale_sigma cannot be -0.1"),
         (
             {"rounding": "quzo", "scale_sigma": 0.1, "scale_alpha": 0.1},
-            "is for codes alone: scale_sigma must be 0",
+            "scale_sigma is not for rounding='quzo'",
         ),
         (
             {"shaping": "pair_zscore", "antithetic": False},

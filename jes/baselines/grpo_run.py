@@ -92,6 +92,8 @@ def learn(
 def make_settings(setup: Setup) -> Grpo:
     """The settings of GRPO, checked; a group is as large as a population."""
     config = setup.config
+    if config.anchor == "none":
+        raise InputError("GRPO needs the base model, which anchor='none' leaves out")
     if config.rounding != "none":
         raise InputError("GRPO needs gradients, and codes have none: a float model")
     if config.decay != "none":

@@ -7,6 +7,7 @@ moves out of range are left out. Rounding is right on average, but adds a random
 
 This is the form in the published code of 2602.03120: shaped fitness in place of the
 measured slopes :math:`\mu_i`, and one rounding of the sum, not one of every query.
+(With pairs that code halves α, which is left to the setting here.)
 """
 
 import zlib

@@ -41,9 +41,13 @@ def shape_fitness(rewards: jax.Array, method: str = "zscore") -> jax.Array:
 
 
 def typical_spread(method: str, population: int) -> float:
-    """Root mean square of shaped fitness without ties; NaN where rewards decide it."""
+    """Length of the step of noise alone, over that of independent z-scores.
+
+    The root mean square of shaped fitness without ties; of pairs, whose members have
+    opposite values, the square root of 2. NaN where rewards decide it.
+    """
     ranks = (population + 1) / (12 * max(population - 1, 1))
-    spreads = {"zscore": 1.0, "pair_zscore": 1.0, "centered_rank": ranks**0.5}
+    spreads = {"zscore": 1.0, "pair_zscore": 2**0.5, "centered_rank": ranks**0.5}
     return spreads.get(method, math.nan)
 
 
@@ -59,9 +63,15 @@ def _zscore(rewards: jax.Array, finite: jax.Array) -> jax.Array:
 
 
 def _pair_zscore(rewards: jax.Array, finite: jax.Array) -> jax.Array:
+    if rewards.shape[0] % 2:
+        raise ValueError(f"{rewards.shape[0]} members are not pairs")
     both = finite[0::2] & finite[1::2]
-    gains = _zscore(jnp.where(both, rewards[0::2] - rewards[1::2], 0), both)
-    gains = jnp.where(both, jnp.clip(gains, -3, 3), 0)
+    gains = jnp.where(both, rewards[0::2] - rewards[1::2], 0)
+    spread = jnp.max(gains, where=both, initial=-jnp.inf)
+    spread -= jnp.min(gains, where=both, initial=jnp.inf)
+    # A difference of two rewards is no better known than their last digits.
+    tied = spread <= 1e-6 * jnp.abs(rewards).max()
+    gains = jnp.where(both & ~tied, jnp.clip(_zscore(gains, both), -3, 3), 0)
     return jnp.stack([gains, -gains], axis=1).reshape(-1)
 
 

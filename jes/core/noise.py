@@ -136,9 +136,17 @@ def perturb(params: PyTree, key: jax.Array, sigma: jax.typing.ArrayLike) -> PyTr
 
     Returns:
       A new pytree with the dtypes of `params`; the sum is taken in float32.
+
+    Raises:
+      TypeError: for weights that are not floats.
     """
 
     def add(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{leaf_path(path)} holds {leaf.dtype}: members of a quantised model "
+                "differ from it by `jes.draw_overlays`"
+            )
         noise = leaf_noise(key, path, leaf.shape)
         return (leaf.astype(jnp.float32) + sigma * noise).astype(leaf.dtype)
 

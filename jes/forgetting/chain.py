@@ -32,6 +32,8 @@ def run_chain(
                 # With the same noise in each stage their displacements could correlate.
                 config = method_config(base, method, seed + 1000 * stage)
                 config.model, config.task = model, task
+                if stage:
+                    config.quantize = ""  # the model of the stage before is codes
                 config.eval_tasks = tuple(t for t in watched if t != task)
                 config.eval_every = config.generations
                 folder = folder_of(workdir, method, seed) / f"stage-{stage}"

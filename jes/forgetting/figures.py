@@ -46,7 +46,8 @@ def study_figure(results: Results, target: str) -> Figure:
     kl.set_ylim(bottom=0)
     caption(kl, "KL(base || tuned) on the base model's answers to the priors")
     kl.set(xlabel="sampled answers, thousands", ylabel="nats a token")
-    if np.isnan([np.asarray(line.get_ydata(), float) for line in kl.lines]).all():
+    measured = [np.asarray(line.get_ydata(), float) for line in kl.lines]
+    if all(np.isnan(values).all() for values in measured):
         kl.remove()  # it was not measured
     return made
 

@@ -129,8 +129,11 @@ def summary_of(workdir: Path, method: str, seed: int) -> dict[str, Any]:
     return json.loads((folder_of(workdir, method, seed) / "summary.json").read_text())
 
 
-def matched(methods: Sequence[str]) -> list[str]:
-    """The methods that plain ES is shrunk and stopped to match, if it was run too."""
-    if "es" not in methods:
+def matched(base: Config, methods: Sequence[str]) -> list[str]:
+    """The methods that plain ES is shrunk and stopped to match, if it was run too.
+
+    None of a quantised model, which cannot be moved back by a share.
+    """
+    if "es" not in methods or base.rounding != "none":
         return []
     return [m for m in methods if m.startswith(("l1:", "l2:", "grpo:"))]

@@ -61,7 +61,7 @@ def study_report(
         for seed in seeds:
             found = result(workdir, method, seed, config.task, priors)
             results.setdefault(method, {})[seed] = found
-    for method in matched(methods):
+    for method in matched(config, methods):
         for seed in seeds:
             add_controls(results, method, seed, workdir, config.task, priors)
     write_csv(out / "results.csv", results, priors)

@@ -84,7 +84,7 @@ def shrink_all(
     workdir: Path,
 ) -> None:
     """Evaluates plain ES moved back towards the start, to the norm of other methods."""
-    to = matched(methods)
+    to = matched(base, methods)
     if not to:
         return
     for seed in seeds:
@@ -137,6 +137,8 @@ def main() -> None:
         memory.give_back_freed_blocks()
         values = flags.FLAGS
         config = config_flag.value
+        if config.anchor == "none":
+            raise InputError("the study measures distances: anchor='none' cannot be")
         if not config.eval_tasks:
             raise InputError("the study needs prior tasks: eval_tasks is empty")
         methods = split(values.methods, "methods")

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jes.core.integer_noise import entries
 from jes.core.population import chunk_size
 
 SHARE = 0.6
@@ -49,16 +50,16 @@ def free_bytes() -> int:
 
 
 def bytes_per_member(
-    config: Any, parameters: int, dtype: Any, rows: int, prompt: int, new: int
+    config: Any, weights: int, dtype: Any, rows: int, prompt: int, new: int
 ) -> int:
     """Estimate of what one member takes while it answers.
 
-    Its weights twice (stacked and by layer), the cache, the activations of the widest
-    layer over the prompts, and a few arrays of logits.
+    Its weights, the cache, the activations of the widest layer over the prompts, and a
+    few arrays of logits.
 
     Args:
       config: `ModelConfig`.
-      parameters: number of weights.
+      weights: bytes of the weights that are its own: see `weight_bytes`.
       dtype: of the member's weights.
       rows, prompt, new: prompts, tokens of a padded prompt, new tokens.
     """
@@ -69,7 +70,21 @@ def bytes_per_member(
     scores = 2 * rows * heads * prompt * prompt * 4
     hidden = rows * prompt * (3 * config.intermediate_size + 4 * config.hidden_size) * 4
     logits = 3 * rows * config.vocab_size * 4
-    return 2 * parameters * size + cache + max(scores, hidden) + logits
+    return weights + cache + max(scores, hidden) + logits
+
+
+def weight_bytes(config: Any, parameters: int, dtype: Any, noise: Any = None) -> int:
+    """Estimate of the bytes of weights that a member has for itself.
+
+    Those of floats twice, stacked and by layer. Of a quantised model, for which `noise`
+    is given, where its codes differ, and the floats of one matrix.
+    """
+    size = jnp.dtype(dtype).itemsize
+    if noise is None:
+        return 2 * parameters * size
+    few = entries(parameters, noise.sigma, noise.rounds)
+    matrix = config.intermediate_size * config.hidden_size
+    return 6 * few + 2 * size * matrix
 
 
 def rows_of_gradient(

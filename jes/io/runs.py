@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from jes.config import default
 from jes.errors import InputError
 from jes.io.metrics import write_json
 
@@ -87,7 +88,9 @@ def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
                 f"{workdir} is not empty and holds no run: give another --workdir"
             )
         return None
-    before, now = flat(record["config"]), flat(plain(config))
+    # What is newer than the folder was as it is by default.
+    before = flat(plain(default().to_dict())) | flat(record["config"])
+    now = flat(plain(config))
     differing = [
         f"  {name}: {before.get(name)!r} there, {now.get(name)!r} here"
         for name in sorted(before | now)

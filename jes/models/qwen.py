@@ -14,6 +14,7 @@ heads, G query heads per key-value head, H head dimension, S cache slots, V voca
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import chex
@@ -138,13 +139,26 @@ class Decoder(nn.Module):
         return self.clone(scan_layers=False)
 
     @staticmethod
-    def unrolled_params(params: Mapping[str, Any]) -> dict[str, Any]:
-        """Stacked parameters as one subtree a layer (`layers_0`, `layers_1`, ...)."""
+    def unrolled_params(
+        params: Mapping[str, Any], first: jax.Array | None = None
+    ) -> dict[str, Any]:
+        """Stacked parameters as one subtree a layer (`layers_0`, `layers_1`, ...).
+
+        Args:
+          params: with stacked layers.
+          first: number of the layer to begin with, if it is to be a traced one.
+        """
+
+        def pick(leaf: jax.Array, i: int) -> jax.Array:
+            if first is None:
+                return leaf[i]
+            return jax.lax.dynamic_index_in_dim(leaf, first + i, keepdims=False)
+
         params = dict(params)
         stacked = params.pop("layers")
         (count,) = {leaf.shape[0] for leaf in jax.tree.leaves(stacked)}
         for i in range(count):
-            params[f"layers_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+            params[f"layers_{i}"] = jax.tree.map(partial(pick, i=i), stacked)
         return params
 
 

@@ -78,11 +78,14 @@ def decode(
     row_keys = jax.vmap(fold_rows, in_axes=(0, None))(keys, rows)
     next_position = jnp.asarray(prompts.positions[:, -1:]) + 1
 
-    if centre is not None:
-        centre = model.unrolled_params(centre)
-
     def forward(params: Any, tokens: Any, positions: Any, cache: Any = None) -> Any:
-        variables = member_variables(params, centre)
+        shared = centre
+        if centre is not None:
+            # Never so, but not for the compiler to know: or it would take all layers
+            # out of the stack before the first token, and hold them twice.
+            impossible = (positions.reshape(-1)[0] < -1).astype(jnp.int32)
+            shared = model.unrolled_params(centre, impossible)
+        variables = member_variables(params, shared)
         logits, cache = model.apply(variables, tokens, positions, cache, last=1)
         return logits[:, 0], cache
 

@@ -59,9 +59,9 @@ def seed_replay(
     Before an update the residual is computed from zero through the last K generations,
     oldest first, from their keys and fitness. Three things are approximate: what is
     older than K generations is left out, a share of :math:`\gamma^K` of it; the gate,
-    and a decay to an anchor, act in the replay as on today's codes; and schedules of
-    `inner` are taken at today's step. Where none of the three matters, the
-    updates are those of the kept residual, bit for bit.
+    a decay to an anchor, and the grid of weights of half precision are in the replay
+    those of today's weights; and schedules of `inner` are taken at today's step. Where
+    none of the three matters, the updates are those of the kept residual, bit for bit.
 
     One matrix at a time is in memory in floats. The noise of all K generations is drawn
     again for every update, sparsely.
@@ -118,6 +118,9 @@ def seed_replay(
         if params is None:
             raise ValueError("seed_replay needs params: update(..., params)")
         fitness = jnp.asarray(fitness, jnp.float32)
+        data = jax.random.key_data(key)
+        if data.shape != state.keys.shape[1:]:
+            raise ValueError("seed_replay takes keys of the default kind alone")
         rows = []
         for number, leaf in enumerate(jax.tree.leaves(params, is_leaf=is_codes)):
 
@@ -148,7 +151,7 @@ def seed_replay(
         slot = state.count % window
         new = SeedReplayState(
             count=optax.safe_increment(state.count),
-            keys=state.keys.at[slot].set(jax.random.key_data(key)),
+            keys=state.keys.at[slot].set(data),
             fitness=state.fitness.at[slot].set(fitness),
             inner=rows[0].inner,
             changed=sum(row.changed.sum() for row in rows),
