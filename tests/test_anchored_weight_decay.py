@@ -103,7 +103,8 @@ def test_the_anchor_in_other_places(kind: str, jit: bool) -> None:
     step = 1e-4 * jax.random.normal(keys[2], (4096,))
     strength = ALPHA * 10
     found = {}
-    for place in PLACES:
+    assert jes.keep_anchor(base, "none") is None
+    for place in set(PLACES) - {"none"}:
         anchor = jes.keep_anchor(base, place)
         decay = jes.anchored_weight_decay(ALPHA, 10, anchor, kind=kind)
         update = jax.jit(decay.update) if jit else decay.update
