@@ -133,9 +133,14 @@ def test_long_and_short_times_of_l1() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_spread_of_shaped_fitness(method: str) -> None:
-    rewards = np.random.default_rng(0).normal(size=31)
-    spread = float(jnp.sqrt((shape_fitness(rewards, method) ** 2).mean()))
-    expected = typical_spread(method, 31)
+    """Both members of a pair pull the same way: its noise counts twice, not √2 times."""
+    pairs = method == "pair_zscore"
+    size = 32 if pairs else 31
+    rewards = np.random.default_rng(0).normal(size=size)
+    shaped = shape_fitness(rewards, method)
+    weights = jes.Noise(sigma=1.0, antithetic=pairs).direction_weights(shaped)
+    spread = float(jnp.sqrt((weights**2).sum() / size))
+    expected = typical_spread(method, size)
     assert math.isnan(expected) or spread == pytest.approx(expected, rel=1e-4)
 
 

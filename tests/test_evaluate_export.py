@@ -56,7 +56,7 @@ def test_part_of_a_run_is_its_state_then(finished_run: Path, small_model: Path) 
     base = jes.load(small_model)
     like = (
         base.params,
-        train.make_optimizer(export.evolution_of(ledger)).init(base.params),
+        train.first_state(export.evolution_of(ledger), base.params),
     )
     at, (params, _) = checkpoints.restore_latest(finished_run / "checkpoints", like, 5)
     assert at == 4

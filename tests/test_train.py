@@ -285,7 +285,7 @@ def test_bfloat16_answers_of_a_float32_master(
     """Steps of 5e-5 are below half an ulp of most bfloat16 weights."""
     workdir = run_toy(vowels, dtype="bfloat16", sigma=0.05, alpha=1e-4)
     base = jes.load(small_model)
-    like = (base.params, train.make_optimizer(evolution(workdir)).init(base.params))
+    like = (base.params, train.first_state(evolution(workdir), base.params))
     at, (params, _) = checkpoints.restore_latest(workdir / "checkpoints", like, 2)
     assert at == 2
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
