@@ -133,7 +133,7 @@ def test_long_and_short_times_of_l1() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_spread_of_shaped_fitness(method: str) -> None:
-    """Both members of a pair pull the same way: its noise counts twice, not √2 times."""
+    """Both members of a pair pull the same way, so that its noise counts twice."""
     pairs = method == "pair_zscore"
     size = 32 if pairs else 31
     rewards = np.random.default_rng(0).normal(size=size)
