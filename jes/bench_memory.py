@@ -3,20 +3,18 @@
     python -m jes.bench_memory --model=FOLDER [--prompts=64 --prompt=128 --new=32]
 
 One process loads the model and answers; another loads it and trains it on the same
-prompts by seed replay, for two generations. Each says by how much its resident set is
-larger than before the model was there, with the model and at its peak. Both run twice,
-and the second time counts, when the programs are there already: compiling them takes a
-gigabyte that is never given back. The prompts are random tokens; no base weights are
-kept beside (anchor 'none'). Linux only.
+prompts by seed replay, a generation at a time. Each does so twice. What it takes is
+the second time's: the arrays that are there, and by how much the resident set of the
+process grows beyond what it was before, at its peak. (The first time programs are
+compiled, which takes a gigabyte that is never given back.) The prompts are random
+tokens; no base weights are kept beside (anchor 'none'). Linux only.
 """
 
 import argparse
 import itertools
 import json
-import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,8 +30,6 @@ from jes.io import command_line, memory
 from jes.io.progress import console
 from jes.quantize import load_base
 from jes.tell import Evolution, first_state, tell
-
-GENERATIONS = 2
 
 
 def resident(peak: bool = False) -> int:
@@ -53,19 +49,17 @@ def forget_peak() -> None:
 def measure(what: str, args: argparse.Namespace) -> dict[str, float]:
     """What one process does, and the memory it takes: bytes by name."""
     memory.give_back_freed_blocks()
-    jax.devices()
-    before = resident()
     pretrained = load_base(args.model, dtype=args.dtype)
     if not is_quantized(pretrained.params):
         raise InputError(f"{args.model} is not quantised")
     case = Case("", pretrained, args.prompts, args.prompt, args.new)
-    found: dict[str, float] = {"model": resident() - before}
     run = answering(case) if what == "answer" else training(case, args)
+    run()
     forget_peak()
-    for _ in range(1 if what == "answer" else GENERATIONS):
-        run()
-    found["peak"] = resident(peak=True) - before
-    return found
+    before = resident()
+    run()
+    grown = resident(peak=True) - before
+    return {"arrays": sum(array.nbytes for array in jax.live_arrays()), "grown": grown}
 
 
 def answering(case: Case) -> Callable[[], None]:
@@ -110,15 +104,11 @@ def training(case: Case, args: argparse.Namespace) -> Callable[[], None]:
     return run
 
 
-def in_its_own_process(what: str, cache: str) -> dict[str, float]:
-    """`measure`, where nothing was before; compiled programs are kept in `cache`."""
+def in_its_own_process(what: str) -> dict[str, float]:
+    """`measure`, where nothing was before."""
     command = [sys.executable, "-m", "jes.bench_memory", *sys.argv[1:]]
     done = subprocess.run(
-        [*command, f"--only={what}"],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": cache},
+        [*command, f"--only={what}"], stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
         raise InputError(f"the process that was to {what} failed")
@@ -127,17 +117,15 @@ def in_its_own_process(what: str, cache: str) -> dict[str, float]:
 
 def report(args: argparse.Namespace) -> None:
     """Measures both and prints the ratio."""
-    found = {}
-    with tempfile.TemporaryDirectory() as cache:
-        for what in ("answer", "train"):
-            in_its_own_process(what, cache)
-            found[what] = in_its_own_process(what, cache)
-    for what, bytes_of in found.items():
+    totals = {}
+    for what in ("answer", "train"):
+        found = in_its_own_process(what)
+        totals[what] = sum(found.values())
         console.print(
-            f"{what}: model {bytes_of['model'] / 1e6:.0f} MB, at the peak "
-            f"{bytes_of['peak'] / 1e6:.0f} MB"
+            f"{what}: arrays {found['arrays'] / 1e6:.0f} MB, grown by "
+            f"{found['grown'] / 1e6:.0f} MB, together {totals[what] / 1e6:.0f} MB"
         )
-    ratio = found["train"]["peak"] / found["answer"]["peak"]
+    ratio = totals["train"] / totals["answer"]
     console.print(f"training takes {ratio:.3f} times the memory of answering")
 
 
