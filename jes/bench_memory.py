@@ -11,6 +11,8 @@ tokens; no base weights are kept beside (anchor 'none'). Linux only.
 """
 
 import argparse
+import ctypes
+import gc
 import itertools
 import json
 import subprocess
@@ -55,6 +57,8 @@ def measure(what: str, args: argparse.Namespace) -> dict[str, float]:
     case = Case("", pretrained, args.prompts, args.prompt, args.new)
     run = answering(case) if what == "answer" else training(case, args)
     run()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or what was freed would be there already
     forget_peak()
     before = resident()
     run()
