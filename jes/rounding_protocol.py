@@ -40,9 +40,8 @@ def qes_config(form: str, variant: str | None) -> ConfigDict:
       variant: None is the paper with the settings of the 1.5B model, '3b' those of the
         3B. 'published' and 'published_3b' are the published code where that differs: no
         1/N, z-scores of the pairs' differences, a uniform initial residual, and a clip.
-        'tiny' is the
-        embedded model, rounded here, on a task that it can learn; 'float' is the same
-        without rounding, with steps and perturbations of the same length.
+        'tiny' is the embedded model, rounded here, on a task that it can learn; 'float'
+        is the same without rounding, with steps and perturbations of the same length.
 
     Raises:
       ValueError: for another variant.

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jes.core.codes import Codes, unpack
-
-PyTree = Any
+from jes.core.noise import PyTree
 
 
 def is_codes(node: Any) -> bool:
