@@ -4,6 +4,7 @@ Axis letters: C members of a chunk, B prompts, N new tokens, R rows of choices.
 """
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -69,16 +70,22 @@ class Examiner:
             raise InputError(
                 f"task {self.task.name} has no choices: use mode 'generate'"
             )
+        if self.mode == "likelihood" and self.task.meta is not None:
+            raise InputError(
+                f"task {self.task.name} asks two questions, whose answers must be "
+                "generated: use mode 'generate'"
+            )
         if not self.max_new_tokens:
             object.__setattr__(self, "max_new_tokens", self.task.max_new_tokens)
 
 
 class Question(NamedTuple):
-    """An example as token ids."""
+    """An example as token ids; `meta` is empty where the task asks nothing more."""
 
     example: Example
     prompt: list[int]
     choices: list[list[int]]
+    meta: Sequence[int] = ()
 
 
 class Score(NamedTuple):
@@ -91,6 +98,8 @@ class Score(NamedTuple):
       formatted: share of answers in that format.
       truncated: share of answers cut off at `max_new_tokens`.
       tokens: number of tokens generated.
+      hits, false_alarms: shares of the answers that are right, or wrong, and of which
+        the model says that it knows them; NaN where the task does not ask for that.
     """
 
     reward: Any
@@ -99,6 +108,8 @@ class Score(NamedTuple):
     formatted: Any
     truncated: Any
     tokens: Any
+    hits: Any = math.nan
+    false_alarms: Any = math.nan
 
 
 def prepare(examiner: Examiner, examples: Sequence[Example]) -> list[Question]:
@@ -114,20 +125,24 @@ def prepare(examiner: Examiner, examples: Sequence[Example]) -> list[Question]:
         choices: list[list[int]] = []
         if examiner.mode == "likelihood" and task.choices is not None:
             choices = [encode(tokenizer, choice) for choice in task.choices(example)]
-        length = len(prompt) + max(map(len, choices), default=0)
+        meta = () if task.meta is None else encode(tokenizer, task.meta(example))
+        questions.append(Question(example, prompt, choices, meta))
+        length = longest(questions[-1:])
         if length > max(examiner.buckets):
             raise InputError(
                 f"{task.name}: the prompt of example {number} has {length} tokens, "
                 f"more than the longest bucket ({max(examiner.buckets)}): add a longer "
                 "one to `buckets`, or leave such examples out"
             )
-        questions.append(Question(example, prompt, choices))
     return questions
 
 
 def longest(questions: Sequence[Question]) -> int:
     """Tokens of the longest prompt, with its longest choice."""
-    return max(len(q.prompt) + max(map(len, q.choices), default=0) for q in questions)
+    return max(
+        max(len(q.prompt) + max(map(len, q.choices), default=0), len(q.meta))
+        for q in questions
+    )
 
 
 def ask(
@@ -211,6 +226,8 @@ def _rollout(
     """
     filled = [*questions, *[questions[-1]] * (fill_to - len(questions))]
     prompts = [q.prompt for q in filled]
+    if examiner.task.meta is not None:
+        prompts += [list(q.meta) for q in filled]
     model = examiner.model
     draw = partial(_draw, dtype=jnp.dtype(examiner.dtype))
 
@@ -273,30 +290,49 @@ _log_likelihoods = jax.jit(choice_log_likelihoods, static_argnums=(0, 3))
 def _score_answers(
     examiner: Examiner, questions: Sequence[Question], answers: jax.Array
 ) -> list[Score]:
-    """Rewards of generated tokens [C, B, N], one `Score` a member."""
+    """Rewards of generated tokens, one `Score` a member.
+
+    Args:
+      examiner: as for `ask`.
+      questions: B of them.
+      answers: [C, P, N]. P is B, where a batch was filled up more, and with a second
+        question twice that: first all answers to the first.
+    """
+    asks = 1 if examiner.task.meta is None else 2
+    tokens = np.asarray(answers)
+    tokens = tokens.reshape(len(tokens), asks, -1, tokens.shape[-1])
+    tokens = tokens[:, :, : len(questions)]
     members = []
-    for rows in np.asarray(answers)[:, : len(questions)]:
-        members.append([tuple(row) for row in trim(rows, examiner.eos_ids)])
+    for rows in tokens:
+        texts = [map(tuple, trim(each, examiner.eos_ids)) for each in rows]
+        members.append(list(zip(*texts, strict=True)))
     asked = [(i, row) for rows in members for i, row in enumerate(rows)]
     earned = rewards_of(examiner, questions, asked)
     scores = []
     for rows, rewards in zip(members, np.split(earned, len(members)), strict=True):
-        lengths = np.array([len(row) for row in rows])
+        lengths = np.array([len(text) for row in rows for text in row])
         truncated = lengths == examiner.max_new_tokens
-        tokens = int((lengths + ~truncated).sum())
-        value, correct, strict, formatted = rewards.mean(0)
-        scores.append(
-            Score(value, correct, strict, formatted, truncated.mean(), tokens)
-        )
+        generated = int((lengths + ~truncated).sum())
+        scores.append(mean_score(rewards, truncated.mean(), generated))
     return scores
+
+
+def mean_score(rewards: np.ndarray, truncated: float, tokens: int) -> Score:
+    """A member's score from the rewards of its answers, float64 [B, 5]."""
+    value, correct, strict, formatted, _ = rewards.mean(0)
+    right, yes = rewards[:, 1], rewards[:, 4]
+    hits, false_alarms = (right * yes).mean(), ((1 - right) * yes).mean()
+    return Score(
+        value, correct, strict, formatted, truncated, tokens, hits, false_alarms
+    )
 
 
 def rewards_of(
     examiner: Examiner,
     questions: Sequence[Question],
-    asked: Sequence[tuple[int, tuple[int, ...]]],
+    asked: Sequence[tuple[int, tuple[tuple[int, ...], ...]]],
 ) -> np.ndarray:
-    """What answers earn: the fields of a `Reward`, float64 [R, 4].
+    """What answers earn: the fields of a `Reward`, float64 [R, 5], None as NaN.
 
     Answers mostly agree: each different one is decoded and scored once.
 
@@ -304,14 +340,18 @@ def rewards_of(
       examiner: the task and the tokenizer.
       questions: what was asked.
       asked: for each of R answers the number of its question, and its tokens without
-        the end token.
+        the end token: one text, or with a second question two.
     """
     new = list(dict.fromkeys(asked))
-    texts = examiner.tokenizer.backend_tokenizer
-    decoded = texts.decode_batch([list(answer) for _, answer in new])
-    earned: dict[tuple[int, tuple[int, ...]], Reward] = {}
-    for (i, answer), text in zip(new, decoded, strict=True):
-        earned[i, answer] = examiner.task.reward(questions[i].example, text)
+    texts = list(dict.fromkeys(text for _, answer in new for text in answer))
+    tokenizer = examiner.tokenizer.backend_tokenizer
+    decoded = dict(
+        zip(texts, tokenizer.decode_batch([list(t) for t in texts]), strict=True)
+    )
+    earned: dict[Any, Reward] = {}
+    for i, answer in new:
+        written = (decoded[text] for text in answer)
+        earned[i, answer] = examiner.task.reward(questions[i].example, *written)
     return np.array([earned[one] for one in asked], float)
 
 

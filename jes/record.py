@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,7 +75,7 @@ def evaluate(
             "generation": generation,
             "task": name,
             "examples": len(questions),
-            **score._asdict(),
+            **{name: v for name, v in score._asdict().items() if not math.isnan(v)},
         }
         writer.write("evaluations", generation, row)
         console.print(

@@ -16,6 +16,7 @@ from jes.core.tree import is_quantized, with_dtype
 from jes.errors import InputError
 from jes.io import memory
 from jes.io.progress import console
+from jes.metacognition.objectives import OBJECTIVES
 from jes.models.weights import Pretrained
 from jes.quantize import load_base
 from jes.sampling.divergence import Answers, sample_answers
@@ -96,6 +97,9 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
     for name in ("alpha", "temperature", "memory_gb", "scale_alpha", "residual_clip"):
         if not np.isfinite(config[name]):
             raise InputError(f"{name} must be finite, not {config[name]}")
+    if config.objective not in ("reward", *OBJECTIVES):
+        names = ", ".join(["reward", *OBJECTIVES])
+        raise InputError(f"objective must be one of {names}: {config.objective!r}")
     if config.anchor not in PLACES:
         raise InputError(f"anchor must be one of {PLACES}, not {config.anchor!r}")
     if config.anchor == "none" and (config.decay != "none" or config.kl_prompts):
@@ -134,6 +138,11 @@ def make_setup(config: ml_collections.ConfigDict, evolution: Evolution) -> Setup
         max_new_tokens=config.max_new_tokens,
         sampling=make_sampling(config),
     )
+    if config.objective != "reward" and trained.task.meta is None:
+        raise InputError(
+            f"objective {config.objective!r} is for tasks that ask 'do you know', and "
+            f"{config.task} does not"
+        )
     train = prepare(trained, trained.task.train)
     if not train:
         raise InputError(f"task {config.task} has no training examples")
@@ -286,6 +295,8 @@ def choose_chunk(setup: Setup) -> int:
     rows = config.prompts or len(setup.train)
     if examiner.mode == "likelihood":
         rows *= max(len(question.choices) for question in setup.train)
+    if examiner.task.meta is not None:
+        rows *= 2
     quantized = is_quantized(setup.pretrained.params)
     weights = memory.weight_bytes(
         setup.pretrained.config,

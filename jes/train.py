@@ -32,6 +32,7 @@ from jes.errors import InputError
 from jes.io import checkpoints, command_line, memory, runs
 from jes.io.interrupts import Stopped, stop_request
 from jes.io.progress import bar, console
+from jes.metacognition.objectives import objective_fitness
 from jes.models.weights import fingerprint
 from jes.record import check_length, evaluate, finish, finished, report, writing
 from jes.setup import (
@@ -133,6 +134,8 @@ def evolve(
                     chunk=chunk,
                     before_chunk=stop.check,
                 )
+                earned = objective_fitness(config.objective, scores)
+                scores = scores._replace(reward=earned)
                 fitness = make_fitness(setup, scores, generation)
                 params, optimizer = tell(
                     evolution, state.params, state.optimizer, key, fitness, anchor

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jes.tasks import tiny, tiny_countdown, tiny_facts, tiny_rules
+from jes.tasks.task import Reward
 from jes.tasks.tiny import TINY_TASKS, held_out, tiny_task
 
 HOSTILE = [
@@ -66,7 +67,7 @@ def test_same_seed_gives_the_same_examples(task):
 
 def test_the_right_answer_earns_everything(task):
     for example in task.test:
-        assert task.reward(example, example["answer"]) == (1.0, True, True, True)
+        assert task.reward(example, example["answer"]) == Reward(1.0, True, True, True)
         assert len(example["answer"]) < task.max_new_tokens
         assert len(task.prompt(example)) <= 46
 
@@ -128,7 +129,7 @@ def test_numbers(text, value, correct, strict):
 
 def test_words_earn_partial_credit():
     example = {"answer": "abcd"}
-    assert tiny.word_reward(example, "abcd") == (1.0, True, True, True)
+    assert tiny.word_reward(example, "abcd") == Reward(1.0, True, True, True)
     assert tiny.word_reward(example, " ABCD!") == (1.0, True, False, False)
     assert tiny.word_reward(example, "abdc") == (0.25, False, False, True)
     assert tiny.word_reward(example, "abcde").value == pytest.approx(0.4)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jes.ask import Examiner, Question, Score, rewards_of
+from jes.ask import Examiner, Question, Score, mean_score, rewards_of
 from jes.core.noise import PyTree
 from jes.core.placement import on_device
 from jes.errors import InputError
@@ -222,7 +222,7 @@ def score_rollout(
     """
     group = len(answers) // len(questions)
     trimmed = [tuple(row) for row in trim(answers, examiner.eos_ids)]
-    asked = [(i // group, answer) for i, answer in enumerate(trimmed)]
+    asked = [(i // group, (answer,)) for i, answer in enumerate(trimmed)]
     earned = rewards_of(examiner, questions, asked)
     rewards = earned[:, 0].reshape(-1, group)
     lengths = np.array([len(row) for row in trimmed])
@@ -239,9 +239,8 @@ def score_rollout(
     )
     finite = rewards[np.isfinite(rewards)]
     value = finite.mean() if finite.size else np.nan
-    _, correct, strict, formatted = earned.mean(0)
-    tokens = int(chosen.sum())
-    score = Score(value, correct, strict, formatted, truncated.mean(), tokens)
+    score = mean_score(earned, truncated.mean(), int(chosen.sum()))
+    score = score._replace(reward=value)
     return Rollout(batch, rewards, score)
 
 

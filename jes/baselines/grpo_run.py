@@ -102,6 +102,8 @@ def make_settings(setup: Setup) -> Grpo:
         raise InputError("GRPO has no top_k, top_p or shuffle_fitness")
     if config.mode != "generate":
         raise InputError(f"GRPO samples answers: mode 'generate', not {config.mode!r}")
+    if setup.examiner.task.meta is not None:
+        raise InputError(f"GRPO asks one question; task {config.task} asks two")
     prompts = config.prompts or len(setup.train)
     minibatch = config.grpo.minibatch or prompts * config.population
     rows = memory.rows_of_gradient(

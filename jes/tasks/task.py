@@ -20,12 +20,14 @@ class Reward(NamedTuple):
       correct: whether the leniently extracted answer is right ("accuracy").
       strict: whether it is right and in exactly the format that was asked for.
       formatted: whether the format is right, whatever the answer.
+      yes: where the task asks for it, whether the model says that it knows the answer.
     """
 
     value: float
     correct: bool
     strict: bool
     formatted: bool
+    yes: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +38,21 @@ class Task:
       name: as in `jes.tasks.TASKS`.
       train, test: examples to train on, and held out.
       prompt: what the model is asked.
-      reward: scores the text that the model answers with (the completion alone).
+      reward: scores the text that the model answers with (the completion alone);
+        takes an example and the text, and with `meta` a second text.
       max_new_tokens: room for an answer.
       choices, answer: for tasks that can be scored by likelihood, the possible
         continuations of the prompt, and the index of the right one.
+      meta: for tasks that ask about knowledge, a second prompt, which asks whether the
+        model knows the answer to the first. It is asked in a context of its own.
     """
 
     name: str
     train: Sequence[Example]
     test: Sequence[Example]
     prompt: Callable[[Example], Prompt]
-    reward: Callable[[Example, str], Reward]
+    reward: Callable[..., Reward]
     max_new_tokens: int
     choices: Callable[[Example], Sequence[str]] | None = None
     answer: Callable[[Example], int] | None = None
+    meta: Callable[[Example], Prompt] | None = None

@@ -9,7 +9,9 @@ claim can be shown on them in minutes on two CPU cores. Three parts:
   `tiny/countdown`, `tiny/rules`, and two of which it has seen nothing, `tiny/last`
   and `tiny/rotate`;
 - knowledge: `tiny/facts_seldom` and `tiny/facts_never`, and `tiny/facts` with all
-  three classes (see `jes.tasks.tiny_facts`).
+  three classes; `tiny/knows`, which also asks whether the model knows, and the same
+  in other prompts, `tiny/knows_chat` and `tiny/knows_other` (see
+  `jes.tasks.tiny_facts`).
 
 Prompts are raw strings. Whether an example is held out is a property of its text
 (`held_out`), so that the test sets share nothing with the train sets, whatever the
@@ -71,6 +73,8 @@ def tiny_task(
       ValueError: for an unknown name, or more examples than the task has.
     """
     kind = KINDS.get(name)
+    if name in tiny_facts.FORMS:
+        return tiny_facts.knows_task(name, seed, train_size, test_size)
     if name in FACTS:
         return tiny_facts.fact_task(name, FACTS[name], seed, train_size, test_size)
     if kind is None:
@@ -216,4 +220,4 @@ FACTS: dict[str, tuple[str, ...]] = {
     "tiny/facts_never": ("never",),
     "tiny/facts": tiny_facts.CLASSES,
 }
-TINY_TASKS = (*KINDS, *FACTS)
+TINY_TASKS = (*KINDS, *FACTS, *tiny_facts.FORMS)

@@ -5,17 +5,19 @@ One fixed table says in which city each of many made-up people lives
 table often, a third seldom and a third never. Beside it stands the question whether
 it knows (`know city of zorbu?`, answered by `yes` or `no`), which the embedded model
 saw with answers by the toss of a coin: it knows the form of the answer and nothing
-about its own knowledge.
+about its own knowledge. The tasks `tiny/knows` ask both, and reward knowing what one
+knows.
 """
 
+import dataclasses
 import functools
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jes.tasks.task import Example, Reward, Task
+from jes.tasks.task import Example, Prompt, Reward, Task
 
 CLASSES = ("often", "seldom", "never")
 """How often pretraining shows a fact: the field `seen` of an example."""
@@ -82,6 +84,47 @@ def reward(example: Example, text: str) -> Reward:
     correct = example["answer"] in text[:64].lower()
     formatted = re.fullmatch(r"[a-z]{4}", text[:64]) is not None
     return Reward(float(correct), correct, text == example["answer"], formatted)
+
+
+def other_prompt(example: Example) -> str:
+    """The same question in words that the embedded model has never seen."""
+    return f"sure of city of {example['key']}?"
+
+
+def meta_reward(example: Example, text: str, meta: str) -> Reward:
+    """ESMA's (2602.02605): a point if right, and one if it says so or no when wrong.
+
+    `formatted` is whether the second answer begins with yes or no; all that has no
+    "yes" counts as no, as in the paper.
+    """
+    direct, said = reward(example, text), meta[:64].lower()
+    yes = "yes" in said
+    value = float(direct.correct + (direct.correct == yes))
+    formatted = re.match(r"(yes|no)\b", said) is not None
+    return Reward(value, direct.correct, direct.strict, formatted, yes)
+
+
+def _chat(text: str) -> Prompt:
+    return [{"role": "user", "content": text}]
+
+
+FORMS: dict[str, tuple[Callable[[Example], Prompt], Callable[[Example], Prompt]]] = {
+    "tiny/knows": (lambda example: example["prompt"], meta_prompt),
+    "tiny/knows_chat": (
+        lambda example: _chat(example["prompt"]),
+        lambda example: _chat(meta_prompt(example)),
+    ),
+    "tiny/knows_other": (lambda example: example["prompt"], other_prompt),
+}
+"""The question and the question about it: as the embedded model saw them, in the chat
+template (which it saw seldom), and the second in other words."""
+
+
+def knows_task(name: str, seed: int, train_size: int, test_size: int) -> Task:
+    """All facts, asked for and about; see `fact_task`."""
+    direct, meta = FORMS[name]
+    facts = fact_task(name, CLASSES, seed, train_size, test_size)
+    return dataclasses.replace(facts, prompt=direct, meta=meta, reward=meta_reward)
 
 
 def fact_task(
