@@ -32,9 +32,7 @@ def default() -> ConfigDict:
     config.antithetic = False
     config.shaping = "zscore"  # or 'centered_rank', 'pair_zscore', 'none'
 
-    config.objective = (
-        "reward"  # or of `OBJECTIVES`, for ESMA (2602.02605)
-    )
+    config.objective = "reward"  # or of `OBJECTIVES`, for ESMA (2602.02605)
     config.shuffle_fitness = False  # a control: steps as long, in random directions
 
     # Anchored weight decay (2605.30148): a pull back to the base model.
