@@ -7,7 +7,6 @@ import pytest
 
 from jes.tasks import tiny, tiny_countdown, tiny_facts, tiny_rules
 from jes.tasks.task import Reward
-from jes.tasks.task import Reward
 from jes.tasks.tiny import TINY_TASKS, held_out, tiny_task
 
 HOSTILE = [
