@@ -27,7 +27,7 @@ from jes.sampling.generate import (
 )
 from jes.sampling.likelihood import (
     ChoiceBatch,
-    choice_log_likelihoods,
+    log_likelihoods,
     pad_choices,
 )
 from jes.sampling.prompts import BUCKETS, encode, pad
@@ -249,7 +249,7 @@ def _rollout(
             params: PyTree, key: jax.Array, members: Any, noise: Noise | None = None
         ) -> jax.Array:
             weights, centre = prepared(params, key, members, noise)
-            return _log_likelihoods(model, weights, batch, len(members), centre)
+            return log_likelihoods(model, weights, batch, len(members), centre)
 
         return rate, partial(_score_likelihoods, examiner, questions, batch)
 
@@ -284,7 +284,6 @@ def _sampling_keys(key: jax.Array, members: jax.Array) -> jax.Array:
 
 _draw = jax.jit(draw_members, static_argnames=("noise", "dtype"))
 _draw_overlays = jax.jit(draw_overlays, static_argnums=3)
-_log_likelihoods = jax.jit(choice_log_likelihoods, static_argnums=(0, 3))
 
 
 def _score_answers(

@@ -80,3 +80,7 @@ def choice_log_likelihoods(
         return jnp.where(batch.scored, chosen, 0).sum(-1)
 
     return jax.vmap(score, axis_size=members)(params)
+
+
+log_likelihoods = jax.jit(choice_log_likelihoods, static_argnums=(0, 3))
+"""`choice_log_likelihoods`, compiled once for each shape."""

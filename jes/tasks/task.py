@@ -45,6 +45,7 @@ class Task:
         continuations of the prompt, and the index of the right one.
       meta: for tasks that ask about knowledge, a second prompt, which asks whether the
         model knows the answer to the first. It is asked in a context of its own.
+      claims: the words that `meta` is answered by: yes, and no.
     """
 
     name: str
@@ -56,3 +57,4 @@ class Task:
     choices: Callable[[Example], Sequence[str]] | None = None
     answer: Callable[[Example], int] | None = None
     meta: Callable[[Example], Prompt] | None = None
+    claims: tuple[str, str] | None = None

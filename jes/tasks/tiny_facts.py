@@ -124,7 +124,9 @@ def knows_task(name: str, seed: int, train_size: int, test_size: int) -> Task:
     """All facts, asked for and about; see `fact_task`."""
     direct, meta = FORMS[name]
     facts = fact_task(name, CLASSES, seed, train_size, test_size)
-    return dataclasses.replace(facts, prompt=direct, meta=meta, reward=meta_reward)
+    return dataclasses.replace(
+        facts, prompt=direct, meta=meta, reward=meta_reward, claims=("yes", "no")
+    )
 
 
 def fact_task(

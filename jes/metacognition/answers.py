@@ -1,0 +1,153 @@
+"""What a model answers, whether it says that it knows, and how sure it seems."""
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jes.ask import Examiner, Question, rewards_of
+from jes.core.noise import PyTree
+from jes.core.tree import is_quantized, with_dtype
+from jes.errors import InputError
+from jes.metacognition.signal_detection import report
+from jes.sampling.generate import generate
+from jes.sampling.likelihood import log_likelihoods, pad_choices
+from jes.sampling.prompts import encode
+from jes.tasks.task import Example
+
+
+class Answers(NamedTuple):
+    """Greedy answers to Q questions, from which every metric can be computed again.
+
+    Attributes:
+      examples: what was asked.
+      texts, metas: the answers, and those to the question whether the model knows
+        ('' where the task does not ask it apart).
+      correct, strict: bool [Q], by the task's lenient and strict match.
+      yes: bool [Q], whether the model says that it knows.
+      other: bool [Q], whether it says neither yes nor no.
+      confidence: float64 [Q], log p(yes) - log p(no) in nats as the first words of the
+        answer to the second question; NaN where there is none.
+    """
+
+    examples: Sequence[Example]
+    texts: list[str]
+    metas: list[str]
+    correct: np.ndarray
+    strict: np.ndarray
+    yes: np.ndarray
+    other: np.ndarray
+    confidence: np.ndarray
+
+    def report(self) -> dict[str, float]:
+        """The metrics, see `jes.metacognition.report`; and `strict`, the strict
+        accuracy."""
+        metrics = report(self.correct, self.yes, self.other, self.confidence)
+        return {**metrics, "strict": float(self.strict.mean())}
+
+
+def collect(
+    examiner: Examiner,
+    params: PyTree,
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 256,
+    before_batch: Callable[[], None] = lambda: None,
+) -> Answers:
+    """Asks the questions, and about them.
+
+    Args:
+      examiner: the model and the task.
+      params: the weights, not those of members.
+      questions: of the task.
+      batch_size: prompts answered at once.
+      before_batch: called before each part of the work.
+
+    Raises:
+      InputError: if the task does not ask whether the model knows.
+    """
+    prompts = [q.prompt for q in questions]
+    asks = 1 if examiner.task.meta is None else 2
+    if asks == 2:
+        prompts += [list(q.meta) for q in questions]
+    weights = with_dtype(params, jnp.dtype(examiner.dtype))
+    before_batch()
+    said = generate(
+        examiner.model,
+        weights,
+        prompts,
+        examiner.max_new_tokens,
+        eos_ids=examiner.eos_ids,
+        batch_size=batch_size,
+        buckets=examiner.buckets,
+    )
+    count = len(questions)
+    texts = [map(tuple, said[k * count :][:count]) for k in range(asks)]
+    asked = list(enumerate(zip(*texts, strict=True)))
+    earned = rewards_of(examiner, questions, asked)
+    if np.isnan(earned[:, 4]).any():
+        raise InputError(
+            f"task {examiner.task.name} does not ask whether the model knows"
+        )
+    words = examiner.tokenizer.backend_tokenizer.decode_batch(said)
+    before_batch()
+    return Answers(
+        examples=[q.example for q in questions],
+        texts=words[:count],
+        metas=words[count:] or [""] * count,
+        correct=earned[:, 1] == 1,
+        strict=earned[:, 2] == 1,
+        yes=earned[:, 4] == 1,
+        other=earned[:, 3] == 0,
+        confidence=confidence(examiner, weights, questions, batch_size),
+    )
+
+
+def confidence(
+    examiner: Examiner, params: PyTree, questions: Sequence[Question], batch_size: int
+) -> np.ndarray:
+    """log p(yes) - log p(no) after the second question, float64 [Q].
+
+    Where both words are single tokens this is the difference of their logits; its
+    sigmoid is the confidence of 2602.02605. Other spellings are not counted.
+    """
+    words = examiner.task.claims
+    if words is None:
+        return np.full(len(questions), np.nan)
+    claims = [encode(examiner.tokenizer, word) for word in words]
+    weights, centre = None, params
+    if not is_quantized(params):
+        weights, centre = jax.tree.map(lambda leaf: leaf[None], params), None
+    # Sorted by length, so that few shapes are compiled.
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i].meta))
+    size = min(batch_size, len(questions))
+    differences = np.zeros(len(questions))
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        filled = chosen + chosen[-1:] * (size - len(chosen))
+        batch = pad_choices(
+            [list(questions[i].meta) for i in filled],
+            [claims] * size,
+            examiner.buckets,
+        )
+        (logs,) = log_likelihoods(examiner.model, weights, batch, 1, centre)
+        yes, no = np.asarray(logs, float).reshape(-1, 2).T
+        differences[chosen] = (yes - no)[: len(chosen)]
+    return differences
+
+
+def write(path: Path, answers: Answers) -> None:
+    """A CSV file with a row a question."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["number", "example", *Answers._fields[1:]])
+        for number, row in enumerate(zip(*answers, strict=True)):
+            example, text, meta, *judged, sure = row
+            cells = [int(one) for one in judged]
+            line = json.dumps(example, ensure_ascii=False)
+            writer.writerow([number, line, text, meta, *cells, f"{sure:.6g}"])
