@@ -66,14 +66,14 @@ class Examiner:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise InputError(f"mode must be one of {MODES}, not {self.mode!r}")
-        if self.mode == "likelihood" and self.task.choices is None:
-            raise InputError(
-                f"task {self.task.name} has no choices: use mode 'generate'"
-            )
         if self.mode == "likelihood" and self.task.meta is not None:
             raise InputError(
                 f"task {self.task.name} asks two questions, whose answers must be "
                 "generated: use mode 'generate'"
+            )
+        if self.mode == "likelihood" and self.task.choices is None:
+            raise InputError(
+                f"task {self.task.name} has no choices: use mode 'generate'"
             )
         if not self.max_new_tokens:
             object.__setattr__(self, "max_new_tokens", self.task.max_new_tokens)

@@ -106,7 +106,7 @@ def test_rows_become_examples(name: str, root: Path) -> None:
     if task.choices is not None and task.answer is not None:
         for example in task.test:
             chosen = task.choices(example)[task.answer(example)]
-            assert task.reward(example, chosen) == (1.0, True, True, True)
+            assert task.reward(example, chosen) == Reward(1.0, True, True, True)
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -339,9 +339,11 @@ def test_letters(text: str, root: Path) -> None:
 def test_letters_of_mmlu_pro_go_to_j(root: Path) -> None:
     task = load_task("mmlu_pro", root=str(root))
     example = next(e for e in task.test if e["answer"] == "J")
-    assert task.reward(example, "The answer is (J).") == (1.0, True, True, True)
-    assert task.reward(example, "The answer is just (B)") == (1.0, True, False, False)
-    assert task.reward(example, "I am lost: J") == (0.0, False, False, False)
+    assert task.reward(example, "The answer is (J).") == Reward(1.0, True, True, True)
+    assert task.reward(example, "The answer is just (B)") == Reward(
+        1.0, True, False, False
+    )
+    assert task.reward(example, "I am lost: J") == Reward(0.0, False, False, False)
 
 
 NUMBERS = {

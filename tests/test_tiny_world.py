@@ -7,7 +7,7 @@ import pytest
 
 from jes.tasks import tiny, tiny_countdown, tiny_facts, tiny_rules
 from jes.tasks.task import Reward
-from jes.tasks.tiny import TINY_TASKS, held_out, tiny_task
+from jes.tasks.tiny import held_out, tiny_task
 
 HOSTILE = [
     "",
@@ -39,7 +39,7 @@ HOSTILE = [
 ]
 
 
-@pytest.fixture(scope="module", params=TINY_TASKS)
+@pytest.fixture(scope="module", params=[*tiny.KINDS, *tiny.FACTS])
 def task(request):
     return tiny_task(request.param)
 
@@ -130,8 +130,8 @@ def test_numbers(text, value, correct, strict):
 def test_words_earn_partial_credit():
     example = {"answer": "abcd"}
     assert tiny.word_reward(example, "abcd") == Reward(1.0, True, True, True)
-    assert tiny.word_reward(example, " ABCD!") == (1.0, True, False, False)
-    assert tiny.word_reward(example, "abdc") == (0.25, False, False, True)
+    assert tiny.word_reward(example, " ABCD!") == Reward(1.0, True, False, False)
+    assert tiny.word_reward(example, "abdc") == Reward(0.25, False, False, True)
     assert tiny.word_reward(example, "abcde").value == pytest.approx(0.4)
     assert tiny.word_reward(example, "abcd" * 9).value < 0.06
 
