@@ -1,5 +1,17 @@
 """What a model knows of what it knows: its Yes and No against its own correctness."""
 
+from jes.metacognition.masks import (
+    exclude,
+    keep_largest,
+    keep_like,
+    keep_random,
+    keep_random_by_tensor,
+    keep_smallest,
+    norm_share,
+    random_walk,
+    rescale,
+    shrink,
+)
 from jes.metacognition.signal_detection import (
     CORRECTIONS,
     Counts,
@@ -31,9 +43,19 @@ __all__ = [
     "criterion",
     "d_prime",
     "d_prime_error",
+    "exclude",
+    "keep_largest",
+    "keep_like",
+    "keep_random",
+    "keep_random_by_tensor",
+    "keep_smallest",
     "no_failure_rate",
+    "norm_share",
+    "random_walk",
     "relative_meta_information",
     "report",
+    "rescale",
+    "shrink",
     "yes_failure_rate",
     "yes_rate",
 ]

@@ -1,0 +1,233 @@
+r"""Parts of a displacement, by magnitude or at random: what makes it sparse, or not.
+
+The displacement Δ = θ - θ_0 that a run has come to, or its largest entries alone, is
+added to the base model (2602.02605). That the largest few percent do most of the work
+is no evidence of sparsity by itself: of a random walk the largest 10 % hold 44 % of
+‖Δ‖². The controls here have as many entries, the same norm, or both.
+
+All functions take trees of floats, in which None is a tensor that is left alone, and
+return new trees of float32 on the host. No more is held beside these than a byte an
+entry and a few copies of one leaf.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from jes.core.noise import PyTree, leaf_path
+
+PIECE = 2**22
+"""Entries of a leaf that are held as integers or in float64 at once."""
+
+
+def keep_largest(delta: PyTree, share: float) -> PyTree:
+    """The largest entries by magnitude, and 0 for the rest (2602.02605).
+
+    One threshold for all tensors, the k-th smallest magnitude of n with
+    k = int(n (1 - share)) but at least 1; what is as large is kept, so that it is
+    n - k + 1 entries, or more with ties. Here a share of 0 keeps nothing, where the
+    published code keeps the largest entry.
+
+    Args:
+      delta: displacement, leaves of any shapes.
+      share: of the entries, from 0 to 1.
+
+    Raises:
+      ValueError: for a share that is none.
+    """
+    return _masked(delta, _largest(delta, share))
+
+
+def keep_smallest(delta: PyTree, share: float) -> PyTree:
+    """What is left when `keep_largest` of this share is taken away (2602.02605)."""
+    return _masked(delta, [~mask for mask in _largest(delta, share)])
+
+
+def keep_like(delta: PyTree, other: PyTree, share: float) -> PyTree:
+    """The entries of Δ where another displacement has its largest.
+
+    Args:
+      delta: what is masked.
+      other: of another run from the same base, with the leaves of `delta`.
+      share: of the entries, as for `keep_largest`.
+
+    Raises:
+      ValueError: for a share that is none, or trees that differ in their shapes.
+    """
+    if _shapes(delta) != _shapes(other):
+        raise ValueError("the displacements are not of one model")
+    return _masked(delta, _largest(other, share))
+
+
+def keep_random(delta: PyTree, share: float, seed: int) -> PyTree:
+    """As many entries as `keep_largest` keeps, drawn evenly from all.
+
+    The same seed gives a larger share all that it gives a smaller one.
+
+    Args:
+      delta: displacement.
+      share: of the entries, as for `keep_largest`.
+      seed: of the draw. Each entry draws one of 2^32 numbers: a tie, of which there is
+        hardly ever one, keeps an entry more.
+    """
+    kept = sum(int(mask.sum()) for mask in _largest(delta, share))
+    leaves = _leaves(delta)
+    size = sum(leaf.size for leaf in leaves)
+
+    def numbers() -> Iterator[np.ndarray]:
+        rng = np.random.default_rng(seed)
+        return (rng.integers(2**32, size=x.shape, dtype=np.uint32) for x in leaves)
+
+    if not kept:
+        return _masked(delta, [np.zeros(leaf.shape, bool) for leaf in leaves])
+    threshold = _ranked(numbers, size - kept + 1)
+    return _masked(delta, (drawn >= threshold for drawn in numbers()))
+
+
+def keep_random_by_tensor(delta: PyTree, share: float, seed: int) -> PyTree:
+    """In each tensor as many entries as `keep_largest` keeps there, drawn evenly.
+
+    Each layer of a stacked leaf [L, ...], one whose path begins with 'layers/', is a
+    tensor.
+    """
+    rng = np.random.default_rng(seed)
+    masks = _largest(delta, share)
+    paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(delta)]
+    for path, mask in zip(paths, masks, strict=True):
+        for tensor in mask if path.startswith("layers/") else mask[None]:
+            rng.shuffle(tensor.reshape(-1))  # a view, as masks are contiguous
+    return _masked(delta, masks)
+
+
+def rescale(delta: PyTree, norm: float) -> PyTree:
+    """Δ with another Euclidean norm over all leaves; a Δ of 0 stays so."""
+    before = norm_of(delta)
+    factor = np.float32(norm / before if before else 0.0)
+    return jax.tree.map(lambda leaf: _float32(leaf) * factor, delta)
+
+
+def shrink(delta: PyTree, share: float) -> PyTree:
+    """All of Δ, made smaller until this share of ‖Δ‖² is left: √share Δ."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share is from 0 to 1, not {share}")
+    factor = np.float32(share**0.5)
+    return jax.tree.map(lambda leaf: _float32(leaf) * factor, delta)
+
+
+def random_walk(delta: PyTree, seed: int) -> PyTree:
+    """Independent Gaussian entries, with the shapes and the norm of Δ.
+
+    What a run whose rewards say nothing comes to, but for rounding.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), delta)
+    return rescale(drawn, norm_of(delta))
+
+
+def norm_share(part: PyTree, whole: PyTree) -> float:
+    """‖part‖² over ‖whole‖²; NaN where the whole is 0."""
+    total = norm_of(whole)
+    return (norm_of(part) / total) ** 2 if total else float("nan")
+
+
+def norm_of(delta: PyTree) -> float:
+    """The Euclidean norm over all leaves, summed in float64."""
+    squares = 0.0
+    for piece in _all_pieces(_leaves(delta)):
+        wide = piece.astype(np.float64)
+        squares += float(wide @ wide)
+    return squares**0.5
+
+
+def exclude(delta: PyTree, prefixes: Sequence[str]) -> PyTree:
+    """Δ without the tensors whose paths begin with one of these (2602.02605).
+
+    They are None: neither counted nor moved. Paths are such as 'embed/embedding' or
+    'layers/mlp/up/kernel'.
+
+    Raises:
+      ValueError: for a prefix that no path has.
+    """
+    paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(delta)]
+    for prefix in prefixes:
+        if not any(path.startswith(prefix) for path in paths):
+            raise ValueError(f"no tensor is named {prefix}...: {', '.join(paths)}")
+    kept = tuple(prefixes)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: None if leaf_path(path).startswith(kept) else leaf, delta
+    )
+
+
+def _largest(delta: PyTree, share: float) -> list[np.ndarray]:
+    """For each leaf, the mask of `keep_largest`."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share is from 0 to 1, not {share}")
+    leaves = _leaves(delta)
+    if share == 0:
+        return [np.zeros(leaf.shape, bool) for leaf in leaves]
+    size = sum(leaf.size for leaf in leaves)
+    rank = max(int(size * (1 - share)), 1)
+    threshold = _ranked(lambda: map(_magnitudes, leaves), rank)
+    return [_magnitudes(leaf) >= threshold for leaf in leaves]
+
+
+def _magnitudes(leaf: np.ndarray) -> np.ndarray:
+    """Numbers in the order of the magnitudes: the bits of a float32 without sign."""
+    return np.abs(leaf).view(np.uint32)
+
+
+def _ranked(parts: Callable[[], Iterable[np.ndarray]], rank: int) -> np.uint32:
+    """The number of this rank, from 1 for the smallest, among those of all parts.
+
+    Args:
+      parts: gives the same uint32 arrays at each of two calls.
+      rank: at most the number of all.
+    """
+    upper, rank = _digit((piece >> 16 for piece in _all_pieces(parts())), rank)
+    lower, _ = _digit(
+        (piece[piece >> 16 == upper] & 0xFFFF for piece in _all_pieces(parts())), rank
+    )
+    return np.uint32(upper << 16 | lower)
+
+
+def _digit(pieces: Iterable[np.ndarray], rank: int) -> tuple[int, int]:
+    """The number of this rank among numbers below 2^16, and its rank among equals."""
+    tally = np.zeros(2**16, np.int64)
+    for piece in pieces:
+        tally += np.bincount(piece, minlength=2**16)
+    up_to = np.cumsum(tally)
+    digit = int(np.searchsorted(up_to, rank))
+    return digit, rank - int(up_to[digit] - tally[digit])
+
+
+def _masked(delta: PyTree, masks: Iterable[np.ndarray]) -> PyTree:
+    """Δ where the masks of its leaves are true, and 0 elsewhere."""
+    leaves, structure = jax.tree.flatten(delta)
+    kept = [
+        np.where(mask, _float32(leaf), np.float32(0))
+        for leaf, mask in zip(leaves, masks, strict=True)
+    ]
+    return jax.tree.unflatten(structure, kept)
+
+
+def _leaves(delta: PyTree) -> list[np.ndarray]:
+    return [_float32(leaf) for leaf in jax.tree.leaves(delta)]
+
+
+def _float32(leaf: jax.typing.ArrayLike) -> np.ndarray:
+    """The leaf itself where it is float32 on the host."""
+    return np.asarray(leaf, np.float32, order="C")
+
+
+def _shapes(delta: PyTree) -> list[tuple[str, tuple[int, ...]]]:
+    leaves = jax.tree_util.tree_leaves_with_path(delta)
+    return [(leaf_path(path), leaf.shape) for path, leaf in leaves]
+
+
+def _all_pieces(leaves: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The entries of leaves as vectors, none longer than `PIECE`."""
+    for leaf in leaves:
+        flat = leaf.reshape(-1)
+        for start in range(0, flat.size, PIECE):
+            yield flat[start : start + PIECE]
