@@ -22,6 +22,8 @@ from jes.tasks.task import Example, Prompt, Reward, Task
 CLASSES = ("often", "seldom", "never")
 """How often pretraining shows a fact: the field `seen` of an example."""
 KEYS_PER_CLASS = 1024
+MET_PER_CLASS = 256
+"""The first so many of each class are those that `tiny/knows` is about."""
 CITIES = 64
 WORLD = 2026
 """Seed of the table. The embedded model knows this table and no other."""
@@ -121,23 +123,29 @@ template (which it saw seldom), and the second in other words."""
 
 
 def knows_task(name: str, seed: int, train_size: int, test_size: int) -> Task:
-    """All facts, asked for and about; see `fact_task`."""
+    """The first facts of all classes, asked for and about; see `fact_task`."""
     direct, meta = FORMS[name]
-    facts = fact_task(name, CLASSES, seed, train_size, test_size)
+    facts = fact_task(name, CLASSES, seed, train_size, test_size, MET_PER_CLASS)
     return dataclasses.replace(
         facts, prompt=direct, meta=meta, reward=meta_reward, claims=("yes", "no")
     )
 
 
 def fact_task(
-    name: str, classes: Sequence[str], seed: int, train_size: int, test_size: int
+    name: str,
+    classes: Sequence[str],
+    seed: int,
+    train_size: int,
+    test_size: int,
+    per_class: int = KEYS_PER_CLASS,
 ) -> Task:
-    """The facts of some classes in equal shares, at most as many as there are."""
+    """The first facts of some classes in equal shares, at most as many as there are."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     sides: dict[bool, list[Example]] = {}
     for held_out in (False, True):
         rows = [
-            [f for f in facts_seen(c) if f["held_out"] == held_out] for c in classes
+            [f for f in facts_seen(c)[:per_class] if f["held_out"] == held_out]
+            for c in classes
         ]
         orders = [rng.permutation(len(r)) for r in rows]
         sides[held_out] = [
