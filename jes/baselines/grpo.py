@@ -24,6 +24,7 @@ import numpy as np
 import optax
 
 from jes.ask import Examiner, Question, Score, mean_score, rewards_of
+from jes.baselines.gradient import check_finite, mean_gradient
 from jes.core.noise import PyTree
 from jes.core.placement import on_device
 from jes.errors import InputError
@@ -373,11 +374,7 @@ def improve(
             history.append(metrics)
     history = jax.device_get(history)
     means = {name: float(np.mean([row[name] for row in history])) for name in metrics}
-    if not math.isfinite(means["loss"] + means["gradient_norm"]):
-        raise InputError(
-            "the gradient is not finite; the weights have diverged (a smaller "
-            "learning_rate helps)"
-        )
+    check_finite(means)
     return params, state, means
 
 
@@ -413,16 +410,7 @@ def _step(settings, model, params, state, batch, old, reference, rows):
         )
         return metrics | {"loss": value}, gradient
 
-    # Each microbatch is a mean over as many answers, so the mean of these is the whole.
-    pieces = rows.reshape(-1, settings.microbatch or settings.minibatch)
-    metrics, gradient = slopes(pieces[0])
-    if len(pieces) > 1:
-
-        def add(sums, rows):
-            return jax.tree.map(jnp.add, sums, slopes(rows)), None
-
-        sums, _ = jax.lax.scan(add, (metrics, gradient), pieces[1:])
-        metrics, gradient = jax.tree.map(lambda leaf: leaf / len(pieces), sums)
+    metrics, gradient = mean_gradient(slopes, rows, settings.microbatch)
     norm = optax.tree.norm(gradient)
     updates, state = make_optimizer(settings).update(gradient, state, params)
     metrics = metrics | {"gradient_norm": norm}
