@@ -12,7 +12,7 @@ def default() -> ConfigDict:
 
     # What is trained, on what.
     config.seed = 0
-    config.method = "es"  # or 'grpo', the baseline
+    config.method = "es"  # or a baseline: 'grpo', 'sft'
     config.model = "tiny"  # a folder, a hub id, or 'tiny', the embedded model
     config.quantize = ""  # 'int4', 'int8' or 'w8a8' rounds a float model first
     config.group_size = 128  # of int4 and int8: weights that share a scale
@@ -61,6 +61,12 @@ def default() -> ConfigDict:
     config.grpo.kl = 0.001
     config.grpo.minibatch = 0  # answers of one optimizer step; 0 for all
     config.grpo.epochs = 1
+
+    # Supervised fine-tuning of what the model says that it knows, a baseline of ESMA
+    # (2602.02605); a generation is an optimizer step, on `prompts` questions.
+    config.sft = ConfigDict()
+    config.sft.learning_rate = 2e-5
+    config.sft.loss = "answer"  # or 'all', on the question's tokens too, as published
 
     # One generation's questions and answers.
     config.prompts = 0  # prompts a generation, drawn anew each time; 0 for all

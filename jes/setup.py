@@ -60,7 +60,8 @@ class Setup(NamedTuple):
     @property
     def answers_a_generation(self) -> int:
         """How many answers are sampled and scored in one generation."""
-        return self.config.population * (self.config.prompts or len(self.train))
+        answers = 1 if self.config.method == "sft" else self.config.population
+        return answers * (self.config.prompts or len(self.train))
 
 
 def make_evolution(config: ml_collections.ConfigDict) -> Evolution:

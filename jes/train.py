@@ -1,4 +1,4 @@
-"""Fine-tunes a language model with evolution strategies (or GRPO, to compare).
+"""Fine-tunes a language model with evolution strategies (or a baseline, to compare).
 
     python -m jes.train --config=configs/tiny.py [--workdir=FOLDER] [--config.x=value]
 
@@ -25,7 +25,7 @@ from ml_collections import config_flags
 
 from jes.anchor import displacement, keep_anchor
 from jes.ask import Score, ask
-from jes.baselines import grpo_run
+from jes.baselines import grpo_run, sft_run
 from jes.core import ledger as ledgers
 from jes.core.noise import PyTree, generation_key
 from jes.errors import InputError
@@ -160,7 +160,7 @@ def evolve(
     return finish(setup, state.generation, state.params, workdir)
 
 
-METHODS = {"es": evolve, "grpo": grpo_run.learn}
+METHODS = {"es": evolve, "grpo": grpo_run.learn, "sft": sft_run.learn}
 """How `config.method` is run: function of (config, evolution, workdir)."""
 
 

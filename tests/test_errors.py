@@ -42,7 +42,7 @@ SETTINGS = {
     "decay=l3": "kind must be 'l1' or 'l2', not 'l3'",
     "decay_coefficient=3": "decay_coefficient without decay='l2' or 'l1' does nothing",
     "anchor=disk": "anchor must be one of ('device', 'bfloat16', 'host', 'none')",
-    "method=ppo": "method must be one of ('es', 'grpo'), not 'ppo'",
+    "method=ppo": "method must be one of ('es', 'grpo', 'sft'), not 'ppo'",
     "kl_prompts=-1": "kl_prompts cannot be negative: -1",
     "kl_max_new_tokens=0": "kl_max_new_tokens must be at least 1, not 0",
     "shaping=rank": "unknown shaping 'rank'; known are zscore, centered_rank",

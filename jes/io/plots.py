@@ -10,22 +10,18 @@ from jes.io.metrics import read_rows
 
 
 def training_curves(workdir: Path) -> Path:
-    """Draws `curves.png` of a run: reward, held-out accuracy, distance from start."""
+    """Draws `curves.png`: reward (or loss), held-out accuracy, distance from start."""
     metrics = read_rows(workdir / "metrics.jsonl")
     evaluations = read_rows(workdir / "evaluations.jsonl")
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    reward, accuracy, distance = figure.subplots(1, 3)
+    learned, accuracy, distance = figure.subplots(1, 3)
 
     generations = [row["generation"] + 1 for row in metrics]
-    mean = [row["fitness_mean"] for row in metrics]
-    spread = [row["fitness_std"] for row in metrics]
-    best = [row["fitness_max"] for row in metrics]
-    low = [m - s for m, s in zip(mean, spread, strict=True)]
-    high = [m + s for m, s in zip(mean, spread, strict=True)]
-    reward.fill_between(generations, low, high, alpha=0.25, label="± one std")
-    reward.plot(generations, mean, label="mean of the members")
-    reward.plot(generations, best, linewidth=0.8, label="best member")
-    _label(reward, "training reward", "reward")
+    if all("fitness_mean" in row for row in metrics):
+        _rewards(learned, generations, metrics)
+    else:  # learned from labels, not from rewards
+        learned.plot(generations, [row["loss"] for row in metrics], label="labels")
+        _label(learned, "training loss", "nats a token")
 
     _accuracies(accuracy, evaluations)
     _label(accuracy, "held-out accuracy", "%")
@@ -40,6 +36,19 @@ def training_curves(workdir: Path) -> Path:
     path = workdir / "curves.png"
     figure.savefig(path, dpi=120)
     return path
+
+
+def _rewards(axes: Axes, generations: list[int], metrics: list[dict[str, Any]]) -> None:
+    """The mean of the members, their spread, and the best."""
+    mean = [row["fitness_mean"] for row in metrics]
+    spread = [row["fitness_std"] for row in metrics]
+    best = [row["fitness_max"] for row in metrics]
+    low = [m - s for m, s in zip(mean, spread, strict=True)]
+    high = [m + s for m, s in zip(mean, spread, strict=True)]
+    axes.fill_between(generations, low, high, alpha=0.25, label="± one std")
+    axes.plot(generations, mean, label="mean of the members")
+    axes.plot(generations, best, linewidth=0.8, label="best member")
+    _label(axes, "training reward", "reward")
 
 
 def _accuracies(axes: Axes, evaluations: list[dict[str, Any]]) -> None:

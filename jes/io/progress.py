@@ -30,10 +30,14 @@ class Bar:
 
     def update(self, done: int, row: Mapping[str, Any]) -> None:
         """Shows the figures of a row of `metrics.jsonl`."""
-        figures = (
-            f"reward {row['fitness_mean']:.3f} best {row['fitness_max']:.3f} "
-            f"spread {row['fitness_std']:.3f} {row['tokens_per_second']:,.0f} tok/s"
-        )
+        if "fitness_mean" in row:
+            learned = (
+                f"reward {row['fitness_mean']:.3f} best {row['fitness_max']:.3f} "
+                f"spread {row['fitness_std']:.3f}"
+            )
+        else:  # learned from labels, not from rewards
+            learned = f"loss {row['loss']:.3f} right {100 * row['accuracy']:.1f} %"
+        figures = f"{learned} {row['tokens_per_second']:,.0f} tok/s"
         self.progress.update(self.task, completed=done, figures=figures)
         if not console.is_terminal and (done % self.every == 0 or done == self.total):
             console.print(f"generation {done}/{self.total} {figures}")

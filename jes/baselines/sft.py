@@ -1,0 +1,294 @@
+"""Supervised fine-tuning of what a model says that it knows (SFT-meta of 2602.02605).
+
+One step: the current weights answer the direct questions greedily, and are trained to
+answer the question whether they know (META) by the task's word for yes where that was
+right, and by its word for no where it was wrong. Labels are made anew every step, so
+that they are about the model as it is. The weights that train are float32.
+
+What differs from the published baseline, so that it is no straw man:
+- META is rendered identically in training and in evaluation, by the task. The published
+  code trains on it in the chat template and evaluates it as raw text.
+- The loss is on the answer to META alone, unless `loss` is 'all': then it is on the
+  tokens of META too, as in the published code.
+- A step takes many questions, not one, and all tokens that the loss is on count the
+  same: a mean within each answer would pull towards the shorter of yes and no.
+- Of the schedule the sources state only the warm-up; the linear decay to zero after it
+  is the usual one, and a choice made here.
+
+Axis letters: P questions, T tokens of the longest META with its answer, K of the last
+tokens those whose logits are needed, V vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jes.ask import Examiner, Question, rewards_of
+from jes.baselines.gradient import check_finite, mean_gradient
+from jes.core.noise import PyTree
+from jes.core.tree import with_dtype
+from jes.errors import InputError
+from jes.sampling.generate import generate
+from jes.sampling.prompts import encode, pad
+
+LOSSES = ("answer", "all")
+CLIP_NORM = 1.0
+"""Largest global norm of a step's gradient (2602.02605, the SFT baseline)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sft:
+    """Settings of the baseline.
+
+    Attributes:
+      steps: of the optimizer, over which the learning rate rises and falls.
+      learning_rate: the highest, of AdamW without decay, in units of the weights.
+      loss: 'answer' is on the answer's tokens, 'all' on those of META too.
+      microbatch: questions whose activations are held at once, while gradients add up;
+        a divisor of P, 0 for all. It changes no result beyond the order of sums.
+    """
+
+    steps: int
+    learning_rate: float = 2e-5
+    loss: str = "answer"
+    microbatch: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"steps must be at least 1, not {self.steps}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise InputError(
+                f"sft.learning_rate must be positive, not {self.learning_rate}"
+            )
+        if self.loss not in LOSSES:
+            raise InputError(f"sft.loss must be one of {LOSSES}, not {self.loss!r}")
+
+
+class Direct(NamedTuple):
+    """Greedy answers to the direct questions.
+
+    Attributes:
+      correct, strict: bool [P], by the task's lenient and strict match.
+      truncated: bool [P], whether an answer was cut off.
+      tokens: number of tokens generated.
+    """
+
+    correct: np.ndarray
+    strict: np.ndarray
+    truncated: np.ndarray
+    tokens: int
+
+
+class Batch(NamedTuple):
+    """Questions META with the answers to learn.
+
+    Attributes:
+      tokens: int32 [P, T], left-padded META and answer.
+      positions: int32 [P, T]: 0, 1, ... from META's first token on, -1 before.
+      weights: float32 [P, K], of the last K tokens in the loss: the same for all that
+        it is on, 0 for the others; their sum over a row is 1 in the mean.
+      answered: bool [P, K], which of these tokens are the answer's.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    weights: np.ndarray
+    answered: np.ndarray
+
+
+def learning_rate(settings: Sft, step: jax.typing.ArrayLike) -> jax.Array:
+    """Of a step, counted from 0: up over the first tenth of the steps, then down to 0.
+
+    With W of S steps to warm up, the smaller of (step + 1) / W and
+    (S - step) / (S - W), times the highest: that at steps W - 1 and W, 0 at S. No step
+    of the run has a rate of 0.
+    """
+    warm_up = -(-settings.steps // 10)
+    rise = (jnp.asarray(step) + 1) / warm_up
+    fall = (settings.steps - jnp.asarray(step)) / max(1, settings.steps - warm_up)
+    return settings.learning_rate * jnp.maximum(jnp.minimum(rise, fall), 0)
+
+
+def make_optimizer(settings: Sft) -> optax.GradientTransformationExtraArgs:
+    """AdamW on its schedule, behind a bound on the global norm of the gradient."""
+    return optax.chain(
+        optax.clip_by_global_norm(CLIP_NORM),
+        optax.adamw(partial(learning_rate, settings), weight_decay=0.0),
+    )
+
+
+def answer_directly(
+    examiner: Examiner,
+    params: PyTree,
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 256,
+    before_batch: Callable[[], None] = lambda: None,
+) -> Direct:
+    """Lets the weights answer the direct questions greedily.
+
+    Args:
+      examiner: the model, a task with `meta`, and the dtype of the weights that answer.
+      params: the weights.
+      questions: P of them.
+      batch_size: prompts answered at once.
+      before_batch: called before each batch; an exception from it changes nothing.
+    """
+    weights = with_dtype(params, jnp.dtype(examiner.dtype))
+    size = min(batch_size, len(questions))
+    said: list[list[int]] = []
+    for start in range(0, len(questions), size):
+        before_batch()
+        prompts = [q.prompt for q in questions[start : start + size]]
+        # The last batch is filled up so that it has the shape of the others.
+        filled = prompts + prompts[-1:] * (size - len(prompts))
+        answers = generate(
+            examiner.model,
+            weights,
+            filled,
+            examiner.max_new_tokens,
+            eos_ids=examiner.eos_ids,
+            batch_size=size,
+            buckets=examiner.buckets,
+        )
+        said += answers[: len(prompts)]
+    # Rewards of such tasks take two texts; whether the first is right is its own.
+    earned = rewards_of(
+        examiner, questions, [(i, (tuple(one), ())) for i, one in enumerate(said)]
+    )
+    lengths = np.array([len(one) for one in said])
+    truncated = lengths == examiner.max_new_tokens
+    return Direct(
+        correct=earned[:, 1] == 1,
+        strict=earned[:, 2] == 1,
+        truncated=truncated,
+        tokens=int((lengths + ~truncated).sum()),
+    )
+
+
+def claims_of(examiner: Examiner) -> tuple[list[int], list[int]]:
+    """The two answers to META as tokens: yes and no, each with the end token.
+
+    Raises:
+      InputError: if the task does not ask whether the model knows.
+    """
+    task = examiner.task
+    if task.meta is None or task.claims is None:
+        raise InputError(
+            "SFT is for tasks that ask 'do you know', by `meta` and `claims`, and "
+            f"{task.name} does not"
+        )
+    end = list(examiner.eos_ids[:1])
+    yes, no = (encode(examiner.tokenizer, word) + end for word in task.claims)
+    return yes, no
+
+
+def make_batch(
+    settings: Sft,
+    metas: Sequence[Sequence[int]],
+    correct: np.ndarray,
+    claims: tuple[Sequence[int], Sequence[int]],
+    width: int,
+) -> Batch:
+    """Lays out what is to be learned.
+
+    Args:
+      settings: of the baseline.
+      metas: tokens of META, P of them.
+      correct: bool [P], whether the direct answer was right.
+      claims: tokens to answer META by where it was, and where it was not.
+      width: T, the same for all batches of a run.
+    """
+    answers = [claims[0] if right else claims[1] for right in correct]
+    rows = [[*meta, *answer] for meta, answer in zip(metas, answers, strict=True)]
+    padded = pad(rows, (width,))
+    last = width - 1 if settings.loss == "all" else max(map(len, claims))
+    lengths = np.array([len(answer) for answer in answers])
+    answered = np.arange(last) >= last - lengths[:, None]
+    # Nothing precedes META's first token, which nothing can predict then.
+    scored = padded.positions[:, 1:] >= 1 if settings.loss == "all" else answered
+    weights = (scored * (len(rows) / scored.sum())).astype(np.float32)
+    return Batch(padded.tokens, padded.positions, weights, answered)
+
+
+def loss(
+    model: Any, params: PyTree, batch: Batch
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy in nats, the mean over all tokens of the batch that count.
+
+    Args:
+      model: a decoder.
+      params: its weights, float32 (one set, no member axis).
+      batch: what is to be learned.
+
+    Returns:
+      float32 scalar, and `agreement`: the share of rows in which every token of the
+      answer is the likeliest one.
+    """
+    tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
+    last = batch.weights.shape[1]
+    logits, _ = model.apply(
+        {"params": params}, tokens[:, :-1], positions[:, :-1], last=last
+    )
+    targets = tokens[:, -last:]
+    entropies = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    per_row = (entropies * jnp.asarray(batch.weights)).sum(-1)
+    agreed = (logits.argmax(-1) == targets) | ~jnp.asarray(batch.answered)
+    return per_row.mean(), {"agreement": agreed.all(-1).mean()}
+
+
+def improve(
+    settings: Sft, model: Any, params: PyTree, state: Any, batch: Batch
+) -> tuple[PyTree, Any, dict[str, float]]:
+    """One optimizer step.
+
+    Args:
+      settings: of the baseline.
+      model: a decoder.
+      params: its weights, float32; donated.
+      state: of `make_optimizer`; donated.
+      batch: what is to be learned.
+
+    Returns:
+      New parameters and optimizer state, and, of the weights before the step, `loss`,
+      what `loss` gives beside it, and `gradient_norm` (before it is bounded).
+
+    Raises:
+      InputError: if the microbatch does not divide P, or the weights diverge.
+    """
+    rows = len(batch.tokens)
+    if rows % (settings.microbatch or rows):
+        raise InputError(
+            f"microbatch {settings.microbatch} does not divide {rows} rows"
+        )
+    params, state, metrics = _step(
+        settings, model, params, state, jax.tree.map(jnp.asarray, batch)
+    )
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    check_finite(values)
+    return params, state, values
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def _step(settings, model, params, state, batch):
+    """One optimizer step on all rows, a microbatch after the other."""
+    value_and_gradient = jax.value_and_grad(loss, argnums=1, has_aux=True)
+
+    def slopes(rows):
+        chosen = jax.tree.map(lambda array: array[rows], batch)
+        (value, metrics), gradient = value_and_gradient(model, params, chosen)
+        return metrics | {"loss": value}, gradient
+
+    rows = jnp.arange(len(batch.tokens))
+    metrics, gradient = mean_gradient(slopes, rows, settings.microbatch)
+    norm = optax.tree.norm(gradient)
+    updates, state = make_optimizer(settings).update(gradient, state, params)
+    metrics = metrics | {"gradient_norm": norm}
+    return optax.apply_updates(params, updates), state, metrics

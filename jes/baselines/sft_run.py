@@ -1,0 +1,132 @@
+"""A run of SFT on META: `jes.train` with `--config.method=sft`.
+
+What is learned, and from what: `jes.baselines.sft`. The loop is that of
+`jes.baselines.gradient_run`. A generation is one optimizer step on `prompts` training
+questions, each of which is answered once, greedily: `population` and what else there is
+of ES play no part.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from jes.baselines import gradient_run
+from jes.baselines.gradient import largest_divisor
+from jes.baselines.gradient_run import Method
+from jes.baselines.sft import (
+    Sft,
+    answer_directly,
+    claims_of,
+    improve,
+    learning_rate,
+    make_batch,
+    make_optimizer,
+)
+from jes.core.noise import PyTree
+from jes.errors import InputError
+from jes.io import memory, runs
+from jes.setup import Setup, pick
+from jes.tell import Evolution
+
+
+def learn(
+    config: ml_collections.ConfigDict, evolution: Evolution, workdir: Path
+) -> dict[str, Any]:
+    """The run, from start or resumption to the summary; see `jes.train.run`.
+
+    Raises:
+      InputError: beside what `jes.train.run` says, for a run that was of another
+        length: the learning rate is a function of the length.
+    """
+    record = runs.check(workdir, config.to_dict())
+    steps = config.generations if record is None else record["config"]["generations"]
+    if steps != config.generations:
+        raise InputError(
+            f"{workdir} is a run of SFT over generations={steps}, which its learning "
+            f"rates follow: it cannot become one over {config.generations}"
+        )
+    method = Method(make_settings, make_optimizer, step)
+    return gradient_run.learn(config, evolution, workdir, method)
+
+
+def step(
+    setup: Setup,
+    settings: Sft,
+    params: PyTree,
+    state: Any,
+    base: PyTree,
+    iteration: int,
+    check: Callable[[], None],
+) -> tuple[PyTree, Any, dict[str, Any]]:
+    """One optimizer step; see `gradient_run.Method`.
+
+    A row's `accuracy` is the share of right direct answers, and so of the labels yes.
+    META is not answered while training, so that there is no reward and no fitness;
+    `agreement` says how often the answer would have been the label.
+    """
+    del base
+    questions = pick(setup, iteration)
+    direct = answer_directly(
+        setup.examiner,
+        params,
+        questions,
+        batch_size=setup.config.eval_batch,
+        before_batch=check,
+    )
+    metas = [q.meta for q in questions]
+    claims = claims_of(setup.examiner)
+    batch = make_batch(settings, metas, direct.correct, claims, _width(setup))
+    check()
+    params, state, learned = improve(
+        settings, setup.pretrained.model, params, state, batch
+    )
+    figures = {
+        "accuracy": float(direct.correct.mean()),
+        "strict": float(direct.strict.mean()),
+        "truncated": float(direct.truncated.mean()),
+        **learned,
+        "learning_rate": float(learning_rate(settings, iteration)),
+        "tokens": direct.tokens,
+    }
+    return params, state, figures
+
+
+def make_settings(setup: Setup) -> Sft:
+    """The settings of SFT, checked."""
+    config = setup.config
+    claims = claims_of(setup.examiner)
+    if config.rounding != "none":
+        raise InputError("SFT needs gradients, and codes have none: a float model")
+    if config.decay != "none":
+        raise InputError("decay is of method 'es'; SFT has none")
+    if config.shuffle_fitness:
+        raise InputError("shuffle_fitness is of method 'es'; SFT has no fitness")
+    if config.objective != "reward":
+        raise InputError(
+            f"objective {config.objective!r} is of method 'es'; SFT learns labels"
+        )
+    if config.temperature or config.top_k or config.top_p < 1:
+        raise InputError("SFT answers greedily: no temperature, top_k or top_p")
+    width = _width(setup)
+    last = width - 1 if config.sft.loss == "all" else max(map(len, claims))
+    rows = memory.rows_of_gradient(
+        setup.pretrained.config,
+        setup.parameters,
+        width - last,
+        last,
+        budget=int(config.memory_gb * 1e9) or memory.free_bytes(),
+    )
+    return Sft(
+        steps=config.generations,
+        learning_rate=config.sft.learning_rate,
+        loss=config.sft.loss,
+        microbatch=largest_divisor(config.prompts or len(setup.train), rows),
+    )
+
+
+def _width(setup: Setup) -> int:
+    """Tokens of the longest META with its answer, over all of training: one shape."""
+    claims = claims_of(setup.examiner)
+    return max(len(q.meta) for q in setup.train) + max(map(len, claims))

@@ -1,0 +1,402 @@
+"""SFT of what a model says that it knows: labels, loss, schedule, runs, refusals."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from small_run import get_config, rows
+
+from jes import train
+from jes.ask import Question
+from jes.baselines import sft_run
+from jes.baselines.sft import (
+    Batch,
+    Sft,
+    answer_directly,
+    claims_of,
+    improve,
+    learning_rate,
+    loss,
+    make_batch,
+    make_optimizer,
+)
+from jes.errors import InputError
+from jes.io import memory
+from jes.io.interrupts import Stopped
+from jes.sampling.generate import generate
+from jes.sampling.likelihood import log_likelihoods, pad_choices
+from jes.setup import Setup, make_evolution, make_setup
+from jes.tasks.task import Reward
+
+slopes = jax.jit(jax.value_and_grad(loss, argnums=1, has_aux=True), static_argnums=0)
+BOTH = pytest.mark.parametrize("name", ["answer", "all"])
+
+
+def config_of(model: Path, **changes: Any) -> ConfigDict:
+    """Eight steps of 12 questions."""
+    config = get_config(str(model))
+    config.method = "sft"
+    config.task = "tiny/knows"
+    config.data.train, config.data.test = 24, 8
+    config.prompts = 12
+    config.buckets = (24,)
+    config.generations = 8
+    config.eval_every = 4
+    config.sft.learning_rate = 1e-2
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def setup(small_model: Path) -> Setup:
+    config = config_of(small_model)
+    return make_setup(config, make_evolution(config))
+
+
+class Bigrams:
+    """A model whose logits depend on the last token alone."""
+
+    def apply(
+        self, variables: dict, tokens: jax.Array, positions: jax.Array, *, last: int
+    ) -> tuple[jax.Array, None]:
+        return variables["params"]["table"][tokens][:, -last:], None
+
+
+BIGRAMS = Bigrams()
+WORDS = 7
+METAS = [[3, 4], [5, 3, 4, 6], [4], [6, 6, 5]]
+CORRECT = np.array([True, False, False, True])
+YES, NO = [1, 2, 0], [2, 0]  # 0 ends
+
+
+def written_out(
+    table: np.ndarray, name: str
+) -> tuple[float, np.ndarray, list[list[int]]]:
+    """Loss and gradient, one token after another in float64; and the rows."""
+    probabilities = np.exp(table) / np.exp(table).sum(-1, keepdims=True)
+    texts, total, gradient, count = [], 0.0, np.zeros_like(table), 0
+    for meta, correct in zip(METAS, CORRECT, strict=True):
+        answer = YES if correct else NO
+        text = meta + answer
+        first = 1 if name == "all" else len(meta)
+        for before, token in zip(text[first - 1 :], text[first:], strict=False):
+            total -= np.log(probabilities[before, token])
+            gradient[before] += probabilities[before]
+            gradient[before, token] -= 1
+            count += 1
+        texts.append(text)
+    return total / count, gradient / count, texts
+
+
+def bigram_batch(settings: Sft) -> tuple[Batch, np.ndarray]:
+    table = np.random.default_rng(5).normal(size=(WORDS, WORDS))
+    return make_batch(settings, METAS, CORRECT, (YES, NO), 9), table
+
+
+@BOTH
+def test_loss_and_gradient_are_those_of_the_formula(name: str) -> None:
+    batch, table = bigram_batch(Sft(steps=1, loss=name))
+    expected, expected_gradient, texts = written_out(table, name)
+    for text, tokens, positions in zip(
+        texts, batch.tokens, batch.positions, strict=True
+    ):
+        padding = 9 - len(text)
+        assert tokens.tolist() == [0] * padding + text
+        assert positions.tolist() == [-1] * padding + list(range(len(text)))
+    (got, _), gradient = slopes(BIGRAMS, {"table": jnp.float32(table)}, batch)
+    assert float(got) == pytest.approx(expected, rel=1e-6)
+    np.testing.assert_allclose(gradient["table"], expected_gradient, atol=1e-7)
+    assert abs(expected_gradient).max() > 0.05
+
+
+@BOTH
+def test_agreement_is_of_whole_answers(name: str) -> None:
+    batch, _ = bigram_batch(Sft(steps=1, loss=name))
+    table = np.zeros((WORDS, WORDS), np.float32)
+    # After META `no`; then 2 is followed by 0, and 1 by 2: all of `no`, none of `yes`.
+    for before, after in [(3, 2), (4, 2), (5, 2), (6, 2), (2, 0), (1, 2)]:
+        table[before, after] = 1
+    (_, metrics), _ = slopes(BIGRAMS, {"table": jnp.array(table)}, batch)
+    assert metrics["agreement"] == 0.5
+    table[5, 1] = 2  # the last META ends in 5
+    (_, metrics), _ = slopes(BIGRAMS, {"table": jnp.array(table)}, batch)
+    assert metrics["agreement"] == 0.75
+
+
+def test_loss_is_the_likelihood_of_the_answers(setup: Setup) -> None:
+    """Of a transformer, padded otherwise: as choices are scored, per token."""
+    claims = claims_of(setup.examiner)
+    metas = [list(q.meta) for q in setup.train[:4]]
+    metas[1] = metas[1][3:]
+    batch = make_batch(Sft(steps=1), metas, CORRECT, claims, 29)
+    model, params = setup.pretrained.model, setup.pretrained.params
+    got, _ = jax.jit(loss, static_argnums=0)(model, params, batch)
+    answers = [claims[0] if right else claims[1] for right in CORRECT]
+    choices = pad_choices(metas, [[answer] for answer in answers], (24,))
+    one = jax.tree.map(lambda leaf: leaf[None], params)
+    (logs,) = log_likelihoods(model, one, choices, 1)
+    lengths = np.array([len(answer) for answer in answers])
+    # float32 sums in another order: some ulps of logits near 10.
+    np.testing.assert_allclose(got, -logs.sum() / lengths.sum(), rtol=1e-5)
+
+
+def test_claims_are_the_task_s_words_with_an_end(setup: Setup) -> None:
+    examiner = setup.examiner
+    (end,) = examiner.eos_ids
+    for claim, word in zip(claims_of(examiner), ("yes", "no"), strict=True):
+        assert examiner.tokenizer.decode(claim[:-1]) == word
+        assert claim[-1] == end
+    endless = dataclasses.replace(examiner, eos_ids=())
+    assert claims_of(endless)[1] == claims_of(examiner)[1][:-1]
+
+
+def test_labels_follow_what_the_weights_answer(setup: Setup) -> None:
+    """Answers in batches of 5, the last one filled up, are those to each question."""
+    params, questions = setup.pretrained.params, setup.train[:12]
+    seen = {}
+
+    def reward(example: dict, text: str, meta: str) -> Reward:
+        assert meta == ""
+        seen[example["key"]] = text
+        correct = example["key"] < "m"
+        return Reward(0.0, correct, example["key"] < "g", False, False)
+
+    task = dataclasses.replace(setup.examiner.task, reward=reward)
+    examiner = dataclasses.replace(setup.examiner, task=task)
+    checks: list[None] = []
+    direct = answer_directly(
+        examiner,
+        params,
+        questions,
+        batch_size=5,
+        before_batch=lambda: checks.append(None),
+    )
+    said = generate(
+        examiner.model,
+        params,
+        [q.prompt for q in questions],
+        5,
+        eos_ids=examiner.eos_ids,
+        batch_size=5,
+        buckets=examiner.buckets,
+    )
+    keys = [q.example["key"] for q in questions]
+    assert [seen[key] for key in keys] == [examiner.tokenizer.decode(t) for t in said]
+    assert direct.correct.tolist() == [key < "m" for key in keys]
+    assert direct.strict.tolist() == [key < "g" for key in keys]
+    assert direct.truncated.tolist() == [len(tokens) == 5 for tokens in said]
+    assert direct.tokens == sum(min(len(tokens) + 1, 5) for tokens in said)
+    assert len(checks) == 3
+    assert 0 < direct.correct.sum() < 12
+    texts = learned_texts(setup, questions, direct.correct)
+    for text, key in zip(texts, keys, strict=True):
+        word = "yes" if key < "m" else "no"
+        assert text.endswith(f"know city of {key}?{word}<eos>")
+
+
+def learned_texts(
+    setup: Setup, questions: list[Question], correct: np.ndarray
+) -> list[str]:
+    """Rows of the batch in characters, without padding."""
+    claims = claims_of(setup.examiner)
+    metas = [q.meta for q in questions]
+    batch = make_batch(Sft(steps=1), metas, correct, claims, 30)
+    tokenizer = setup.examiner.tokenizer
+    return [
+        tokenizer.decode(tokens[positions >= 0])
+        for tokens, positions in zip(batch.tokens, batch.positions, strict=True)
+    ]
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    settings = Sft(steps=100, learning_rate=3.0)
+    rates = [float(learning_rate(settings, step)) for step in range(101)]
+    assert rates[0] == pytest.approx(0.3)
+    assert rates[9] == rates[10] == max(rates) == 3.0
+    assert rates[11] == pytest.approx(3 * 89 / 90)
+    assert rates[99] == pytest.approx(3 / 90)
+    assert rates[100] == 0
+    np.testing.assert_allclose(np.diff(rates[:10]), 0.3, rtol=1e-5)
+    np.testing.assert_allclose(np.diff(rates[10:]), -1 / 30, rtol=1e-3)
+    assert [float(learning_rate(Sft(steps=1), step)) for step in (0, 1)] == [
+        pytest.approx(2e-5),
+        0,
+    ]
+
+
+@BOTH
+def test_a_step_is_adamw_s_of_the_bounded_gradient(name: str) -> None:
+    """At the rate of the schedule, whole or by microbatches."""
+    settings = Sft(steps=20, learning_rate=0.1, loss=name)
+    batch, table = bigram_batch(settings)
+    table *= 4  # steep enough for the bound to bite
+    weights, first, second = table.copy(), 0.0, 0.0
+    norms = []
+    for step in range(3):
+        _, gradient, _ = written_out(weights, name)
+        norms.append(np.linalg.norm(gradient))
+        gradient /= max(1, norms[-1])
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        top = first / (1 - 0.9 ** (step + 1))
+        root = np.sqrt(second / (1 - 0.999 ** (step + 1))) + 1e-8
+        weights -= [0.05, 0.1, 0.1][step] * top / root
+    for microbatch in (0, 2):
+        held = dataclasses.replace(settings, microbatch=microbatch)
+        params = {"table": jnp.float32(table)}
+        state = make_optimizer(held).init(params)
+        for norm in norms:
+            params, state, metrics = improve(held, BIGRAMS, params, state, batch)
+            assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+        # Adam divides by √v: where gradients nearly vanish, rounding counts.
+        np.testing.assert_allclose(params["table"], weights, atol=1e-4)
+    assert metrics.keys() == {"loss", "agreement", "gradient_norm"}
+
+
+def test_diverged_weights_are_reported() -> None:
+    settings = Sft(steps=20, learning_rate=0.1)
+    batch, table = bigram_batch(settings)
+    params = {"table": jnp.float32(table * np.nan)}
+    state = make_optimizer(settings).init(params)
+    with pytest.raises(InputError, match="learning_rate"):
+        improve(settings, BIGRAMS, params, state, batch)
+
+
+def timeless(path: Path) -> list[dict[str, Any]]:
+    clock = ("seconds", "tokens_per_second")
+    return [
+        {key: value for key, value in row.items() if key not in clock}
+        for row in rows(path)
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("sft") / "run"
+    train.run(config_of(small_model), workdir)
+    return workdir
+
+
+def test_a_run_lowers_the_loss(whole: Path, setup: Setup) -> None:
+    metrics = rows(whole / "metrics.jsonl")
+    losses = [row["loss"] for row in metrics]
+    assert losses[0] > 2
+    assert losses[-1] < losses[0] / 2
+    assert metrics[-1]["agreement"] == 1  # random weights know nothing: always no
+    assert [row["learning_rate"] for row in metrics] == pytest.approx(
+        [0.01 * (8 - step) / 7 if step else 0.01 for step in range(8)]
+    )
+    assert metrics[-1]["displacement_norm"] > metrics[0]["displacement_norm"] > 0
+    assert "fitness_mean" not in metrics[0]
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["answers"] == 8 * 12
+    assert summary["tokens"] == sum(row["tokens"] for row in metrics)
+    before, *_, after = rows(whole / "evaluations.jsonl")
+    assert (before["formatted"], after["formatted"]) == (0, 1)
+    assert (whole / "curves.png").stat().st_size > 10_000
+    assert not (whole / "ledger.jsonl").exists()
+
+
+def test_a_stopped_run_ends_the_same_to_the_bit(
+    whole: Path, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after step 3, which the checkpoint after 2 lacks, then asked to stop."""
+    workdir, calls = tmp_path / "run", []
+
+    def failing(error: Exception, at: int) -> Any:
+        def one_step(*args: Any) -> Any:
+            calls.append(None)
+            if len(calls) == at:
+                raise error
+            return improve(*args)
+
+        return one_step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft_run, "improve", failing(RuntimeError("killed"), 4))
+        with pytest.raises(RuntimeError, match="killed"):
+            train.run(config_of(small_model), workdir)
+        patch.setattr(sft_run, "improve", failing(Stopped(2), 8))  # 2, 3, 4, not 5
+        # Less memory than the run began with: it goes on in the order of then.
+        patch.setattr(memory, "rows_of_gradient", lambda *args, **kwargs: 4)
+        with pytest.raises(Stopped):
+            train.run(config_of(small_model), workdir)
+    assert len(timeless(workdir / "metrics.jsonl")) == 5
+    with pytest.raises(InputError, match="over generations=8, which its learning"):
+        train.run(config_of(small_model, generations=9), workdir)
+    train.run(config_of(small_model), workdir)
+    for name in ("metrics.jsonl", "evaluations.jsonl", "distances.jsonl"):
+        assert timeless(workdir / name) == timeless(whole / name)
+    name = "model/model.safetensors"
+    assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_without_an_anchor_nothing_is_measured(
+    small_model: Path, tmp_path: Path
+) -> None:
+    config = config_of(small_model, anchor="none")
+    summary = train.run(config, tmp_path / "run")
+    assert summary["displacement_norm"] is None
+
+
+def test_as_many_questions_at_once_as_fit_and_divide_them(setup: Setup) -> None:
+    assert sft_run.make_settings(setup).microbatch == 12
+    # What is left of this beside the optimizer holds so many, or a few more.
+    for name, expected in (("answer", 6), ("all", 4)):
+        config = setup.config.copy_and_resolve_references()
+        config.memory_gb, config.sft.loss = 0.0006, name
+        settings = sft_run.make_settings(setup._replace(config=config))
+        assert (settings.microbatch, settings.loss) == (expected, name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decay": "l2", "decay_coefficient": 0.1}, "decay is of method 'es'"),
+        ({"shuffle_fitness": True}, "shuffle_fitness is of method 'es'"),
+        ({"objective": "esma"}, "objective 'esma' is of method 'es'"),
+        ({"temperature": 1.0}, "no temperature"),
+        ({"top_k": 3}, "top_k"),
+        ({"top_p": 0.5}, "top_p"),
+        ({"rounding": "replay"}, "SFT needs gradients, and codes have none"),
+        ({"sft.learning_rate": 0.0}, "sft.learning_rate must be positive, not 0.0"),
+        ({"sft.learning_rate": float("nan")}, "must be positive, not nan"),
+        ({"sft.loss": "prompt"}, "sft.loss must be one of .* not 'prompt'"),
+    ],
+)
+def test_settings_that_cannot_be(
+    changes: dict[str, Any], message: str, setup: Setup, small_model: Path
+) -> None:
+    config = config_of(small_model, **changes)
+    with pytest.raises(InputError, match=message):
+        sft_run.make_settings(setup._replace(config=config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "tiny/reverse"}, "SFT is for tasks that ask 'do you know'"),
+        ({"mode": "likelihood"}, "use mode 'generate'"),
+    ],
+)
+def test_tasks_and_models_that_cannot_be(
+    changes: dict[str, Any], message: str, small_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train.run(config_of(small_model, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_and_microbatches_must_fit() -> None:
+    with pytest.raises(InputError, match="steps must be at least 1, not 0"):
+        Sft(steps=0)
+    settings = Sft(steps=1, microbatch=3)
+    batch, _ = bigram_batch(settings)
+    with pytest.raises(InputError, match="microbatch 3 does not divide 4 rows"):
+        improve(settings, BIGRAMS, None, None, batch)
