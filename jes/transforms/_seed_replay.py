@@ -1,5 +1,6 @@
 """Error feedback without a residual in memory: it is computed again when needed."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jes.core.codes import unpack
+from jes.core.codes import Codes, unpack
 from jes.core.noise import PyTree
 from jes.core.placement import on_device
 from jes.core.tree import is_codes, leaves_with_path, structure, values_of
@@ -124,13 +125,13 @@ def seed_replay(
         rows = []
         for number, leaf in enumerate(jax.tree.leaves(params, is_leaf=is_codes)):
 
-            def one(matrix: Any, number: int = number) -> Leaf:
+            def one(leaf: Any, matrix: Any = None, number: int = number) -> Leaf:
                 cut = partial(_cut, params, number, matrix)
                 trees = {
                     name: cut(tree) if _alike(tree, params) else tree
                     for name, tree in extra_args.items()
                 }
-                alone = cut(params)
+                alone = _alone(params, number, leaf)
                 step = partial(
                     inner.update,
                     optax.tree.zeros_like(alone),
@@ -141,13 +142,8 @@ def seed_replay(
                 )
                 return _replay(step, state, alone, matrix, key, fitness, settings)
 
-            if is_codes(leaf) and leaf.ndim == 3:
-                row = jax.lax.map(one, jnp.arange(leaf.shape[0]))
-                # The same for every matrix: what it was of scalars.
-                row = row._replace(inner=jax.tree.map(lambda x: x[0], row.inner))
-            else:
-                row = one(None)
-            rows.append(row)
+            stacked = is_codes(leaf) and leaf.ndim == 3
+            rows.append(_in_turn(one, leaf) if stacked else one(leaf))
         slot = state.count % window
         new = SeedReplayState(
             count=optax.safe_increment(state.count),
@@ -170,6 +166,27 @@ class Leaf(NamedTuple):
     inner: Any
     changed: jax.Array
     blocked: jax.Array
+
+
+def _in_turn(one: Callable[..., Leaf], stack: Codes) -> Leaf:
+    """`one` for every matrix of a stack, of which each is moved before the next.
+
+    The update is the difference of two stacks. Where `optax.apply_updates` follows in
+    the same program a compiler cancels the difference with the sum, and moves a donated
+    stack where it is: there are moves of no more than one matrix at a time.
+    """
+
+    def move(stack: Codes, matrix: jax.Array) -> tuple[Codes, Leaf]:
+        before = jax.tree.map(lambda codes: codes[matrix], stack)
+        row = one(before, matrix)
+        after = jax.tree.map(jnp.add, before, row.update)
+        put = partial(jax.lax.dynamic_update_index_in_dim, index=matrix, axis=0)
+        return jax.tree.map(put, stack, after), row._replace(update=None)
+
+    after, row = jax.lax.scan(move, stack, jnp.arange(stack.shape[0]))
+    update = jax.tree.map(jnp.subtract, after, stack)
+    # The same for every matrix: what it was of scalars.
+    return row._replace(update=update, inner=jax.tree.map(lambda x: x[0], row.inner))
 
 
 def _replay(
@@ -223,13 +240,19 @@ def _replay(
 
 def _cut(params: PyTree, number: int, matrix: Any, tree: PyTree) -> PyTree:
     """A tree like the parameters with one leaf, or one matrix of it, and else None."""
-    outer = structure(params)
-    leaves = [None] * outer.num_leaves
-    leaf = jax.tree.map(on_device, outer.flatten_up_to(tree)[number])
+    leaf = structure(params).flatten_up_to(tree)[number]
+    leaf = jax.tree.map(on_device, leaf)
     if matrix is not None:
         leaf = jax.tree.map(lambda stack: stack[matrix], leaf)
-    leaves[number] = leaf
-    return outer.unflatten(leaves)
+    return _alone(params, number, leaf)
+
+
+def _alone(params: PyTree, number: int, leaf: Any) -> PyTree:
+    """A tree like the parameters with one leaf, and else None."""
+    outer = structure(params)
+    return outer.unflatten(
+        leaf if place == number else None for place in range(outer.num_leaves)
+    )
 
 
 def _alike(tree: PyTree, params: PyTree) -> bool:
