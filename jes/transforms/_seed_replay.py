@@ -11,7 +11,7 @@ import optax
 from jes.core.codes import Codes, unpack
 from jes.core.noise import PyTree
 from jes.core.placement import on_device
-from jes.core.tree import is_codes, leaves_with_path, structure, values_of
+from jes.core.tree import is_codes, leaves_with_path, structure, total, values_of
 from jes.transforms._error_feedback import (
     as_update,
     check_feedback,
@@ -150,8 +150,8 @@ def seed_replay(
             keys=state.keys.at[slot].set(data),
             fitness=state.fitness.at[slot].set(fitness),
             inner=rows[0].inner,
-            changed=sum(row.changed.sum() for row in rows),
-            blocked=sum(row.blocked.sum() for row in rows),
+            changed=total([row.changed.sum() for row in rows]),
+            blocked=total([row.blocked.sum() for row in rows]),
         )
         outer = structure(params)
         return outer.unflatten([row.update for row in rows]), new

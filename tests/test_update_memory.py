@@ -1,0 +1,95 @@
+"""Updates of codes by seed replay are made in place, a matrix at a time."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jes
+from jes.core.codes import pack
+from jes.core.noise import PyTree
+from jes.tell import Evolution, first_state, make_optimizer, tell
+
+REPLAY = {"rounding": "replay", "window": 3}
+DECAY = {"decay": "l2", "decay_coefficient": 0.5}
+SCALES = {"scale_sigma": 0.01, "scale_alpha": 0.01}
+
+
+def evolution_of(**changes: Any) -> Evolution:
+    return Evolution(**{"population": 4, "sigma": 0.1, "alpha": 0.2} | changes)
+
+
+def model(seed: int, scales: bool) -> PyTree:
+    """A stack and a matrix alone, with codes at the ends of the range too."""
+    rng = np.random.default_rng(seed)
+
+    def matrix(*shape: int) -> PyTree:
+        codes = {"codes": pack(jnp.array(rng.integers(0, 16, shape)), bits=4)}
+        drawn = rng.uniform(0.01, 0.02, (*shape[:-2], 2, shape[-1]))
+        return codes | ({"scales": jnp.float32(drawn)} if scales else {})
+
+    return {"layers": {"up": matrix(3, 32, 24)}, "head": matrix(32, 16)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        REPLAY | {"initial_residual": "uniform", "residual_clip": 1.5},
+        REPLAY | DECAY,
+        REPLAY | SCALES,
+        {"rounding": "residual"} | DECAY,
+        {"rounding": "naive"} | SCALES,
+    ],
+)
+def test_what_moves_in_place_is_what_the_updates_say(changes: dict[str, Any]) -> None:
+    """`tell`, bit for bit, is the update of the whole tree, added afterwards."""
+    evolution = evolution_of(**changes)
+    scales = evolution.scale_sigma > 0
+    params, anchor = model(0, scales), model(1, scales)
+    state = first_state(evolution, params)
+
+    @jax.jit
+    def whole(state: Any, params: PyTree, key: jax.Array, fitness: jax.Array) -> Any:
+        zeros = optax.tree.zeros_like(params)
+        optimizer = make_optimizer(evolution, anchor)
+        return optimizer.update(
+            zeros, state, params, key=key, fitness=fitness, anchor=anchor
+        )
+
+    moved = 0.0
+    for generation in range(5):
+        key = jes.generation_key(jax.random.key(0), generation)
+        fitness = jax.random.normal(key, (4,))
+        updates, next_state = whole(state, params, key, fitness)
+        expected = optax.apply_updates(params, updates), next_state
+        expected = jax.tree.map(np.array, expected)
+        params, state = tell(evolution, params, state, key, fitness, anchor)
+        jax.tree.map(np.testing.assert_array_equal, (params, state), expected)
+        moved += float(optax.tree.get(state, "changed"))
+    assert moved > 100
+
+
+def test_an_update_takes_no_more_memory_for_more_layers() -> None:
+    """By the compiler's analysis, of two stacks of 32 matrices over two of 2."""
+
+    def beside(layers: int) -> int:
+        """Bytes that an update takes beside the codes that are given away."""
+        evolution = evolution_of(**REPLAY)
+        stack = {"codes": pack(jnp.full((layers, 256, 256), 8), bits=4)}
+        params = {"up": stack, "down": stack}
+        program = jax.jit(tell, static_argnums=0, donate_argnums=(1, 2)).lower(
+            evolution,
+            params,
+            first_state(evolution, params),
+            jax.random.key(0),
+            jnp.zeros(4),
+        )
+        found = program.compile().memory_analysis()
+        new = found.output_size_in_bytes - found.alias_size_in_bytes
+        return new + found.temp_size_in_bytes
+
+    one_matrix = 256 * 256 // 2
+    assert beside(32) < beside(2) + one_matrix
