@@ -42,7 +42,7 @@ from jes.models.config import ModelConfig
 from jes.models.qwen import Decoder
 from jes.models.weights import Pretrained, load
 from jes.tasks.task import Reward, Task
-from jes.tell import Evolution, make_optimizer, tell
+from jes.tell import Evolution, first_state, tell
 
 
 class Row(NamedTuple):
@@ -118,23 +118,21 @@ def examination(case: Case) -> tuple[Examiner, list[Question]]:
     return examiner, [Question({}, prompt, []) for prompt in prompts]
 
 
-def generation(case: Case, members: int, *, update: bool) -> Callable[[], Any]:
-    """A function that runs one generation; without `update`, its `ask` alone."""
-    evolution = Evolution(population=members, sigma=1e-3, alpha=0.0)
+def generation(
+    case: Case, evolution: Evolution, *, update: bool = True, chunk: int = 0
+) -> Callable[[], Any]:
+    """A function that runs one generation, on a copy of the weights.
+
+    Args:
+      case: the model and what it is asked.
+      evolution: settings.
+      update: whether it is ask and tell, or `ask` alone.
+      chunk: members held at once; 0 for what fits.
+    """
     examiner, questions = examination(case)
     params = jax.tree.map(jnp.array, case.pretrained.params)
-    state = make_optimizer(evolution).init(params)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    chunk = memory.choose_chunk(
-        case.pretrained.config,
-        memory.weight_bytes(case.pretrained.config, parameters, examiner.dtype),
-        examiner.dtype,
-        case.rows,
-        case.prompt,
-        case.new,
-        population=members,
-        budget=memory.free_bytes(),
-    )
+    state = first_state(evolution, params)
+    chunk = chunk or fitting(case, evolution.population, examiner.dtype)
     key = generation_key(jax.random.key(0), 0)
 
     def run() -> Any:
@@ -145,7 +143,7 @@ def generation(case: Case, members: int, *, update: bool) -> Callable[[], Any]:
             key,
             questions,
             noise=evolution.noise,
-            population=members,
+            population=evolution.population,
             chunk=chunk,
         )
         if not update:
@@ -154,6 +152,22 @@ def generation(case: Case, members: int, *, update: bool) -> Callable[[], Any]:
         return params
 
     return run
+
+
+def fitting(case: Case, members: int, dtype: Any) -> int:
+    """How many of the members to hold at once."""
+    config, params = case.pretrained.config, case.pretrained.params
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return memory.choose_chunk(
+        config,
+        memory.weight_bytes(config, parameters, dtype),
+        dtype,
+        case.rows,
+        case.prompt,
+        case.new,
+        population=members,
+        budget=memory.free_bytes(),
+    )
 
 
 def unperturbed(case: Case) -> Callable[[], Any]:
@@ -225,13 +239,14 @@ def rows(members: int, repeats: int) -> list[Row]:
     small = Case("tiny model, 64 prompts x 24 + 5 tokens", tiny, 64, 24, 5)
     many = Case("tiny model, 256 prompts x 24 + 5 tokens", tiny, 256, 24, 5)
     middle = Case("4.5M model, 64 prompts x 64 + 32 tokens", larger, 64, 64, 32)
+    evolution = Evolution(population=members, sigma=1e-3, alpha=0.0)
     out = []
     for case, goal in ((small, "<= 1.3"), (many, "<= 1.15")):
         out.append(
             compare(
                 f"(a) generation / (N x inference): {case.name}",
                 goal,
-                generation(case, members, update=True),
+                generation(case, evolution),
                 unperturbed(case),
                 repeats,
                 scale=members,
@@ -246,7 +261,7 @@ def rows(members: int, repeats: int) -> list[Row]:
             f"(b) tokens/s, jes / PyTorch: {case.name}",
             goal,
             published(case),
-            generation(case, members, update=False),
+            generation(case, evolution, update=False),
             repeats,
             scale=1 / members,
         )
