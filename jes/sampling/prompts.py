@@ -27,7 +27,8 @@ def encode(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
 
     A string is fed as it stands; messages go through the tokenizer's chat template,
     with the header of an answer added, or the last message continued where it is the
-    assistant's (a prefill).
+    assistant's (a prefill). Thinking is turned off in templates that offer it
+    (Qwen3's), as in 2602.02605: short answers have no room for it.
     """
     if isinstance(prompt, str):
         return list(tokenizer.encode(prompt, add_special_tokens=False))
@@ -37,6 +38,7 @@ def encode(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
         add_generation_prompt=not prefilled,
         continue_final_message=prefilled,
         return_dict=False,
+        enable_thinking=False,
     )
     return list(ids)
 
