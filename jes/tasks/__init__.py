@@ -1,4 +1,4 @@
-"""The tasks by name; one file each."""
+"""The tasks by name; one file each, or a table of those that differ in their rows."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from jes.tasks import (
     gsm8k,
     hellaswag,
     mmlu_pro,
+    open_questions,
     piqa,
     proofwriter,
     winogrande,
@@ -37,6 +38,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "piqa": piqa.load,
     "proofwriter": proofwriter.load,
     "winogrande": winogrande.load,
+    **{name: partial(open_questions.load, name) for name in open_questions.OPEN_TASKS},
     **{name: partial(_tiny, name) for name in TINY_TASKS},
 }
 """Name of a task -> function of (root, seed) that loads it."""
