@@ -14,7 +14,7 @@ import pytest
 from random_checkpoint import QWEN2, write_checkpoint
 
 import jes
-from jes.ask import Examiner, examine, prepare
+from jes.ask import Examiner, examine, longest, prepare
 from jes.forgetting.protocol import forgetting_config
 from jes.models.weights import Pretrained
 from jes.tasks import Example, Task, load_task
@@ -37,10 +37,14 @@ COUNTS = {
     "gsm8k": (200, 500),
     "hellaswag": (0, 2048),
     "mmlu_pro": (0, 2048),
+    "nq_open": (0, 3610),
     "piqa": (0, 1838),
     "proofwriter": (200, 1000),
+    "trivia_qa": (2000, 1000),
+    "web_questions": (3778, 2032),
     "winogrande": (0, 1267),
 }
+ASKED_TWICE = ("nq_open", "trivia_qa", "web_questions")
 
 
 UNSOLVABLE = 14
@@ -50,6 +54,8 @@ UNSOLVABLE = 14
 def reference(name: str, example: Example) -> str:
     """The right answer as it was asked for."""
     answer = example.get("answer")
+    if name in ASKED_TWICE:
+        return example["answers"][0]
     if name in ("arc_c_cot", "mmlu_pro"):
         return f"Let me see.\nThe answer is ({answer})."
     if name == "gsm8k":
@@ -72,6 +78,8 @@ def wrong(name: str, example: Example) -> str:
         return f" </think>\n<answer> {example['numbers'][0]} </answer>"
     if name == "conciseness":
         return "I do not know."
+    if name in ASKED_TWICE:
+        return "\u2603"  # letters and digits are aliases of something
     other = next(o for o in ("A", "B") if o != answer)
     if name in ("hellaswag", "piqa", "winogrande"):
         other = next(o for o in ("1", "2") if o != answer)
@@ -122,13 +130,14 @@ def test_every_row_is_asked_and_scored(name: str, tasks: dict[str, Task]) -> Non
     for example in (*task.train, *task.test):
         *_, last = task.prompt(example)
         assert last["content"].strip()
+        said = () if task.meta is None else ("Yes",)
         if name == "countdown" and solution(example) is None:
             unsolvable += 1
             continue
-        right = task.reward(example, reference(name, example))
+        right = task.reward(example, reference(name, example), *said)
         assert (right.correct, right.strict) == (True, True), example
-        other = task.reward(example, wrong(name, example))
-        nothing = task.reward(example, "")
+        other = task.reward(example, wrong(name, example), *said)
+        nothing = task.reward(example, "", *said)
         for reward in (other, nothing):
             assert (reward.correct, reward.strict) == (False, False), example
             assert reward.value < right.value
@@ -148,7 +157,8 @@ def test_all_of_it_takes_less_than_a_minute() -> None:
         for example in (*task.train, *task.test):
             task.prompt(example)
             # A text as long as answers get, so that extraction reads all it reads.
-            task.reward(example, "some of my thoughts, 1 by 1. " * 400)
+            text = "some of my thoughts, 1 by 1. " * 400
+            task.reward(example, text, *(() if task.meta is None else (text,)))
     taken = time.perf_counter() - start
     print(f"{taken:.1f} s")
     assert taken < SECONDS
@@ -188,11 +198,12 @@ def test_a_model_answers_every_row(
     prepare(examiner, tasks[name].train)
     questions = prepare(examiner, tasks[name].test)
     assert len(questions) == COUNTS[name][1]
-    longest = max(len(question.prompt) for question in questions)
     size = 4 if name == "mmlu_pro" else 64
     score = examine(examiner, pretrained.params, questions, batch_size=size)
-    print(f"{name}: longest prompt {longest} tokens")
-    assert np.isfinite(score).all()
+    print(f"{name}: longest prompt {longest(questions)} tokens")
+    asked_twice = name in ASKED_TWICE
+    assert np.isfinite(score[:6]).all()
+    assert np.isfinite([score.hits, score.false_alarms]).all() == asked_twice
     assert score.tokens > 0
     # Random words: hardly ever right, and never in a format of several words.
     assert score.accuracy < 0.5
