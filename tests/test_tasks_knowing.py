@@ -25,8 +25,6 @@ from jes.tasks.open_questions import OPEN_TASKS, SETS
 CONFIG = Path(__file__).parent.parent / "configs" / "esma_triviaqa.py"
 PARIS = {"question": "What is the capital of France?", "answers": ["Paris"]}
 LANGUAGES = tuple(knowing.YES)
-ANSWERS = {"en": "No", "ko": "아니요", "zh": "否", "es": "No"}
-"""The no that is asked for."""
 
 
 def task_of(form: str, example: Example = PARIS) -> Task:
@@ -45,9 +43,9 @@ CASES = [("paris", True), ("Rome", False), ("PARIS!", False), ("Rome", True)]
 def test_the_reward_is_that_of_the_table(language: str) -> None:
     task = task_of(form_of(language))
     for (text, yes), points in zip(CASES, CELLS["esma"], strict=True):
-        meta = knowing.YES[language] if yes else ANSWERS[language]
         correct = text != "Rome"
-        reward = task.reward(PARIS, text, meta.capitalize())
+        meta = task.claims[0 if yes else 1]
+        reward = task.reward(PARIS, text, meta)
         assert reward == Reward(points, correct, correct, True, yes)
         assert reward.value == correct + (correct == yes)
 
@@ -242,10 +240,11 @@ def test_prompts_hold_the_question_as_it_is(form: str) -> None:
         text = asked if isinstance(asked, str) else asked[0]["content"]
         assert example["question"] in text
         assert text.endswith("\n") or form == "old"
-    language = knowing.FORMS[form].language
-    if task.meta is not None:  # the words that are counted are those asked for
-        for word in (knowing.YES[language], ANSWERS[language].lower()):
-            assert any(f"{q}{word}" in text.lower() for q in '"“')
+    assert (task.claims is None) == (task.meta is None)
+    for word, label in zip(task.claims or (), ("yes", "no"), strict=False):
+        # The words that are counted are those asked for.
+        assert any(f"{quote}{word}" in text for quote in '"“')
+        assert knowing.label(knowing.FORMS[form].language, word) == label
 
 
 def test_thinking_is_turned_off(small_model: Path) -> None:

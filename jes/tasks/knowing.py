@@ -61,6 +61,13 @@ OLD_META = (
 
 YES = {"en": "yes", "ko": "예", "zh": "是", "es": "sí"}
 """What counts as Yes wherever it stands in a meta answer."""
+CLAIMS = {
+    "en": ("Yes", "No"),
+    "ko": ("예", "아니요"),
+    "zh": ("是", "否"),
+    "es": ("Sí", "No"),
+}
+"""The words that the meta prompts ask for."""
 END = r"(?![^\W_])"
 CLEAR = {
     "en": (f"yes{END}", f"(?:i(?: am|'m)? )?(?:no|not|do not|don't){END}"),
@@ -132,6 +139,7 @@ def knowing_task(
         task,
         meta=partial(_raw if form.raw else _chat, form.meta),
         reward=partial(reward, form.language),
+        claims=CLAIMS[form.language],
     )
 
 
