@@ -14,6 +14,7 @@ from jes.core import ledger as ledgers
 from jes.errors import InputError
 from jes.sampling.prompts import encode
 from jes.tasks import arc_c, load_task
+from jes.tasks.task import Reward
 
 EXAMPLE = {"question": "Which?", "options": ["w", "x", "y", "z"], "answer": "B"}
 
@@ -122,7 +123,7 @@ ANSWERS = {
 def test_rewards(text: str) -> None:
     reward = arc_c.reward(EXAMPLE, text)
     correct, strict, formatted = ANSWERS[text]
-    assert reward == (float(correct), correct, strict, formatted)
+    assert reward == Reward(float(correct), correct, strict, formatted)
 
 
 def test_trains_and_evaluates_on_a_data_folder(

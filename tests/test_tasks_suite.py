@@ -302,7 +302,9 @@ def test_options(name: str, text: str, root: Path) -> None:
     for example in task.test[:4]:
         reward = task.reward(example, text)
         correct = example["answer"] == found
-        assert reward == (float(correct), correct, correct and formatted, formatted)
+        assert reward == Reward(
+            float(correct), correct, correct and formatted, formatted
+        )
 
 
 LETTERS = {
@@ -333,7 +335,7 @@ def test_letters(text: str, root: Path) -> None:
     arc = load_task("arc_c_cot", root=str(root))
     correct = found == "B"
     reward = arc.reward(arc.test[0], text)
-    assert reward == (float(correct), correct, correct and formatted, formatted)
+    assert reward == Reward(float(correct), correct, correct and formatted, formatted)
 
 
 def test_letters_of_mmlu_pro_go_to_j(root: Path) -> None:
@@ -383,10 +385,10 @@ def test_numbers(text: str) -> None:
     correct = found is not None
     value = pytest.approx(0.1 * formatted + correct)
     strict = correct and formatted
-    assert gsm8k.reward(right, text) == (value, correct, strict, formatted)
+    assert gsm8k.reward(right, text) == Reward(value, correct, strict, formatted)
     wrong = {"question": "", "answer": right["answer"] + 1e-5}
     value = pytest.approx(0.1 * formatted)
-    assert gsm8k.reward(wrong, text) == (value, False, False, formatted)
+    assert gsm8k.reward(wrong, text) == Reward(value, False, False, formatted)
 
 
 TRUTHS = {
@@ -417,7 +419,7 @@ def test_truths(text: str) -> None:
     for label in proofwriter.LABELS:
         correct = label == found
         value = pytest.approx(0.1 * formatted + correct)
-        expected = (value, correct, correct and formatted, formatted)
+        expected = Reward(value, correct, correct and formatted, formatted)
         assert proofwriter.reward({"answer": label}, text) == expected
 
 
