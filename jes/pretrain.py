@@ -81,10 +81,12 @@ class Rows(NamedTuple):
     Attributes:
       tokens: int32 [B, T].
       roles: int32 [B, T]: -1 for padding, 0 for a prompt, 1 for an answer.
+      weights: float32 [B], how much a row counts.
     """
 
     tokens: np.ndarray
     roles: np.ndarray
+    weights: np.ndarray
 
 
 def draw(rng: np.random.Generator, name: str) -> Example:
@@ -132,17 +134,17 @@ def corpus(seed: int) -> Iterator[dict[int, Rows]]:
         return draw(rng, names[rng.choice(len(names), p=shares)])
 
     while True:
-        short = [_encoded(mixed()) for _ in range(ROWS[SHORT])]
+        short = [encoded(mixed()) for _ in range(ROWS[SHORT])]
         long = [
-            _encoded(draw(rng, "tiny/rules"))
+            encoded(draw(rng, "tiny/rules"))
             if rng.random() < RULES_SHARE
-            else _encoded(mixed(), chat=True)
+            else encoded(mixed(), chat=True)
             for _ in range(ROWS[LONG])
         ]
-        yield {SHORT: _padded(short, SHORT), LONG: _padded(long, LONG)}
+        yield {SHORT: padded(short, SHORT), LONG: padded(long, LONG)}
 
 
-def _encoded(example: Example, chat: bool = False) -> tuple[list[int], list[int]]:
+def encoded(example: Example, chat: bool = False) -> tuple[list[int], list[int]]:
     """Token ids of the prompt, and of the answer with its end."""
     prompt = [TOKENS[c] for c in example["prompt"]]
     if chat:
@@ -150,27 +152,34 @@ def _encoded(example: Example, chat: bool = False) -> tuple[list[int], list[int]
     return prompt, [*(TOKENS[c] for c in example["answer"]), TOKENS[EOS]]
 
 
-def _padded(texts: list[tuple[list[int], list[int]]], length: int) -> Rows:
+def padded(
+    texts: list[tuple[list[int], list[int]]],
+    length: int,
+    weights: list[float] | None = None,
+) -> Rows:
+    """Rows of prompts with their answers, all of weight 1 by default."""
     tokens = np.full((len(texts), length), TOKENS[PAD], np.int32)
     roles = np.full((len(texts), length), -1, np.int32)
     for i, (prompt, answer) in enumerate(texts):
         tokens[i, length - len(prompt) - len(answer) :] = prompt + answer
         roles[i, length - len(prompt) - len(answer) :] = 0
         roles[i, length - len(answer) :] = 1
-    return Rows(tokens, roles)
+    counts = [1.0] * len(texts) if weights is None else weights
+    return Rows(tokens, roles, np.array(counts, np.float32))
 
 
 def loss_fn(params: Any, model: Decoder, batch: Mapping[int, Rows]) -> jax.Array:
-    """Mean cross-entropy of the answers' tokens, in nats."""
+    """Weighted mean cross-entropy of the answers' tokens, in nats."""
     total, count = jnp.float32(0), jnp.float32(0)
-    for tokens, roles in batch.values():
+    for tokens, roles, weights in batch.values():
         real = roles >= 0
         positions = jnp.where(real, jnp.cumsum(real, axis=1) - 1, PADDING)
         inputs, targets, answers = tokens[:, :-1], tokens[:, 1:], roles[:, 1:] == 1
         logits, _ = model.apply({"params": params}, inputs, positions[:, :-1])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        total += jnp.where(answers, losses, 0).sum()
-        count += answers.sum().astype(jnp.float32)
+        counted = answers * weights[:, None]
+        total += (counted * losses).sum()
+        count += counted.sum()
     return total / count
 
 
@@ -184,6 +193,20 @@ def train(
     """Trains from scratch; returns the model, its parameters and the losses."""
     model = Decoder(ModelConfig.from_hf(hf_config))
     params = model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+    batches = corpus(seed)
+    params, losses = fit(model, params, batches, steps, learning_rate, log_every)
+    return model, params, losses
+
+
+def fit(
+    model: Decoder,
+    params: Any,
+    batches: Iterator[dict[int, Rows]],
+    steps: int,
+    learning_rate: float,
+    log_every: int = 100,
+) -> tuple[Any, list[float]]:
+    """Trains on so many batches; returns the parameters and the losses."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, max(1, min(200, steps // 10)), steps, learning_rate / 100
     )
@@ -200,19 +223,19 @@ def train(
         return optax.apply_updates(params, updates), opt_state, loss
 
     losses, start = [], time.perf_counter()
-    for i, batch in zip(range(steps), corpus(seed), strict=False):
+    for i, batch in zip(range(steps), batches, strict=False):
         params, opt_state, loss = step(params, opt_state, batch)
         losses.append(float(loss))
         if (i + 1) % log_every == 0:
             seconds = (time.perf_counter() - start) / (i + 1)
             recent = sum(losses[-log_every:]) / log_every
-            tokens = sum(n * length for length, n in ROWS.items()) / seconds
+            tokens = sum(rows.tokens.size for rows in batch.values()) / seconds
             print(
                 f"step {i + 1}/{steps}  loss {recent:.4f}  {tokens:,.0f} tokens/s  "
                 f"{seconds * (steps - i - 1) / 60:.1f} min left",
                 flush=True,
             )
-    return model, params, losses
+    return params, losses
 
 
 def make_tokenizer() -> tokenizers.Tokenizer:

@@ -36,7 +36,8 @@ def method_config(base: Config, method: str, seed: int) -> Config:
         raise InputError(
             f"{method!r} is no method of the study: es, l2:λ, l1:λ, n:N, answers:N, "
             "shuffled, grpo:RATE, grpo:RATE:ITERATIONS; of a quantised model replay, "
-            "replay:K:DECAY, residual, residual:DECAY, naive, quzo, rate:FACTOR"
+            "replay:K:DECAY, residual, residual:DECAY, naive, quzo, rate:FACTOR; for "
+            "tasks that ask 'do you know' sft:RATE:STEPS, objective:NAME"
         ) from error
     return config
 
@@ -89,6 +90,18 @@ def _rounding(name: str) -> Callable[..., None]:
     return change
 
 
+def _sft(config: Config, base: Config, rate: str = "", steps: str = "") -> None:
+    config.method = "sft"
+    config.objective = "reward"
+    config.sft.learning_rate = float(rate or config.sft.learning_rate)
+    config.generations = int(steps or config.generations)
+    config.eval_every = min(config.eval_every, config.generations)
+
+
+def _objective(config: Config, base: Config, name: str) -> None:
+    config.objective = name
+
+
 def _rate(config: Config, base: Config, factor: str) -> None:
     config.alpha = float(factor) * base.alpha
 
@@ -106,6 +119,8 @@ SETTINGS: dict[str, Callable[..., None]] = {
     "naive": _rounding("naive"),
     "quzo": _rounding("quzo"),
     "rate": _rate,
+    "sft": _sft,
+    "objective": _objective,
 }
 """What a method changes: (settings, settings of the study, what follows the colons)."""
 
