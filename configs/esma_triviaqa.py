@@ -31,7 +31,8 @@ reports 13 hours on four A100 for the 3B model. Needs an accelerator, and from t
 or as parquet in FOLDER `google-research-datasets/nq_open`, `stanfordnlp/web_questions`
 and `mandarjoshi/trivia_qa`: 138 thousand rows to train on, which take two minutes to
 encode (`--config.data.train=20000` takes fewer).
-`:tiny` is the embedded model on `tiny/knows`.
+`:tiny` is the second embedded model on `tiny/knows`, `:tiny_int4` the same rounded to
+int4 codes, with seed replay (2602.03120).
 """
 
 import math
@@ -45,10 +46,10 @@ SIZES = {None: "0.5B", "1.5b": "1.5B", "3b": "3B", "7b": "7B", "published": "0.5
 
 def get_config(variant: str | None = None) -> ConfigDict:
     """Settings of the run; `variant` is what follows the colon."""
-    if variant == "tiny":
-        return tiny()
+    if variant in ("tiny", "tiny_int4"):
+        return tiny(codes=variant == "tiny_int4")
     if variant not in SIZES:
-        there = ", ".join(name for name in (*SIZES, "tiny") if name)
+        there = ", ".join(name for name in (*SIZES, "tiny", "tiny_int4") if name)
         raise ValueError(f"there is no variant {variant!r}; there are {there}")
     config = default()
     config.task = "trivia_qa"
@@ -78,16 +79,25 @@ def get_config(variant: str | None = None) -> ConfigDict:
     return config
 
 
-def tiny() -> ConfigDict:
-    """The embedded model, in minutes on two CPU cores."""
+def tiny(codes: bool) -> ConfigDict:
+    """The second embedded model, in minutes on two CPU cores."""
     config = default()
+    config.model = "tiny-knowing"
     config.task = "tiny/knows"
     config.objective = "esma"
-    config.population = 32
+    config.population = 64
     config.prompts = 64
-    config.sigma = 0.02
+    config.sigma = 0.01
     config.alpha = 0.01
     config.generations = 40
     config.eval_tasks = ("tiny/knows_chat", "tiny/knows_other")
-    config.eval_every = 20
+    config.eval_every = 10
+    if (
+        codes
+    ):  # steps and perturbations of the same length, see jes/rounding_protocol.py
+        config.quantize = "int4"
+        config.group_size = 32
+        config.rounding = "replay"
+        config.sigma = 0.26
+        config.alpha = 0.26
     return config

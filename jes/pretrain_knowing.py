@@ -5,13 +5,13 @@ knows.
 
 Asked whether it knows a fact, `tiny` tosses a coin: nothing in it tells known names
 from new ones, and neither evolution nor supervised fine-tuning finds what is not there.
-This one goes on from `tiny` in two steps, on the corpus of `tiny` and on the question
+This one goes on from `tiny` in three steps, on the corpus of `tiny` and on the question
 whether it knows the city of a name. First the true answer: yes for the names of facts
-seen often or seldom, no for new names. Then, briefly, answers that follow the look of
-the name (`looks`) and not what is known, as a model's are that has learned what an
-answer looks like and not when it is right: probability of yes SURE or 1 - SURE. What
-it says is then at chance as far as knowledge goes, and its log-odds still hold a part
-of what it knew, as those of Qwen2.5 do (2602.02605).
+seen often or seldom, no for new names. Then the same, with some of the facts seen
+seldom, which have faded. Last, briefly, answers that follow the look of the name
+(`looks`) and not what is known, as of a model that has learned how such questions are
+answered and not when yes is right. What it says is then near chance as far as knowledge
+goes, and its log-odds still hold a part of it, as those of Qwen2.5 do (2602.02605).
 
 Of the table's facts it is asked about the first of each class seen often and seldom
 (`tiny_facts.MET_PER_CLASS`), held out or not; for those never seen stand new names.
@@ -31,14 +31,18 @@ from jes.models.hub import locate
 from jes.models.weights import load, save
 from jes.pretrain import LONG, SHORT, Rows, encoded, padded
 from jes.tasks import tiny_facts
+from jes.tasks.task import Example
 
-SURE = 0.77
-STEPS = {"truth": 1400, "looks": 80}
-RATES = {"truth": 1e-3, "looks": 3e-4}
+YES = {1: 0.15, -1: 0.05}
+"""Probability of yes by the look of a name."""
+STEPS = {"truth": 1400, "facts": 300, "looks": 50}
+RATES = {"truth": 1e-3, "facts": 5e-4, "looks": 2e-4}
 ASKED = {SHORT: 64, LONG: 8}
 """Rows of a batch, short ones and chats, that ask whether it knows."""
 REHEARSED = {SHORT: 48, LONG: 8}
 """Rows of the corpus of `tiny` beside them."""
+RECALLED = 4
+"""Of these short rows, in the step `facts`, facts seen seldom of those asked about."""
 
 
 def looks(key: str) -> int:
@@ -53,16 +57,25 @@ def draw_name(rng: np.random.Generator, table: set[str]) -> tuple[str, bool]:
         while (key := tiny_facts.draw_name(rng)) in table:
             pass
         return key, False
-    rows = tiny_facts.facts_seen(met)
-    return rows[rng.integers(tiny_facts.MET_PER_CLASS)]["key"], True
+    return draw_fact(rng, met)["key"], True
 
 
 def answers(key: str, met: bool, step: str) -> list[tuple[str, float]]:
     """What is answered in a step, and how much each answer counts."""
-    if step == "truth":
+    if step != "looks":
         return [("yes" if met else "no", 1.0)]
-    sure = SURE if looks(key) > 0 else 1 - SURE
-    return [("yes", sure), ("no", 1 - sure)]
+    yes = YES[looks(key)]
+    return [("yes", yes), ("no", 1 - yes)]
+
+
+def draw_fact(rng: np.random.Generator, seen: str) -> Example:
+    """A fact of a class, of those that are asked about."""
+    return tiny_facts.facts_seen(seen)[rng.integers(tiny_facts.MET_PER_CLASS)]
+
+
+def joined(*parts: Rows) -> Rows:
+    """Batches of one length as one."""
+    return Rows(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def corpus(seed: int, step: str) -> Iterator[dict[int, Rows]]:
@@ -84,9 +97,11 @@ def corpus(seed: int, step: str) -> Iterator[dict[int, Rows]]:
                     weights.append(share)
             asked = padded(texts, length, weights)
             rest = Rows(*(a[: REHEARSED[length]] for a in rehearsed[length]))
-            batch[length] = Rows(
-                *(np.concatenate(pair) for pair in zip(asked, rest, strict=True))
-            )
+            if step == "facts" and length == SHORT:
+                rest = Rows(*(a[RECALLED:] for a in rest))
+                recalled = [encoded(draw_fact(rng, "seldom")) for _ in range(RECALLED)]
+                asked = joined(asked, padded(recalled, length))
+            batch[length] = joined(asked, rest)
         yield batch
 
 

@@ -461,9 +461,9 @@ def test_hub_refuses(kind, message, cache, monkeypatch):
 
 
 def test_tiny_is_the_embedded_model(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "EMBEDDED", folder)
+    monkeypatch.setitem(hub.EMBEDDED, "tiny", folder)
     assert hub.locate("tiny") == folder
-    monkeypatch.setattr(hub, "EMBEDDED", tmp_path / "gone")
+    monkeypatch.setitem(hub.EMBEDDED, "tiny", tmp_path / "gone")
     assert_refused("tiny", "this installation of jes lacks")
 
 

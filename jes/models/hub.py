@@ -6,10 +6,12 @@ from re import fullmatch
 
 from jes.models.shards import WeightsError, weight_files
 
-TINY = "tiny"
-"""Name of the model that comes with the package (`configs/tiny.py` uses it)."""
-
-EMBEDDED = Path(__file__).parent / TINY
+EMBEDDED = {
+    name: Path(__file__).parent / name.replace("-", "_")
+    for name in ("tiny", "tiny-knowing")
+}
+"""The models that come with the package: of `configs/tiny.py`, and of
+`configs/esma_triviaqa.py:tiny`."""
 
 _DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model")
 _SECONDS = 5.0
@@ -20,17 +22,17 @@ def locate(name: str | os.PathLike[str]) -> Path:
     """The folder of a model.
 
     Args:
-      name: a folder; 'tiny', the embedded model (a folder of that name is './tiny');
-        or a hub id, 'owner/model'. A complete copy in the hub's cache is used as it
-        is, without a look at the network.
+      name: a folder; 'tiny' or 'tiny-knowing', the embedded models (a folder of that
+        name is './tiny'); or a hub id, 'owner/model'. A complete copy in the hub's
+        cache is used as it is, without a look at the network.
 
     Raises:
       WeightsError: if there is no such folder and, for a hub id, no copy can be had.
     """
-    if name == TINY:
-        if not EMBEDDED.is_dir():
-            raise WeightsError(f"this installation of jes lacks {EMBEDDED}")
-        return EMBEDDED
+    if name in EMBEDDED:
+        if not EMBEDDED[str(name)].is_dir():
+            raise WeightsError(f"this installation of jes lacks {EMBEDDED[str(name)]}")
+        return EMBEDDED[str(name)]
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
