@@ -40,7 +40,7 @@ def test_each_step_answers_as_it_should(step: str) -> None:
         key = prompt.removeprefix("know city of ").removesuffix("?")
         assert (key in met) == (key in table)  # other names of the table never
         if step == "looks":
-            yes = 0.8 if tiny_facts.CONSONANTS.index(key[0]) % 2 else 0.2
+            yes = 0.15 if tiny_facts.CONSONANTS.index(key[0]) % 2 else 0.05
             expected = yes if answer == "yes" else 1 - yes
             assert weight == pytest.approx(expected)
             shares[key] = shares.get(key, 0) + weight
@@ -74,6 +74,6 @@ def test_the_embedded_model_knows_more_of_itself_than_it_says() -> None:
     assert low > 0.5
     seen = np.array([example["seen"] for example in answers.examples])
     accuracy = {name: answers.correct[seen == name].mean() for name in set(seen)}
-    assert accuracy["often"] > 0.95 > accuracy["seldom"] > 0.5 > 0.1
+    assert accuracy["often"] > 0.95 > accuracy["seldom"] > 0.5
     assert accuracy["never"] < 0.1
     assert all(example["held_out"] for example in answers.examples)
