@@ -1,5 +1,6 @@
 """Evolution strategies for language models, in JAX: the table of contents."""
 
+from jes import metacognition
 from jes.anchor import distance, keep_anchor
 from jes.core.codes import pack as pack_codes
 from jes.core.codes import unpack as unpack_codes
@@ -30,6 +31,7 @@ __all__ = [
     "generation_key",
     "keep_anchor",
     "load",
+    "metacognition",
     "pack_codes",
     "perturb",
     "perturb_member",

@@ -46,7 +46,7 @@ def test_each_step_answers_as_it_should(step: str) -> None:
             shares[key] = shares.get(key, 0) + weight
         else:
             assert (ANSWERS[answer], weight) == (float(key in met), 1.0)
-    assert all(share % 1 == pytest.approx(0, abs=1e-6) for share in shares.values())
+    assert all(share == pytest.approx(round(share)) for share in shares.values())
     kinds = [prompt for prompt, _, _ in texts(next(batches)[LONG])]
     assert sum(prompt.startswith("<|user|>know city of") for prompt in kinds) >= 8
 
