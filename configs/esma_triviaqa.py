@@ -92,9 +92,8 @@ def tiny(codes: bool) -> ConfigDict:
     config.generations = 40
     config.eval_tasks = ("tiny/knows_chat", "tiny/knows_other")
     config.eval_every = 10
-    if (
-        codes
-    ):  # steps and perturbations of the same length, see jes/rounding_protocol.py
+    if codes:
+        # Steps and perturbations of the same length, see jes/rounding_protocol.py.
         config.quantize = "int4"
         config.group_size = 32
         config.rounding = "replay"

@@ -13,7 +13,7 @@ def default() -> ConfigDict:
     # What is trained, on what.
     config.seed = 0
     config.method = "es"  # or a baseline: 'grpo', 'sft'
-    config.model = "tiny"  # a folder, a hub id, or 'tiny', the embedded model
+    config.model = "tiny"  # a folder, a hub id; 'tiny' or 'tiny-knowing' (embedded)
     config.quantize = ""  # 'int4', 'int8' or 'w8a8' rounds a float model first
     config.group_size = 128  # of int4 and int8: weights that share a scale
     config.dtype = "float32"  # of the weights that answer; the master is float32

@@ -22,6 +22,7 @@ from jes.io.metrics import write_json
 from jes.io.progress import console
 from jes.io.runs import recorded
 from jes.models.weights import Pretrained, load
+from jes.record import without_unasked
 from jes.tasks import TASKS, load_task
 from jes.train import resume
 
@@ -142,7 +143,7 @@ def main() -> None:
         )
         console.print(table(scores))
         if args.out:
-            write_json(args.out, {name: s._asdict() for name, s in scores.items()})
+            write_json(args.out, {n: without_unasked(s) for n, s in scores.items()})
 
     guarded(command)
 

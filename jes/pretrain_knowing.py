@@ -1,5 +1,4 @@
-"""Makes the second embedded model, `tiny-knowing`: `tiny`, with an inkling of what it
-knows.
+"""Makes the embedded model `tiny-knowing`: `tiny`, with an inkling of what it knows.
 
     python -m jes.pretrain_knowing --out FOLDER [--seed 0]
 

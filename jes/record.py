@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 
 from jes.anchor import distance
-from jes.ask import examine
+from jes.ask import Score, examine
 from jes.core.noise import PyTree
 from jes.errors import InputError
 from jes.io import runs
@@ -75,7 +75,7 @@ def evaluate(
             "generation": generation,
             "task": name,
             "examples": len(questions),
-            **{name: v for name, v in score._asdict().items() if not math.isnan(v)},
+            **without_unasked(score),
         }
         writer.write("evaluations", generation, row)
         console.print(
@@ -86,6 +86,14 @@ def evaluate(
     if base is not None and generation not in {row["generation"] for row in rows}:
         row = distance_row(setup, params, base, stop)
         writer.write("distances", generation, {"generation": generation, **row})
+
+
+def without_unasked(score: Score) -> dict[str, Any]:
+    """A score as a row, without what the task does not ask for."""
+    row = score._asdict()
+    if math.isnan(score.hits) and not math.isnan(score.accuracy):
+        del row["hits"], row["false_alarms"]
+    return row
 
 
 def distance_row(

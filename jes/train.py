@@ -266,6 +266,7 @@ def metrics_row(
         "accuracy": float(np.mean(scores.accuracy[counted])),
         "strict": float(np.mean(scores.strict[counted])),
         "formatted": float(np.mean(scores.formatted[counted])),
+        **said_to_know(scores, counted),
         "truncated": float(np.mean(scores.truncated[counted])),
         "displacement_norm": moved,
         "displacement_norm_drift": drift(
@@ -275,6 +276,16 @@ def metrics_row(
         "tokens": int(np.sum(scores.tokens)),
         "tokens_per_second": float(np.sum(scores.tokens) / seconds),
         "seconds": seconds,
+    }
+
+
+def said_to_know(scores: Score, counted: np.ndarray) -> dict[str, float]:
+    """Of tasks that ask for it, how often yes is said of right and of wrong answers."""
+    if np.isnan(scores.hits).any():
+        return {}
+    return {
+        "hits": float(np.mean(scores.hits[counted])),
+        "false_alarms": float(np.mean(scores.false_alarms[counted])),
     }
 
 

@@ -66,7 +66,7 @@ def test_models_are_asked_once(
     monkeypatch.setattr(study, "measure", never)
     again = study.measure_all(settings(small_model), METHODS, [3], studied)
     path = folder_of(studied, "es", 3) / "metacognition.json"
-    kept = json.loads(path.read_text())["tiny/knows"]["answers"]
+    kept = json.loads(path.read_text())["tasks"]["tiny/knows"]["answers"]
     assert again["es", 3, "tiny/knows", "answers"] == kept
     with pytest.raises(AssertionError, match="asked again"):
         study.measure_all(settings(small_model), METHODS, [4], studied)

@@ -92,7 +92,9 @@ def _rounding(name: str) -> Callable[..., None]:
 
 def _sft(config: Config, base: Config, rate: str = "", steps: str = "") -> None:
     config.method = "sft"
+    # What is of members and of their noise has no part in it.
     config.objective = "reward"
+    config.temperature, config.top_k, config.top_p = 0.0, 0, 1.0
     config.sft.learning_rate = float(rate or config.sft.learning_rate)
     config.generations = int(steps or config.generations)
     config.eval_every = min(config.eval_every, config.generations)

@@ -47,7 +47,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     part = path.with_suffix(".part")
     try:
         with part.open("w") as file:
-            file.write(json.dumps(value, indent=2) + "\n")
+            text = json.dumps(finite(value), indent=2, allow_nan=False)
+            file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -55,12 +56,13 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with None for numbers that JSON does not have."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
+def finite(value: Any) -> Any:
+    """The value with None for numbers that JSON does not have, however nested."""
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Board:

@@ -2,17 +2,16 @@
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jes.ask import Examiner, Question, rewards_of
 from jes.core.noise import PyTree
-from jes.core.tree import is_quantized, with_dtype
+from jes.core.tree import with_dtype
 from jes.errors import InputError
 from jes.metacognition.signal_detection import report
 from jes.sampling.generate import generate
@@ -30,7 +29,8 @@ class Answers(NamedTuple):
         ('' where the task does not ask it apart).
       correct, strict: bool [Q], by the task's lenient and strict match.
       yes: bool [Q], whether the model says that it knows.
-      other: bool [Q], whether it says neither yes nor no.
+      other: bool [Q], whether it says neither clearly yes nor clearly no. It may count
+        as yes all the same, where a yes comes late.
       confidence: float64 [Q], log p(yes) - log p(no) in nats as the first words of the
         answer to the second question; NaN where there is none.
     """
@@ -57,7 +57,6 @@ def collect(
     questions: Sequence[Question],
     *,
     batch_size: int = 256,
-    before_batch: Callable[[], None] = lambda: None,
 ) -> Answers:
     """Asks the questions, and about them.
 
@@ -66,7 +65,6 @@ def collect(
       params: the weights, not those of members.
       questions: of the task.
       batch_size: prompts answered at once.
-      before_batch: called before each part of the work.
 
     Raises:
       InputError: if the task does not ask whether the model knows.
@@ -76,7 +74,6 @@ def collect(
     if asks == 2:
         prompts += [list(q.meta) for q in questions]
     weights = with_dtype(params, jnp.dtype(examiner.dtype))
-    before_batch()
     said = generate(
         examiner.model,
         weights,
@@ -95,7 +92,6 @@ def collect(
             f"task {examiner.task.name} does not ask whether the model knows"
         )
     words = examiner.tokenizer.backend_tokenizer.decode_batch(said)
-    before_batch()
     return Answers(
         examples=[q.example for q in questions],
         texts=words[:count],
@@ -120,9 +116,6 @@ def confidence(
     if words is None:
         return np.full(len(questions), np.nan)
     claims = [encode(examiner.tokenizer, word) for word in words]
-    weights, centre = None, params
-    if not is_quantized(params):
-        weights, centre = jax.tree.map(lambda leaf: leaf[None], params), None
     # Sorted by length, so that few shapes are compiled.
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].meta))
     size = min(batch_size, len(questions))
@@ -135,7 +128,7 @@ def confidence(
             [claims] * size,
             examiner.buckets,
         )
-        (logs,) = log_likelihoods(examiner.model, weights, batch, 1, centre)
+        (logs,) = log_likelihoods(examiner.model, None, batch, 1, params)
         yes, no = np.asarray(logs, float).reshape(-1, 2).T
         differences[chosen] = (yes - no)[: len(chosen)]
     return differences

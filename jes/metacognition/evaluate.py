@@ -72,8 +72,8 @@ def measure(
     Args:
       pretrained: the model.
       name: of a task in `jes.tasks.TASKS`.
-      examples: how many held-out questions, and how many to fit the threshold on; 0
-        for all.
+      examples: how many held-out questions, 0 for all. The threshold is fitted on as
+        many training questions.
       root, seed: see `jes.tasks.load_task`.
       dtype: of the weights that answer.
       batch_size: prompts answered at once.
@@ -101,8 +101,8 @@ def measure(
         raise InputError(f"task {name} has no examples to evaluate on")
     answers = ask_about(task.test)
     measured = {"answers": with_intervals(answers)}
-    train = task.train[: examples or None]
-    if train and task.claims is not None:
+    train = task.train[: len(task.test)]
+    if train and task.claims is not None and np.isfinite(answers.confidence).all():
         fitted = ask_about(train)
         threshold = best_threshold(fitted.confidence, fitted.correct)
         measured["threshold"] = {

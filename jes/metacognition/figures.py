@@ -55,9 +55,9 @@ def yes_by_correctness(axes: Axes, answers: Answers) -> None:
     groups = {"right": answers.correct, "wrong": ~answers.correct}
     labels = [f"{name}\n({group.sum()})" for name, group in groups.items()]
     said = {
-        "yes": answers.yes & ~answers.other,
-        "no": ~answers.yes & ~answers.other,
-        "neither": answers.other,
+        "clearly yes": answers.yes & ~answers.other,
+        "clearly no": ~answers.yes & ~answers.other,
+        "other": answers.other,
     }
     bottom = np.zeros(len(groups))
     for name, chosen in said.items():

@@ -12,7 +12,8 @@ those of `python -m jes.forgetting` and
 
 Beside them stands the base model, and for each model what a threshold on its log-odds
 of yes comes to that is fitted on training questions (rows `+ threshold`). The task of
-the config and those of its `eval_tasks` that ask 'do you know' are measured.
+the config and those of its `eval_tasks` whose answers say if the model knows them are
+measured (a prompt that lets it answer "I don't know" is prompting alone).
 """
 
 import csv
@@ -32,7 +33,7 @@ from jes.forgetting.figures import spread
 from jes.forgetting.methods import folder_of, method_config
 from jes.forgetting.report import mean_error
 from jes.forgetting.study import run_all, split, whole
-from jes.io import command_line, memory
+from jes.io import command_line, memory, runs
 from jes.io.metrics import write_json
 from jes.io.progress import console
 from jes.metacognition.evaluate import measure
@@ -77,9 +78,10 @@ def measure_all(
 
 
 def asks_about(config: ml_collections.ConfigDict, name: str) -> bool:
-    """Whether a task asks 'do you know' in a prompt of its own."""
+    """Whether answers to a task say if the model knows them."""
     task = load_task(name, root=config.data.root, train=1, test=1)
-    return task.meta is not None
+    answers = [""] if task.meta is None else ["", ""]
+    return task.reward(task.test[0], *answers).yes is not None
 
 
 def measure_model(
@@ -91,7 +93,15 @@ def measure_model(
 ) -> dict[str, dict[str, Any]]:
     """The metrics of one model on the tasks, kept in its folder."""
     path = folder / "metacognition.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    of = runs.plain(
+        {
+            "generations": 0 if method == BASE else config.generations,
+            "data": config.data.to_dict(),
+            **{k: config[k] for k in ("model", "quantize", "group_size", "dtype")},
+        }
+    )
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    found = kept["tasks"] if kept.get("of") == of else {}
     missing = [name for name in names if name not in found]
     if not missing:
         return {name: found[name] for name in names}
@@ -100,6 +110,7 @@ def measure_model(
         model = load_base(config.model, *args)
     else:
         model = load(folder / "model")
+    folder.mkdir(parents=True, exist_ok=True)
     for name in missing:
         _, found[name] = measure(
             model,
@@ -110,8 +121,7 @@ def measure_model(
             batch_size=config.eval_batch,
             seed=seed,
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, found)
+        write_json(path, {"of": of, "tasks": found})
     return {name: found[name] for name in names}
 
 
@@ -133,17 +143,25 @@ def report(
 
 def write_csv(path: Path, measured: Measured) -> None:
     """All numbers, a row for each method, seed, task and way to say yes."""
-    names = [k for k, v in next(iter(measured.values())).items() if not pair(v)]
+    rows = {key: flat(metrics) for key, metrics in measured.items()}
+    names = dict.fromkeys(name for row in rows.values() for name in row)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["method", "seed", "task", "yes_by", *names])
-        for key, metrics in measured.items():
-            writer.writerow([*key, *(f"{number(metrics[n]):.6g}" for n in names)])
+        for key, row in rows.items():
+            writer.writerow([*key, *(f"{number(row.get(n)):.6g}" for n in names)])
 
 
-def pair(value: Any) -> bool:
-    """Whether a metric is an interval."""
-    return isinstance(value, list | tuple)
+def flat(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Metrics with the two ends of an interval apart."""
+    row: dict[str, float | None] = {}
+    for name, value in metrics.items():
+        if isinstance(value, list | tuple):
+            kind = name.removesuffix("_interval")
+            row |= {f"{kind}_low": value[0], f"{kind}_high": value[1]}
+        else:
+            row[name] = value
+    return row
 
 
 def number(value: float | None) -> float:
