@@ -407,12 +407,14 @@ def load_config(variant: str | None) -> Any:
 
 
 def test_the_config_of_the_paper() -> None:
-    for variant in (None, "1.5b", "3b", "7b", "published", "tiny"):
+    for variant in (None, "1.5b", "3b", "7b", "published", "tiny", "tiny_int4"):
         config = load_config(variant)
         check_settings(config)
         make_evolution(config)
         assert {config.task, *config.eval_tasks} <= set(TASKS)
-        assert (config.objective, config.population) == ("esma", 32)
+        tiny = variant in ("tiny", "tiny_int4")
+        population = 64 if tiny else 32
+        assert (config.objective, config.population) == ("esma", population)
     config = load_config(None)
     assert config.model == "Qwen/Qwen2.5-0.5B-Instruct"
     assert load_config("7b").model == "Qwen/Qwen2.5-7B-Instruct"
