@@ -47,7 +47,8 @@ def test_corpus_holds_nothing_out_of_bounds():
     never = {fact["key"] for fact in tiny_facts.facts_seen("never")}
     seen = set()
     for _, batch in zip(range(40), pretrain.corpus(0), strict=False):
-        for length, (tokens, roles) in batch.items():
+        for length, (tokens, roles, weights) in batch.items():
+            assert (weights == 1).all()
             assert tokens.shape == roles.shape == (pretrain.ROWS[length], length)
             assert (tokens[:, -1] == pretrain.TOKENS["<eos>"]).all()
             for row, role in zip(tokens, roles, strict=True):

@@ -1,5 +1,6 @@
 """Masks of a displacement, their controls, and the command that asks (2602.02605)."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from command_lines import failing
 from small_run import get_config, rows
 
 import jes
@@ -241,8 +241,14 @@ def results(runs: Path) -> Path:
     arguments += [f"--out={out}", "--task=tiny/knows"]
     arguments += ["--examples=24", "--shares=0,10,50,100"]
     with pytest.MonkeyPatch.context() as patch:
-        fault = {"call": 5, "do": "SIGINT"}
-        patch.setattr(sparsity, "collect", failing(sparsity.collect, fault))
+        collect, calls = sparsity.collect, itertools.count(1)
+
+        def interrupted(*args, **kwargs):
+            if next(calls) == 5:
+                raise KeyboardInterrupt  # where SIGINT is ignored, too
+            return collect(*args, **kwargs)
+
+        patch.setattr(sparsity, "collect", interrupted)
         assert command(patch, *arguments) == 130
     path = out / "results.jsonl"
     assert len(rows(path)) == 4
