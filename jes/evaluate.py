@@ -23,7 +23,7 @@ from jes.io.progress import console
 from jes.io.runs import recorded
 from jes.models.weights import Pretrained, load
 from jes.record import without_unasked
-from jes.tasks import TASKS, load_task
+from jes.tasks import TASKS, Task, load_task
 from jes.train import resume
 
 
@@ -78,23 +78,37 @@ def evaluate(
     Returns:
       A `Score` of floats for each task.
     """
-    if pretrained.tokenizer is None:
-        raise InputError("the model folder has no tokenizer, which tasks need")
     scores = {}
     for name in tasks:
-        examiner = Examiner(
-            model=pretrained.model,
-            tokenizer=pretrained.tokenizer,
-            task=load_task(name, root=root, seed=seed, test=examples),
-            eos_ids=pretrained.eos_ids,
-            mode=mode,
-            dtype=dtype,
-        )
+        task = load_task(name, root=root, seed=seed, test=examples)
+        examiner = make_examiner(pretrained, task, mode=mode, dtype=dtype)
         questions = prepare(examiner, examiner.task.test)
         scores[name] = examine(
             examiner, pretrained.params, questions, batch_size=batch_size
         )
     return scores
+
+
+def make_examiner(pretrained: Pretrained, task: Task, **settings: Any) -> Examiner:
+    """How a model is examined on a task.
+
+    Args:
+      pretrained: the model.
+      task: see `jes.tasks.load_task`.
+      settings: see `jes.ask.Examiner`.
+
+    Raises:
+      InputError: if the model has no tokenizer.
+    """
+    if pretrained.tokenizer is None:
+        raise InputError("the model folder has no tokenizer, which tasks need")
+    return Examiner(
+        model=pretrained.model,
+        tokenizer=pretrained.tokenizer,
+        task=task,
+        eos_ids=pretrained.eos_ids,
+        **settings,
+    )
 
 
 def table(scores: dict[str, Score]) -> Table:

@@ -143,13 +143,7 @@ def main() -> None:
             raise InputError("the study needs prior tasks: eval_tasks is empty")
         methods = split(values.methods, "methods")
         seeds = [whole(seed) for seed in split(values.seeds, "seeds")]
-        file_name = config_flags.get_config_filename(values["config"])
-        file, _, variant = file_name.partition(":")
-        kind = "chain" if values.chain else "study"
-        name = "_".join(filter(None, [Path(file).stem, variant, kind]))
-        workdir = Path(values.workdir or f"runs/{name}")
-        out = Path(values.out or workdir)
-        out.mkdir(parents=True, exist_ok=True)
+        workdir, out = folders(values, "chain" if values.chain else "study")
         if values.chain:
             tasks = split(values.chain, "chain")
             run_chain(config, tasks, methods, seeds, workdir)
@@ -160,6 +154,17 @@ def main() -> None:
             study_report(config, methods, seeds, workdir, out)
 
     command_line.start(command)
+
+
+def folders(values: flags.FlagValues, kind: str) -> tuple[Path, Path]:
+    """Where the runs of a study are, and where its report goes, which is made."""
+    file_name = config_flags.get_config_filename(values["config"])
+    file, _, variant = file_name.partition(":")
+    name = "_".join(filter(None, [Path(file).stem, variant, kind]))
+    workdir = Path(values.workdir or f"runs/{name}")
+    out = Path(values.out or workdir)
+    out.mkdir(parents=True, exist_ok=True)
+    return workdir, out
 
 
 def split(text: str, name: str) -> list[str]:

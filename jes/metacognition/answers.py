@@ -13,7 +13,7 @@ from jes.ask import Examiner, Question, rewards_of
 from jes.core.noise import PyTree
 from jes.core.tree import with_dtype
 from jes.errors import InputError
-from jes.metacognition.signal_detection import report
+from jes.metacognition.signal_detection import bootstrap, counts, d_prime, report
 from jes.sampling.generate import generate
 from jes.sampling.likelihood import log_likelihoods, pad_choices
 from jes.sampling.prompts import encode
@@ -49,6 +49,12 @@ class Answers(NamedTuple):
         accuracy."""
         metrics = report(self.correct, self.yes, self.other, self.confidence)
         return {**metrics, "strict": float(self.strict.mean())}
+
+    def d_prime_interval(self) -> tuple[float, float]:
+        """A 95 % interval of the log-linear d', over questions."""
+        return bootstrap(
+            lambda correct, yes: d_prime(counts(correct, yes)), self.correct, self.yes
+        )
 
 
 def collect(

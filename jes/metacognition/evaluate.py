@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from jes.ask import Examiner, prepare
+from jes.ask import prepare
 from jes.config import DTYPES
 from jes.errors import InputError
-from jes.evaluate import load_model
+from jes.evaluate import load_model, make_examiner
 from jes.io.command_line import at_least, guarded
 from jes.io.metrics import write_json
 from jes.io.progress import console
@@ -32,8 +32,6 @@ from jes.metacognition.signal_detection import (
     auroc2,
     best_threshold,
     bootstrap,
-    counts,
-    d_prime,
 )
 from jes.models.weights import Pretrained
 from jes.tasks import TASKS, load_task
@@ -82,16 +80,8 @@ def measure(
       The answers, and metrics of two ways to say yes: 'answers', as generated, and,
       where the task has training questions and words for yes and no, 'threshold'.
     """
-    if pretrained.tokenizer is None:
-        raise InputError("the model folder has no tokenizer, which tasks need")
     task = load_task(name, root=root, seed=seed, test=examples)
-    examiner = Examiner(
-        model=pretrained.model,
-        tokenizer=pretrained.tokenizer,
-        task=task,
-        eos_ids=pretrained.eos_ids,
-        dtype=dtype,
-    )
+    examiner = make_examiner(pretrained, task, dtype=dtype)
 
     def ask_about(rows: Sequence[Example]) -> Answers:
         questions = prepare(examiner, rows)
@@ -122,12 +112,10 @@ def by_threshold(answers: Answers, threshold: float) -> Answers:
 def with_intervals(answers: Answers) -> dict[str, Any]:
     """The metrics of `Answers.report`, and intervals (low, high) of d' and AUROC2."""
     metrics: dict[str, Any] = dict(answers.report())
-    correct = answers.correct
-    metrics["d_prime_interval"] = bootstrap(
-        lambda right, yes: d_prime(counts(right, yes)), correct, answers.yes
-    )
+    metrics["d_prime_interval"] = answers.d_prime_interval()
     if np.isfinite(answers.confidence).all():
-        metrics["auroc2_interval"] = bootstrap(auroc2, answers.confidence, correct)
+        confident = answers.confidence, answers.correct
+        metrics["auroc2_interval"] = bootstrap(auroc2, *confident)
     return metrics
 
 

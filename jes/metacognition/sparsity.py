@@ -42,7 +42,7 @@ from jes.core.ledger import append_row
 from jes.core.noise import PyTree
 from jes.core.tree import is_quantized
 from jes.errors import InputError
-from jes.evaluate import load_model
+from jes.evaluate import load_model, make_examiner
 from jes.export import load_base, read_ledger
 from jes.io.command_line import at_least, guarded
 from jes.io.metrics import finite, keep_rows, read_rows, write_json
@@ -62,7 +62,6 @@ from jes.metacognition.masks import (
     rescale,
     shrink,
 )
-from jes.metacognition.signal_detection import bootstrap, counts, d_prime
 from jes.metacognition.sparsity_report import write_report
 from jes.models.weights import Pretrained, fingerprint, load
 from jes.tasks import load_task
@@ -238,9 +237,7 @@ def ask_all(
 
 def row_of(answers: Answers) -> dict[str, Any]:
     """Metrics with a 95 % interval of d' over questions, and the answers as 0 and 1."""
-    low, high = bootstrap(
-        lambda correct, yes: d_prime(counts(correct, yes)), answers.correct, answers.yes
-    )
+    low, high = answers.d_prime_interval()
     metrics = {**answers.report(), "d_prime_low": low, "d_prime_high": high}
     bits = {"correct_bits": answers.correct, "yes_bits": answers.yes}
     return metrics | {k: "".join(map(str, v.astype(int))) for k, v in bits.items()}
@@ -272,21 +269,14 @@ def examiner_of(
     args: argparse.Namespace, base: Pretrained, config: dict[str, Any], dtype: str
 ) -> Examiner:
     """How the models are asked: as the command says, or else as the run did it."""
-    if base.tokenizer is None:
-        raise InputError("the model folder has no tokenizer, which tasks need")
-    return Examiner(
-        model=base.model,
-        tokenizer=base.tokenizer,
-        # Held out is what this run did not see: its seed draws the examples.
-        task=load_task(
-            args.task or config["task"],
-            root=args.root or config["data"]["root"],
-            seed=config["seed"],
-            test=args.examples,
-        ),
-        eos_ids=base.eos_ids,
-        dtype=args.dtype or dtype,
+    # Held out is what this run did not see: its seed draws the examples.
+    task = load_task(
+        args.task or config["task"],
+        root=args.root or config["data"]["root"],
+        seed=config["seed"],
+        test=args.examples,
     )
+    return make_examiner(base, task, dtype=args.dtype or dtype)
 
 
 def study(args: argparse.Namespace) -> None:

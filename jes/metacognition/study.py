@@ -32,7 +32,7 @@ from jes.errors import InputError
 from jes.forgetting.figures import spread
 from jes.forgetting.methods import folder_of, method_config
 from jes.forgetting.report import mean_error
-from jes.forgetting.study import run_all, split, whole
+from jes.forgetting.study import folders, run_all, split, whole
 from jes.io import command_line, memory, runs
 from jes.io.metrics import write_json
 from jes.io.progress import console
@@ -255,12 +255,7 @@ def main() -> None:
         values = flags.FLAGS
         methods = split(values.methods, "methods")
         seeds = [whole(seed) for seed in split(values.seeds, "seeds")]
-        file_name = config_flags.get_config_filename(values["config"])
-        file, _, variant = file_name.partition(":")
-        name = "_".join(filter(None, [Path(file).stem, variant, "study"]))
-        workdir = Path(values.workdir or f"runs/{name}")
-        out = Path(values.out or workdir)
-        out.mkdir(parents=True, exist_ok=True)
+        workdir, out = folders(values, "study")
         config = config_flag.value
         if not asks_about(config, config.task):
             raise InputError(f"task {config.task} does not ask 'do you know'")
