@@ -17,10 +17,8 @@ def default() -> ConfigDict:
     config.probe.batches = 5  # S, independent batches
     config.probe.pool = 320  # P, training prompts, the same for all models
     config.probe.pool_seed = 0
-    config.probe.fresh = 320  # other training prompts, on which winners are scored anew
-    config.probe.sham_temperature = (
-        0.0  # above 0, how the unperturbed model is resampled
-    )
+    config.probe.fresh = 320  # other training prompts, to score winners anew on
+    config.probe.sham_temperature = 0.0  # of the sham's answers, if above 0
 
     # Curvature at the model: of the smoothed reward, and of a differentiable surrogate.
     config.curvature = ConfigDict()
@@ -28,7 +26,6 @@ def default() -> ConfigDict:
     config.curvature.probes = 4  # random starts of Lanczos
     config.curvature.steps = 40  # Lanczos steps from each
     config.curvature.top = 20  # eigenvectors of the top subspace
-    config.curvature.directions = (
-        256  # perturbations behind a product with J_σ's Hessian
-    )
+    config.curvature.directions = 256  # perturbations behind a product
+
     return config
