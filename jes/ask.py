@@ -172,7 +172,7 @@ def ask(
     Returns:
       A `Score` of float64 arrays [population].
     """
-    run, score = _rollout(examiner, questions)
+    run, score, _ = _rollout(examiner, questions)
 
     def dispatch(members: np.ndarray) -> jax.Array:
         before_chunk()
@@ -206,7 +206,7 @@ def examine(
         chosen = [questions[i] for i in order[start : start + size]]
         before_batch()
         # The last batch is filled up so that it has the shape of the others.
-        run, score = _rollout(examiner, chosen, fill_to=size)
+        run, score, _ = _rollout(examiner, chosen, fill_to=size)
         answers = run(params, jax.random.fold_in(key, start), jnp.zeros(1, int))
         (one,) = score(answers)
         weights = np.full(len(sums), len(chosen))
@@ -216,13 +216,63 @@ def examine(
     return Score(*map(float, sums))
 
 
+class Answered(NamedTuple):
+    """Single answers of members.
+
+    Attributes:
+      right: bool [C, B], whether the leniently extracted answer is right.
+      said: integers [C, B, N], tokens as generated, or with N = 1 the choice taken.
+    """
+
+    right: np.ndarray
+    said: np.ndarray
+
+
+def answer_each(
+    examiner: Examiner,
+    params: PyTree,
+    key: jax.Array,
+    questions: Sequence[Question],
+    members: np.ndarray,
+    *,
+    noise: Noise | None,
+    batch_size: int = 256,
+    before_batch: Callable[[], None] = lambda: None,
+) -> Answered:
+    """What each of some members answers to each of any number of questions.
+
+    Args:
+      examiner, params, key: as for `ask`.
+      questions: B of them, asked in batches of about `batch_size`.
+      members: int [C], held in memory at once.
+      noise: how members differ; None for the centre, which may sample its answers.
+      batch_size: prompts answered at once.
+      before_batch: called before each batch.
+    """
+    size = -(-len(questions) // -(-len(questions) // batch_size))
+    parts = []
+    for start in range(0, len(questions), size):
+        chosen = questions[start : start + size]
+        before_batch()
+        run, _, judge = _rollout(examiner, chosen, fill_to=size)
+        # Rows sample by their number in the batch. Noise is to be the same in all.
+        batch_key = jax.random.fold_in(key, start) if noise is None else key
+        parts.append(judge(run(params, batch_key, jnp.asarray(members), noise=noise)))
+    return Answered(*(np.concatenate(each, 1) for each in zip(*parts, strict=True)))
+
+
 def _rollout(
     examiner: Examiner, questions: Sequence[Question], fill_to: int = 0
-) -> tuple[Callable[..., jax.Array], Callable[[jax.Array], list[Score]]]:
+) -> tuple[
+    Callable[..., jax.Array],
+    Callable[[jax.Array], list[Score]],
+    Callable[[jax.Array], Answered],
+]:
     """The device's part of answering these questions, and the host's.
 
     The first takes (params, key, members [C], noise) and gives tokens [C, B, N] or
-    log-likelihoods [C, R]; the second gives a `Score` a member.
+    log-likelihoods [C, R]; of these the second makes a `Score` a member, and the third
+    single answers.
     """
     filled = [*questions, *[questions[-1]] * (fill_to - len(questions))]
     prompts = [q.prompt for q in filled]
@@ -251,7 +301,11 @@ def _rollout(
             weights, centre = prepared(params, key, members, noise)
             return log_likelihoods(model, weights, batch, len(members), centre)
 
-        return rate, partial(_score_likelihoods, examiner, questions, batch)
+        return (
+            rate,
+            partial(_score_likelihoods, examiner, questions, batch),
+            partial(_judge_likelihoods, examiner, questions, batch),
+        )
 
     padded = pad(prompts, examiner.buckets)
 
@@ -272,7 +326,11 @@ def _rollout(
             centre=centre,
         )
 
-    return answer, partial(_score_answers, examiner, questions)
+    return (
+        answer,
+        partial(_score_answers, examiner, questions),
+        partial(_judge_answers, examiner, questions),
+    )
 
 
 @jax.jit
@@ -297,23 +355,48 @@ def _score_answers(
       answers: [C, P, N]. P is B, where a batch was filled up more, and with a second
         question twice that: first all answers to the first.
     """
-    asks = 1 if examiner.task.meta is None else 2
+    members, earned = _earned(
+        examiner, questions, _unfilled(examiner, questions, answers)
+    )
+    scores = []
+    for rows, rewards in zip(members, earned, strict=True):
+        lengths = np.array([len(text) for row in rows for text in row])
+        truncated = lengths == examiner.max_new_tokens
+        generated = int((lengths + ~truncated).sum())
+        scores.append(mean_score(rewards, truncated.mean(), generated))
+    return scores
+
+
+def _judge_answers(
+    examiner: Examiner, questions: Sequence[Question], answers: jax.Array
+) -> Answered:
+    """Single answers, of the arguments of `_score_answers`."""
+    tokens = _unfilled(examiner, questions, answers)
+    _, earned = _earned(examiner, questions, tokens)
+    return Answered(earned[..., 1] == 1, tokens[:, 0])
+
+
+def _unfilled(
+    examiner: Examiner, questions: Sequence[Question], answers: jax.Array
+) -> np.ndarray:
+    """Tokens [C, A, B, N] to the A questions of each prompt, without the filled-up."""
     tokens = np.asarray(answers)
+    asks = 1 if examiner.task.meta is None else 2
     tokens = tokens.reshape(len(tokens), asks, -1, tokens.shape[-1])
-    tokens = tokens[:, :, : len(questions)]
+    return tokens[:, :, : len(questions)]
+
+
+def _earned(
+    examiner: Examiner, questions: Sequence[Question], tokens: np.ndarray
+) -> tuple[list[list[tuple[tuple[int, ...], ...]]], np.ndarray]:
+    """Each member's answers without their end, and what they earn, [C, B, 5]."""
     members = []
     for rows in tokens:
         texts = [map(tuple, trim(each, examiner.eos_ids)) for each in rows]
         members.append(list(zip(*texts, strict=True)))
     asked = [(i, row) for rows in members for i, row in enumerate(rows)]
     earned = rewards_of(examiner, questions, asked)
-    scores = []
-    for rows, rewards in zip(members, np.split(earned, len(members)), strict=True):
-        lengths = np.array([len(text) for row in rows for text in row])
-        truncated = lengths == examiner.max_new_tokens
-        generated = int((lengths + ~truncated).sum())
-        scores.append(mean_score(rewards, truncated.mean(), generated))
-    return scores
+    return members, earned.reshape(len(members), len(questions), -1)
 
 
 def mean_score(rewards: np.ndarray, truncated: float, tokens: int) -> Score:
@@ -361,14 +444,23 @@ def _score_likelihoods(
     log_likelihoods: jax.Array,
 ) -> list[Score]:
     """Share of right choices by log-likelihood per token, one `Score` a member."""
+    answered = _judge_likelihoods(examiner, questions, batch, log_likelihoods)
+    shares = answered.right.mean(-1)
+    shares[~np.isfinite(np.asarray(log_likelihoods)).all(-1)] = np.nan
+    return [Score(share, share, share, 1.0, 0.0, 0) for share in map(float, shares)]
+
+
+def _judge_likelihoods(
+    examiner: Examiner,
+    questions: Sequence[Question],
+    batch: ChoiceBatch,
+    log_likelihoods: jax.Array,
+) -> Answered:
+    """The choice with the highest log-likelihood per token, and whether it is right."""
     assert examiner.task.answer is not None
     per_token = np.asarray(log_likelihoods) / batch.scored.sum(-1)
-    scores = []
-    for row in per_token:
-        right = [
-            row[batch.owners == i].argmax() == examiner.task.answer(q.example)
-            for i, q in enumerate(questions)
-        ]
-        share = float(np.mean(right)) if np.isfinite(row).all() else np.nan
-        scores.append(Score(share, share, share, 1.0, 0.0, 0))
-    return scores
+    taken = np.stack(
+        [per_token[:, batch.owners == i].argmax(-1) for i in range(len(questions))], 1
+    )
+    right = np.array([examiner.task.answer(q.example) for q in questions])
+    return Answered(taken == right, taken[..., None])

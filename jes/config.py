@@ -29,6 +29,10 @@ def default() -> ConfigDict:
     config.population = 30
     config.sigma = 0.001
     config.alpha = 0.0005
+    config.alpha_half_life = (
+        0  # generations after which α is halved, each time; 0 never
+    )
+    config.sigma_half_life = 0  # the same of σ
     config.antithetic = False
     config.shaping = "zscore"  # or 'centered_rank', 'pair_zscore', 'none'
 
@@ -82,6 +86,7 @@ def default() -> ConfigDict:
 
     # Evaluation on held-out examples, before, every so many generations, and after.
     config.eval_every = 50
+    config.eval_train = False  # on the training examples too
     config.eval_tasks = ()  # beside the task itself, such as prior tasks
     config.eval_batch = 256
     config.kl_prompts = 0  # of each evaluated task, for the KL to the base model

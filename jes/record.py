@@ -20,7 +20,7 @@ from jes.io.metrics import Writer, keep_rows, read_rows, write_json
 from jes.io.plots import training_curves
 from jes.io.progress import console
 from jes.sampling.divergence import divergence
-from jes.setup import Setup
+from jes.setup import ON_TRAIN, Setup
 
 KL_ROWS = 8
 """Answers whose logits, of base and tuned model, are held at once for the KL."""
@@ -80,12 +80,17 @@ def evaluate(
         writer.write("evaluations", generation, row)
         console.print(
             f"after {generation} generations: {name} "
-            f"{100 * score.accuracy:.1f} % of {len(questions)} held-out examples"
+            f"{100 * score.accuracy:.1f} % of {len(questions)} {kind_of(name)} examples"
         )
     rows = read_rows(writer.workdir / "distances.jsonl")
     if base is not None and generation not in {row["generation"] for row in rows}:
         row = distance_row(setup, params, base, stop)
         writer.write("distances", generation, {"generation": generation, **row})
+
+
+def kind_of(name: str) -> str:
+    """Of which examples an evaluation is."""
+    return "training" if name.endswith(ON_TRAIN) else "held-out"
 
 
 def without_unasked(score: Score) -> dict[str, Any]:
@@ -201,7 +206,7 @@ def report(workdir: Path, summary: dict[str, Any]) -> None:
     for name, accuracy in summary["evaluations"].items():
         console.print(
             f"{name}: {percent(accuracy['before'])} -> {percent(accuracy['after'])} "
-            f"on {accuracy['examples']} held-out examples"
+            f"on {accuracy['examples']} {kind_of(name)} examples"
         )
     console.print(
         f"{summary['generations']} generations in {summary['seconds']:.0f} s; model in "

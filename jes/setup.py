@@ -30,6 +30,8 @@ from jes.tell import (
     make_optimizer,
 )
 
+ON_TRAIN = " (train)"
+"""After a task's name: an evaluation on the examples that are trained on."""
 MANY_FLIPS = 0.1
 """Share of the codes that noise moves in a generation, from which to warn."""
 
@@ -44,7 +46,8 @@ class Setup(NamedTuple):
       parameters: how many of its weights are trained.
       examiner: how members are examined on the task that is trained.
       train: its questions.
-      evaluations: the trained task and those beside it, with held-out questions.
+      evaluations: the trained task and those beside it, with held-out questions; with
+        `eval_train` the training questions too, see `ON_TRAIN`.
       base_answers: of the base model to some of these, for the KL.
     """
 
@@ -71,6 +74,9 @@ def make_evolution(config: ml_collections.ConfigDict) -> Evolution:
         evolution = Evolution(**{name: config[name] for name in fields})
         evolution.noise.check_population(evolution.population)
         make_optimizer(evolution)
+        half_lives = evolution.alpha_half_life, evolution.sigma_half_life
+        if evolution.rounding == "replay" and any(half_lives):
+            raise ValueError("rounding 'replay' is for a constant alpha and sigma")
         if evolution.shaping == "pair_zscore" and not evolution.antithetic:
             raise ValueError("shaping 'pair_zscore' needs antithetic pairs")
     except (ValueError, TypeError) as error:
@@ -89,7 +95,15 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
     ):
         if config[name] < 1:
             raise InputError(f"{name} must be at least 1, not {config[name]}")
-    for name in ("prompts", "max_new_tokens", "chunk", "memory_gb", "kl_prompts"):
+    for name in (
+        "prompts",
+        "max_new_tokens",
+        "chunk",
+        "memory_gb",
+        "kl_prompts",
+        "alpha_half_life",
+        "sigma_half_life",
+    ):
         if config[name] < 0:
             raise InputError(f"{name} cannot be negative: {config[name]}")
     for name, value in config.data.items():
@@ -156,6 +170,8 @@ def make_setup(config: ml_collections.ConfigDict, evolution: Evolution) -> Setup
     # Members may sample their answers; what is reported is the greedy answer's.
     greedy = dataclasses.replace(trained, sampling=GREEDY)
     evaluations = make_evaluations(config, pretrained, greedy)
+    if config.eval_train:
+        evaluations[f"{config.task}{ON_TRAIN}"] = greedy, train
     parameters = count_trained(pretrained.params, evolution)
     answers = {
         name: base_answers(config, pretrained, questions)

@@ -35,6 +35,8 @@ class Evolution:
       alpha: learning rate. For floats the factor 1/σ of the gradient is folded in, so
         it is a length in weight space too (2509.24372, section 3.2). For codes it is
         not: α is that of 2602.03120 Eq. (6), and α/σ is what moves a weight.
+      alpha_half_life, sigma_half_life: generations after which α or σ is halved, each
+        time; 0 for never. See `at`.
       antithetic: whether members come in pairs θ ± σε.
       shaping: see `jes.shape_fitness`.
       decay: 'none', or the kind of anchored weight decay, 'l2' or 'l1'.
@@ -55,6 +57,8 @@ class Evolution:
     population: int
     sigma: float
     alpha: float
+    alpha_half_life: int = 0
+    sigma_half_life: int = 0
     antithetic: bool = False
     shaping: str = "zscore"
     decay: str = "none"
@@ -69,6 +73,17 @@ class Evolution:
     divide_by_population: bool = True
     scale_sigma: float = 0.0
     scale_alpha: float = 0.0
+
+    def at(self, generation: int) -> "Evolution":
+        """The settings of a generation: in steps, each of which is compiled anew."""
+        alpha, sigma = (
+            value * 0.5 ** (generation // half_life if half_life else 0)
+            for value, half_life in (
+                (self.alpha, self.alpha_half_life),
+                (self.sigma, self.sigma_half_life),
+            )
+        )
+        return dataclasses.replace(self, alpha=alpha, sigma=sigma)
 
     @property
     def noise(self) -> Noise:
@@ -244,7 +259,8 @@ def replay(
     for generation, values in enumerate(fitness, start):
         key = generation_key(root, generation)
         values = jnp.asarray(values)
-        params, state = tell(evolution, params, state, key, values, anchor)
+        now = evolution.at(generation)
+        params, state = tell(now, params, state, key, values, anchor)
     return params, state
 
 
@@ -280,15 +296,20 @@ def drift(evolution: Evolution, parameters: int, generations: int) -> float:
 
     Of a quantised model in codes, and of the weights with their residual, W + e: on
     the grid it is less while steps wait in the residual, and later up to 1/12 a weight
-    more, squared. NaN where rounding loses steps or adds some, for a decay of codes,
-    and for shaping 'none', whose steps are as long as the rewards are far apart.
+    more, squared. NaN where rounding loses steps or adds some, for a decay of codes or
+    with a falling α, and for shaping 'none', whose steps are as long as the rewards are
+    far apart.
 
     Args:
       evolution: settings.
       parameters: how many weights are trained.
       generations: how many updates.
     """
-    step = evolution.alpha
+    step, steps = evolution.alpha, float(generations)
+    if evolution.alpha_half_life:
+        if evolution.decay != "none":
+            return math.nan
+        steps = _equal_steps(generations, evolution.alpha_half_life)
     if evolution.rounding != "none":
         kept = {"residual": math.inf, "replay": evolution.window}
         lossless = evolution.residual_decay == 1 and evolution.decay == "none"
@@ -299,8 +320,14 @@ def drift(evolution: Evolution, parameters: int, generations: int) -> float:
         alpha=step,
         population=evolution.population,
         parameters=parameters,
-        generations=generations,
+        generations=steps,
         kind=evolution.decay,
         coefficient=evolution.decay_coefficient,
         spread=typical_spread(evolution.shaping, evolution.population),
     )
+
+
+def _equal_steps(generations: int, half_life: int) -> float:
+    """How many steps of the first length have the squares of so many halving ones."""
+    halvings, rest = divmod(generations, half_life)
+    return half_life * (1 - 0.25**halvings) / 0.75 + rest * 0.25**halvings

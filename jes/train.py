@@ -123,14 +123,15 @@ def evolve(
                 if generation % config.eval_every == 0:
                     evaluate(setup, generation, state.params, base, writer, stop)
                 began = time.perf_counter()
+                now = evolution.at(generation)
                 key = generation_key(root, generation)
                 scores = ask(
                     setup.examiner,
                     state.params,
                     key,
                     pick(setup, generation),
-                    noise=evolution.noise,
-                    population=evolution.population,
+                    noise=now.noise,
+                    population=now.population,
                     chunk=chunk,
                     before_chunk=stop.check,
                 )
@@ -138,7 +139,7 @@ def evolve(
                 scores = scores._replace(reward=earned)
                 fitness = make_fitness(setup, scores, generation)
                 params, optimizer = tell(
-                    evolution, state.params, state.optimizer, key, fitness, anchor
+                    now, state.params, state.optimizer, key, fitness, anchor
                 )
                 state = State(generation + 1, state.saved, params, optimizer)
                 row = metrics_row(setup, scores, state, base, began)
@@ -322,10 +323,8 @@ def main() -> None:
         if len(argv) > 1:
             raise InputError(f"unexpected {' '.join(argv[1:])!r}")
         memory.give_back_freed_blocks()
-        file_name = config_flags.get_config_filename(flags.FLAGS["config"])
-        file, _, variant = file_name.partition(":")
-        name = "_".join(filter(None, [Path(file).stem, variant]))
-        run(config_flag.value, Path(workdir_flag.value or f"runs/{name}"))
+        workdir = workdir_flag.value or f"runs/{command_line.config_name()}"
+        run(config_flag.value, Path(workdir))
 
     command_line.start(command)
 

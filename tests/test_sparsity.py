@@ -403,7 +403,7 @@ def test_a_run_without_a_ledger_starts_from_the_model_of_its_config(
         (["--exclude=lm_head"], "error: --exclude: no tensor is named lm_head"),
         (["--shares=1,101"], "not percentages from 0 to 100: '1,101'"),
         (["--shares=few"], "not percentages from 0 to 100: 'few'"),
-        (["--out=RUNS/results"], "seed: 0 there, 1 here\ngive another --out"),
+        (["--out=RUNS/results"], "seed: 0 there, 1 here\ngive another folder"),
         (["--out=MODEL/config.json"], "config.json cannot be the run folder"),
     ],
 )

@@ -35,8 +35,9 @@ def method_config(base: Config, method: str, seed: int) -> Config:
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{method!r} is no method of the study: es, l2:λ, l1:λ, n:N, answers:N, "
-            "shuffled, grpo:RATE, grpo:RATE:ITERATIONS; of a quantised model replay, "
-            "replay:K:DECAY, residual, residual:DECAY, naive, quzo, rate:FACTOR; for "
+            "shuffled, rate:FACTOR, half_alpha:G, half_sigma:G, grpo:RATE, "
+            "grpo:RATE:ITERATIONS; of a quantised model replay, "
+            "replay:K:DECAY, residual, residual:DECAY, naive, quzo; for "
             "tasks that ask 'do you know' sft:RATE:STEPS, objective:NAME"
         ) from error
     return config
@@ -104,6 +105,13 @@ def _objective(config: Config, base: Config, name: str) -> None:
     config.objective = name
 
 
+def _half_life(name: str) -> Callable[..., None]:
+    def change(config: Config, base: Config, generations: str) -> None:
+        config[f"{name}_half_life"] = int(generations)
+
+    return change
+
+
 def _rate(config: Config, base: Config, factor: str) -> None:
     config.alpha = float(factor) * base.alpha
 
@@ -121,6 +129,8 @@ SETTINGS: dict[str, Callable[..., None]] = {
     "naive": _rounding("naive"),
     "quzo": _rounding("quzo"),
     "rate": _rate,
+    "half_alpha": _half_life("alpha"),
+    "half_sigma": _half_life("sigma"),
     "sft": _sft,
     "objective": _objective,
 }

@@ -18,6 +18,7 @@ any moment, the same command goes on. The methods:
     residual[:γ]  the same, kept
     naive  quzo   rounding without a residual, and QuZO
     rate:FACTOR   so many times the learning rate, with another: quzo+rate:0.5
+    half_alpha:G  α halved every G generations; half_sigma:G, the same of σ
     grpo:RATE     the policy gradient, as many prompts and answers a generation, for
                   as many generations, or grpo:RATE:ITERATIONS
 
@@ -158,10 +159,7 @@ def main() -> None:
 
 def folders(values: flags.FlagValues, kind: str) -> tuple[Path, Path]:
     """Where the runs of a study are, and where its report goes, which is made."""
-    file_name = config_flags.get_config_filename(values["config"])
-    file, _, variant = file_name.partition(":")
-    name = "_".join(filter(None, [Path(file).stem, variant, kind]))
-    workdir = Path(values.workdir or f"runs/{name}")
+    workdir = Path(values.workdir or f"runs/{command_line.config_name()}_{kind}")
     out = Path(values.out or workdir)
     out.mkdir(parents=True, exist_ok=True)
     return workdir, out

@@ -4,10 +4,12 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from jes.errors import InputError
 from jes.io.interrupts import Stopped
@@ -35,6 +37,13 @@ def start(command: Callable[[list[str]], None]) -> None:
         guarded(lambda: command(argv), "the same command goes on from what was saved")
 
     app.run(go_on, flags_parser=parse)
+
+
+def config_name() -> str:
+    """Of `--config=configs/NAME.py:VARIANT`, NAME_VARIANT or NAME: of a run folder."""
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    file, _, variant = name.partition(":")
+    return "_".join(filter(None, [Path(file).stem, variant]))
 
 
 def reason(error: Exception) -> str:

@@ -129,6 +129,30 @@ def claim(
     return record["resolved"]
 
 
+def claim_results(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Notes in settings.json what the rows in a folder of results depend on.
+
+    What was not given before, or is not now, is no difference.
+
+    Raises:
+      InputError: if there are rows of other settings.
+    """
+    path = folder / "settings.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    differing = [
+        f"  {name}: {before[name]!r} there, {settings[name]!r} here"
+        for name in sorted(before.keys() & settings.keys())
+        if before[name] != settings[name]
+    ]
+    if differing:
+        raise InputError(
+            f"{folder} has results of other settings:\n"
+            + "\n".join(differing)
+            + "\ngive another folder"
+        )
+    write_json(path, before | plain(settings))
+
+
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings as they come back from JSON."""
     return json.loads(json.dumps(config))

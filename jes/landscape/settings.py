@@ -18,7 +18,7 @@ def default() -> ConfigDict:
     config.probe.pool = 320  # P, training prompts, the same for all models
     config.probe.pool_seed = 0
     config.probe.fresh = 320  # other training prompts, to score winners anew on
-    config.probe.sham_temperature = 0.0  # of the sham's answers, if above 0
+    config.probe.sham_temperature = 0.7  # of the sham, the model sampling; 0 for none
 
     # Curvature at the model: of the smoothed reward, and of a differentiable surrogate.
     config.curvature = ConfigDict()

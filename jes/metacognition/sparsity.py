@@ -27,7 +27,6 @@ with more shares or runs.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,9 +44,9 @@ from jes.errors import InputError
 from jes.evaluate import load_model, make_examiner
 from jes.export import load_base, read_ledger
 from jes.io.command_line import at_least, guarded
-from jes.io.metrics import finite, keep_rows, read_rows, write_json
+from jes.io.metrics import finite, keep_rows, read_rows
 from jes.io.progress import console
-from jes.io.runs import alone, recorded
+from jes.io.runs import alone, claim_results, recorded
 from jes.metacognition.answers import Answers, collect
 from jes.metacognition.masks import (
     exclude,
@@ -243,28 +242,6 @@ def row_of(answers: Answers) -> dict[str, Any]:
     return metrics | {k: "".join(map(str, v.astype(int))) for k, v in bits.items()}
 
 
-def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Notes what the rows in a folder depend on.
-
-    Raises:
-      InputError: if there are rows of other settings. A run that was not given before,
-        or is not now, is no difference.
-    """
-    path = out / "settings.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    differing = [
-        f"  {name}: {before[name]!r} there, {settings[name]!r} here"
-        for name in sorted(before.keys() & settings.keys())
-        if before[name] != settings[name]
-    ]
-    if differing:
-        lines = "\n".join(differing)
-        raise InputError(
-            f"{out} has results of other settings:\n{lines}\ngive another --out"
-        )
-    write_json(path, before | settings)
-
-
 def examiner_of(
     args: argparse.Namespace, base: Pretrained, config: dict[str, Any], dtype: str
 ) -> Examiner:
@@ -304,7 +281,7 @@ def study(args: argparse.Namespace) -> None:
             more[name], settings[name] = load_more(
                 folder, base.params, args.exclude, shuffled=name == "walk"
             )
-    claim(args.out, settings)
+    claim_results(args.out, settings)
     parts = parts_of(delta, args.seed, **more)
     path = args.out / "results.jsonl"
     size = args.batch_size

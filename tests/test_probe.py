@@ -1,0 +1,208 @@
+"""`python -m jes.probe` on a random model: what it leaves, goes on from and refuses."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from small_run import rows, run_jobs, write_model
+
+import jes
+from jes.ask import Examiner, answer_each, ask, prepare
+from jes.core.noise import Noise
+from jes.landscape import settings
+from jes.landscape.probe_report import from_hex
+from jes.landscape.probes import best_of
+from jes.probe import to_hex
+from jes.tasks import load_task
+
+
+def get_config(model: str) -> ConfigDict:
+    """Eight candidates at two σ on a handful of prompts."""
+    config = settings.default()
+    config.models = (model,)
+    config.task = "tiny/max"
+    config.buckets = (32,)
+    config.eval_batch = 8
+    config.chunk = 3
+    config.probe.sigmas = (0.1, 0.5)
+    config.probe.candidates = 8
+    config.probe.batches = 2
+    config.probe.pool = 10
+    config.probe.fresh = 10
+    return config
+
+
+def command(model: Path, workdir: Path, *changes: str) -> list[str]:
+    return [
+        "jes.probe",
+        f"--config={__file__}:{model}",
+        f"--workdir={workdir}",
+        *(f"--config.{change}" for change in changes),
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder of a probe, one that was stopped and went on, and what others said."""
+    folder = tmp_path_factory.mktemp("probe")
+    model = write_model(folder / "model")
+    stopped = {"at": "jes.probe:append_row", "call": 20, "do": "SIGKILL"}
+    asked = {"at": "jes.probe:append_row", "call": 9, "do": "SIGINT"}
+    jobs = [
+        {"argv": command(model, folder / "whole")},
+        {"argv": command(model, folder / "parts"), "fault": stopped},
+    ]
+    more = [
+        {"argv": command(model, folder / "parts"), "fault": asked},
+        {"argv": command(model, folder / "whole", "probe.pool=5")},
+        {"argv": command(model, folder / "small", "probe.candidates=4")},
+        {"argv": command(model, folder / "big", "probe.fresh=100000")},
+        {"argv": command(model, folder / "none", "probe.sigmas=(0.1, -1.0)")},
+        {"argv": command(folder / "absent", folder / "none")},
+    ]
+    last = [
+        {"argv": command(model, folder / "parts")},
+        {"argv": command(model, folder / "parts", "probe.batches=1")},
+    ]
+    first, killed = run_jobs(jobs, folder / "cache")
+    rest = run_jobs(more, folder / "cache")
+    end = run_jobs(last, folder / "cache")
+    return folder, first, killed, rest, end
+
+
+def test_what_a_probe_leaves(runs):
+    folder, first, *_ = runs
+    assert first["status"] == 0, first["stderr"]
+    found = rows(folder / "whole" / "candidates.jsonl")
+    assert len(found) == 1 + 2 * 2 * 8 + 8  # itself, batches, sham
+    assert (folder / "whole" / "probe.png").stat().st_size > 10_000
+    results = json.loads((folder / "whole" / "probe.json").read_text())["results"]
+    assert [one["sigma"] for one in results] == [0.1, 0.5, "sham"]
+    assert "best of 5" in first["stdout"]
+    # The table is of the rows.
+    base = from_hex(found[0]["right"], 20)
+    gains = [
+        from_hex(row["right"], 20)[:10].mean() - base[:10].mean()
+        for row in found
+        if (row["sigma"], row["batch"]) == (0.5, 1)
+    ]
+    other = [
+        from_hex(row["right"], 20)[:10].mean() - base[:10].mean()
+        for row in found
+        if (row["sigma"], row["batch"]) == (0.5, 0)
+    ]
+    mean = (best_of(np.array(gains), 5)[0] + best_of(np.array(other), 5)[0]) / 2
+    assert results[1]["best"][0] == pytest.approx(mean)
+    assert results[1]["mean"] == pytest.approx(np.mean(gains + other))
+
+
+def test_a_candidate_is_the_perturbed_model(runs):
+    folder, *_ = runs
+    pretrained = jes.load(folder / "model")
+    task = load_task("tiny/max")
+    examiner = Examiner(
+        model=pretrained.model,
+        tokenizer=pretrained.tokenizer,
+        task=task,
+        eos_ids=pretrained.eos_ids,
+        buckets=(32,),
+    )
+    chosen = np.random.default_rng(0).choice(len(task.train), 20, replace=False)
+    key = jax.random.fold_in(jax.random.key(0), 2 + 1)  # batch 1
+    member = jes.perturb(pretrained.params, jax.random.fold_in(key, 3), 0.5)
+    prompts = [pretrained.tokenizer.encode(task.prompt(task.train[i])) for i in chosen]
+    answers = jes.generate(
+        pretrained.model,
+        member,
+        prompts,
+        task.max_new_tokens,
+        eos_ids=pretrained.eos_ids,
+    )
+    right = [
+        task.reward(task.train[i], pretrained.tokenizer.decode(answer)).correct
+        for i, answer in zip(chosen, answers, strict=True)
+    ]
+    (row,) = (
+        row
+        for row in rows(folder / "whole" / "candidates.jsonl")
+        if (row["sigma"], row["batch"], row["candidate"]) == (0.5, 1, 3)
+    )
+    assert from_hex(row["right"], 20).tolist() == right
+    assert examiner.task.name == "tiny/max"
+
+
+def test_stopped_at_any_moment_it_goes_on(runs):
+    folder, _, killed, (interrupted, *_), (ended, _) = runs
+    assert killed["status"] == -9
+    assert interrupted["status"] == 130
+    assert "goes on" in interrupted["stdout"]
+    assert ended["status"] == 0, ended["stderr"]
+    whole, parts = (
+        {
+            (row["sigma"], row["batch"], row["candidate"]): row
+            for row in rows(folder / name / "candidates.jsonl")
+        }
+        for name in ("whole", "parts")
+    )
+    assert whole == parts
+    assert len(rows(folder / "parts" / "candidates.jsonl")) == len(whole)
+
+
+def test_what_the_user_got_wrong_is_said(runs):
+    *_, (_, other, few, many, negative, absent), (_, fewer) = runs
+    for result, said in (
+        (other, "pool: 10 there, 5 here"),
+        (few, "probe.candidates must be at least 5: 4"),
+        (many, "training examples of tiny/max"),
+        (negative, "probe.sigmas: sigma must be positive"),
+        (absent, "absent"),
+    ):
+        assert result["status"] == 2, result
+        assert said in result["stderr"]
+        assert "Traceback" not in result["stderr"]
+    assert fewer["status"] == 0  # of what has been asked, a part
+    assert "8 candidates x 1 batches" in fewer["stdout"]
+
+
+def test_bits_come_back():
+    bits = np.random.default_rng(0).random(33) < 0.5
+    np.testing.assert_array_equal(from_hex(to_hex(bits), 33), bits)
+
+
+@pytest.mark.parametrize("mode", ["generate", "likelihood"])
+def test_single_answers_are_those_that_a_score_is_of(mode):
+    pretrained = jes.load("tiny")
+    task = load_task("tiny/rules")
+    examiner = Examiner(
+        model=pretrained.model,
+        tokenizer=pretrained.tokenizer,
+        task=task,
+        eos_ids=pretrained.eos_ids,
+        mode=mode,
+    )
+    questions = prepare(examiner, task.train[:10])
+    key, noise = jax.random.key(5), Noise(sigma=0.02)
+    scores = ask(
+        examiner, pretrained.params, key, questions, noise=noise, population=3, chunk=3
+    )
+    answered = answer_each(
+        examiner,
+        pretrained.params,
+        key,
+        questions,
+        np.arange(3),
+        noise=noise,
+        batch_size=4,
+    )
+    np.testing.assert_allclose(answered.right.mean(-1), scores.accuracy)
+    assert answered.said.shape[:2] == (3, 10)
+    itself = answer_each(
+        examiner, pretrained.params, key, questions, np.arange(2), noise=None
+    )
+    assert (itself.said[0] == itself.said[1]).all()
+    assert (itself.said[0] != answered.said[0]).any()
+    assert jnp.isfinite(scores.reward).all()
