@@ -29,6 +29,8 @@ KL_ROWS = 8
 @contextmanager
 def writing(workdir: Path, done: int) -> Iterator[Writer]:
     """The metrics files, cut back to what happened before `done` generations."""
+    # Its presence says that the run is complete: one that was is to go on here.
+    (workdir / "summary.json").unlink(missing_ok=True)
     keep_rows(workdir / "metrics.jsonl", lambda row: row["generation"] < done)
     for name in ("evaluations", "distances"):
         keep_rows(workdir / f"{name}.jsonl", lambda row: row["generation"] <= done)
@@ -178,10 +180,7 @@ def finished(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]
         return None
     summary = json.loads(path.read_text())
     check_length(workdir, summary["generations"], config.generations)
-    if summary["generations"] < config.generations:
-        path.unlink()  # its presence says that the run is complete
-        return None
-    return summary
+    return summary if summary["generations"] == config.generations else None
 
 
 def check_length(workdir: Path, done: int, generations: int) -> None:

@@ -335,6 +335,9 @@ def test_a_stopped_run_ends_the_same_to_the_bit(
         assert timeless(workdir / name) == timeless(whole / name)
     name = "model/model.safetensors"
     assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+    with pytest.raises(InputError, match="over generations=8, which its learning"):
+        train.run(config_of(small_model, generations=9), workdir)
+    assert (workdir / "summary.json").exists()  # what was refused has changed nothing
 
 
 def test_without_an_anchor_nothing_is_measured(

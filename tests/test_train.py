@@ -279,6 +279,36 @@ def test_antithetic_pairs_train_and_replay(run_toy: Callable) -> None:
     assert rows(workdir / "metrics.jsonl")[-1]["displacement_norm"] > 0
 
 
+def test_halved_rates_train_and_replay(run_toy: Callable, small_model: Path) -> None:
+    """Steps of half the length after two generations; the rebuilt weights know it."""
+    workdir = run_toy(
+        vowels, generations=4, alpha_half_life=2, sigma_half_life=3, eval_train=True
+    )
+    from jes.export import rebuild
+
+    ledger = ledgers.read(workdir / "ledger.jsonl")
+    assert fingerprint(rebuild(ledger).params) == outcome(workdir).fingerprint
+    settings = [evolution(workdir).at(generation) for generation in range(4)]
+    assert [each.alpha for each in settings] == [0.1, 0.1, 0.05, 0.05]
+    assert [each.sigma for each in settings] == [0.1, 0.1, 0.1, 0.05]
+    d = sum(leaf.size for leaf in jax.tree.leaves(jes.load(small_model).params))
+    last = rows(workdir / "metrics.jsonl")[-1]
+    law = (d / 4 * (2 * 0.1**2 + 2 * 0.05**2)) ** 0.5
+    assert last["displacement_norm_drift"] == pytest.approx(law)
+    assert last["displacement_norm"] == pytest.approx(law, rel=0.1)
+    evaluated = {
+        row["task"]: row["examples"] for row in rows(workdir / "evaluations.jsonl")
+    }
+    assert evaluated == {"toy": 16, "toy (train)": 48}
+
+
+def test_replayed_residuals_need_constant_rates(small_model: Path) -> None:
+    config = get_config(str(small_model))
+    config.rounding, config.alpha_half_life = "replay", 10
+    with pytest.raises(InputError, match="constant alpha and sigma"):
+        setup.make_evolution(config)
+
+
 def test_bfloat16_answers_of_a_float32_master(
     run_toy: Callable, small_model: Path
 ) -> None:
