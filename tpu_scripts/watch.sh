@@ -1,0 +1,116 @@
+#!/bin/sh
+# Keeps a run going through preemptions, from a machine that stays.
+set -eu
+HERE=$(CDPATH="" cd -- "$(dirname -- "$0")" && pwd)
+# shellcheck source=tpu_scripts/common.sh
+. "$HERE/common.sh"
+
+usage 'usage: watch.sh [--config.NAME=VALUE ...]
+Looks every POLL_SECONDS at the TPU and the run until the run has finished. A TPU that
+was taken away is deleted and asked for again, jes is installed, and the run goes on
+from what is in BUCKET; so does a run that has crashed. Gives up after TRIES starts
+without progress, and where the settings are wrong. The TPU is left: delete.sh.' "$@"
+check_tpu_settings
+check_flags "$@"
+[ -n "$BUCKET" ] || fail 2 'BUCKET is not set: without it a run ends with its TPU'
+
+tries=0 # starts since the ledger grew
+most=0  # generations that were seen in it
+lost=0  # looks in a row that failed
+
+attempt() {
+  tries=$((tries + 1))
+  [ "$tries" -le "$TRIES" ] || fail 1 "$TRIES starts without progress: see logs.sh"
+}
+
+# again FLAG...: deletes what is left of the TPU, and starts on a new one.
+again() {
+  attempt
+  sh "$HERE/delete.sh" && begin "$@"
+}
+
+# begin FLAG...: from wherever the request for a TPU is to the run.
+begin() {
+  status=0
+  sh "$HERE/create.sh" || status=$?
+  case $status in
+    0) ;;
+    3) return 0 ;; # not yet
+    *) return 1 ;;
+  esac
+  sh "$HERE/setup.sh" && sh "$HERE/run.sh" "$@"
+}
+
+# look FLAG...: at the run on a TPU that is there.
+look() {
+  said=$(status_of 0) || return 1
+  # Of the last line: a word, the exit status, generations.
+  said=$(printf '%s\n' "$said" | tail -n 1)
+  word=${said%% *} rows=${said##* } code=${said#* } code=${code%% *}
+  is_number "$rows" || return 1
+  if [ "$rows" -gt "$most" ]; then
+    most=$rows
+    tries=0
+  fi
+  case $word in
+    running) say "running, $rows generations" ;;
+    finished)
+      on 0 save || return 1
+      say "finished after $rows generations: $BUCKET/$RUN"
+      exit 0
+      ;;
+    none)
+      attempt
+      say 'not started here yet'
+      sh "$HERE/setup.sh" && sh "$HERE/run.sh" "$@"
+      ;;
+    stopped)
+      [ "$code" != 2 ] || fail 2 'the settings or the data are wrong: see logs.sh'
+      attempt
+      say "ended with exit status $code after $rows generations: starting it again"
+      # Other workers may still wait for the one that ended.
+      sh "$HERE/stop.sh" && sh "$HERE/run.sh" "$@"
+      ;;
+    *) return 1 ;;
+  esac
+}
+
+# step FLAG...: one look at the TPU, and what follows from it.
+step() {
+  queued_state SUSPENDED || return 1
+  say "$TPU is $STATE"
+  case $STATE in
+    NONE)
+      attempt
+      begin "$@"
+      ;;
+    CREATING | ACCEPTED | PROVISIONING | WAITING_FOR_RESOURCES) begin "$@" ;;
+    FAILED | SUSPENDED) again "$@" ;;
+    SUSPENDING | DELETING) ;; # over soon
+    ACTIVE)
+      # The node is taken away first; the request for it notices later.
+      node_state READY || return 1
+      case $STATE in
+        READY) look "$@" ;;
+        PREEMPTED | TERMINATED | STOPPED | NONE)
+          say "the node is $STATE"
+          again "$@"
+          ;;
+        *) say "the node is $STATE" ;;
+      esac
+      ;;
+    *) return 1 ;;
+  esac
+}
+
+while :; do
+  if step "$@"; then
+    lost=0
+  else
+    lost=$((lost + 1))
+    [ "$lost" -lt "$LOOKS" ] || fail 1 "$LOOKS failures in a row"
+    say "that failed, trying again in $POLL_SECONDS s"
+  fi
+  if dry; then exit 0; fi # one round: the TPU was taken away
+  sleep "$POLL_SECONDS"
+done

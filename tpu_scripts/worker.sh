@@ -1,0 +1,184 @@
+#!/bin/sh
+# What happens on a worker of a TPU; the other scripts call it through ssh.
+set -eu
+HERE=$(CDPATH="" cd -- "$(dirname -- "$0")" && pwd)
+# shellcheck source=tpu_scripts/common.sh
+. "$HERE/common.sh"
+
+usage 'usage: worker.sh COMMAND
+  install            jes and what it needs, in .venv
+  start [FLAG...]    the run, detached; says so if it is running
+  status             none, running, stopped or finished; exit status; generations
+  stop               the run, after it has saved
+  save               copies the run folder to BUCKET (the first worker alone does)
+  logs LINES         the last lines, each after the name of the worker
+  follow LINES       them and what comes
+The run is in runs/RUN, its log beside it in runs/RUN.log.' "$@"
+check_settings
+cd "$HERE/.."
+
+workdir=runs/$RUN
+there=$BUCKET/$RUN
+log=runs/$RUN.log
+notes=runs/$RUN.worker # lock, process ids, exit status
+python=.venv/bin/python
+
+install() {
+  if ! "$python" -m pip --version >/dev/null 2>&1; then
+    run rm -rf .venv
+    if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+      run python3 -m venv .venv
+    else
+      run python3 -m pip install --quiet --user uv
+      run python3 -m uv venv --quiet --seed --python "$PYTHON_VERSION" .venv
+    fi
+  fi
+  run "$python" -m pip install --quiet --editable ".[$EXTRA]"
+}
+
+# Whether this worker's run folder is the one that counts: JAX's process 0 is found so.
+first() {
+  attributes=http://metadata.google.internal/computeMetadata/v1/instance/attributes
+  number=${WORKER_NUMBER:-$(curl --fail --silent --show-error \
+    --header 'Metadata-Flavor: Google' "$attributes/agent-worker-number")} ||
+    fail 1 'the number of this worker is not known'
+  [ "$number" = 0 ]
+}
+
+running() {
+  [ -e "$notes/lock" ] && ! flock --nonblock "$notes/lock" true
+}
+
+rows() { # generations in the ledger, which has a header
+  if [ -e "$workdir/ledger.jsonl" ]; then
+    grep -c '^{"generation": [0-9]*, "fitness"' "$workdir/ledger.jsonl" || :
+  else
+    echo 0
+  fi
+}
+
+# Copies the run folder to the bucket, in an order that leaves there a run that can go
+# on wherever it is cut off: the ledger after the small files, and as it was before them;
+# then the checkpoints, without which the ledger is replayed; the summary, which says
+# that all is done, last.
+save() (
+  if [ -z "$BUCKET" ] || [ ! -e "$workdir/config.json" ] || ! first; then
+    return 0
+  fi
+  mkdir -p "$notes"
+  exec 9>"$notes/saving" # one at a time
+  flock 9
+  last='^(ledger[.]jsonl|summary[.]json)$|.*[.]part$'
+  rm -f "$notes/ledger.jsonl"
+  if [ -e "$workdir/ledger.jsonl" ]; then
+    run cp "$workdir/ledger.jsonl" "$notes/ledger.jsonl" || return 1
+  fi
+  run gcloud storage rsync --recursive --exclude="$last|^checkpoints/|^model/" \
+    "$workdir" "$there" || return 1
+  if [ -e "$notes/ledger.jsonl" ]; then
+    run gcloud storage cp "$notes/ledger.jsonl" "$there/ledger.jsonl" || return 1
+  fi
+  run gcloud storage rsync --recursive --exclude="$last" \
+    --delete-unmatched-destination-objects "$workdir" "$there" || return 1
+  if [ -e "$workdir/summary.json" ]; then
+    run gcloud storage cp "$workdir/summary.json" "$there/summary.json"
+  fi
+)
+
+# Takes the run folder from the bucket; the first worker's own, if it has one, is newer.
+restore() {
+  if [ -z "$BUCKET" ]; then return 0; fi
+  if [ -e "$workdir/ledger.jsonl" ] && first; then return 0; fi
+  # Nothing there and not to be read are two things: the second must not start anew.
+  found=$(gcloud storage objects list "$there/*" --format='value(name)' --limit=1) ||
+    fail 1 "$there cannot be read"
+  if [ -n "$found" ]; then
+    mkdir -p "$workdir"
+    gcloud storage rsync --recursive --delete-unmatched-destination-objects \
+      "$there" "$workdir" || fail 1 "$there could not be copied"
+  fi
+}
+
+start() {
+  mkdir -p "$notes"
+  exec 8>"$notes/lock" # held by what we start, to its end
+  if ! flock --nonblock 8; then
+    say "$RUN is running already"
+    return 0
+  fi
+  rm -f "$notes/supervisor" "$notes/child" "$notes/code"
+  restore
+  nohup sh "$HERE/worker.sh" supervise "$@" >>"$log" 2>&1 </dev/null &
+  echo $! >"$notes/supervisor"
+  say "$RUN is started, its log is $(pwd)/$log"
+}
+
+# The run, and copies of its folder while it goes on and when it has ended.
+supervise() {
+  asked=
+  # A session of its own, so that a signal reaches it once, through us.
+  setsid "$python" -m jes.train --config="$CONFIG" --workdir="$workdir" "$@" &
+  child=$!
+  trap 'asked=1; kill -TERM "$child" 2>/dev/null || :' TERM INT HUP
+  echo "$child" >"$notes/child"
+  while sleep "$SYNC_SECONDS" && kill -0 $$ 2>/dev/null; do
+    save || say 'the copy to the bucket failed, trying again later'
+  done 8>&- &
+  saver=$!
+  code=0
+  wait "$child" || code=$?
+  # A signal to us ends `wait`, too, and once.
+  while kill -0 "$child" 2>/dev/null; do
+    code=0
+    wait "$child" || code=$?
+  done
+  kill "$saver" 2>/dev/null || :
+  save || say 'the last copy to the bucket failed'
+  say "ended with exit status $code${asked:+, as asked}"
+  echo "$code" >"$notes/code"
+}
+
+status() {
+  if running; then
+    echo "running 0 $(rows)"
+  elif [ -e "$workdir/summary.json" ]; then
+    echo "finished 0 $(rows)"
+  elif [ -e "$notes/supervisor" ]; then
+    echo "stopped $(cat "$notes/code" 2>/dev/null || echo 1) $(rows)"
+  else
+    echo "none 0 $(rows)"
+  fi
+}
+
+stop() {
+  if ! running; then
+    say "$RUN is not running"
+    save
+    return
+  fi
+  say "stopping $RUN"
+  kill -TERM "$(cat "$notes/supervisor")" || :
+  if ! flock --wait "$STOP_SECONDS" "$notes/lock" true; then
+    say "$RUN is killed after $STOP_SECONDS s"
+    kill -KILL "-$(cat "$notes/child")" 2>/dev/null || :
+    flock --wait "$STOP_SECONDS" "$notes/lock" true
+  fi
+}
+
+[ $# -gt 0 ] || fail 2 'needs a command (-h for help)'
+command=$1
+shift
+case $command in
+  install | status | stop | save) no_arguments "$@" ;;
+  start | supervise) check_flags "$@" ;;
+  logs | follow)
+    [ $# -eq 1 ] || fail 2 "$command needs a number of lines"
+    require is_number 'a whole number' LINES "$1"
+    ;;
+  *) fail 2 "there is no command '$command' (-h for help)" ;;
+esac
+case $command in
+  logs) tail -n "$1" "$log" | sed "s/^/$(hostname): /" ;;
+  follow) exec tail -n "$1" -f "$log" ;;
+  *) "$command" "$@" ;;
+esac
