@@ -87,7 +87,6 @@ check_settings() {
 }
 
 check_tpu_settings() {
-  check_settings
   [ -n "$PROJECT" ] || fail 2 'PROJECT is not set: PROJECT=my-project sh ...'
   case $TPU in
     '' | [!a-z]* | *[!a-z0-9-]* | *-)
@@ -95,6 +94,7 @@ check_tpu_settings() {
       ;;
   esac
   [ -n "$FOLDER" ] || fail 2 'FOLDER is empty: it is the name of a folder there'
+  check_settings
 }
 
 # The flags of jes.train that a run is given beside its variables.

@@ -7,7 +7,7 @@ HERE=$(CDPATH="" cd -- "$(dirname -- "$0")" && pwd)
 
 usage 'usage: create.sh
 Asks for the TPU as a queued resource and waits until it is ACTIVE. If it exists, that
-is said. Exit status: 0 ACTIVE, 1 it cannot be had, 3 not yet (run it again to wait on).' "$@"
+is said. Exit status: 0 ACTIVE, 1 it cannot be had, 3 not yet (again: waits on).' "$@"
 no_arguments "$@"
 check_tpu_settings
 

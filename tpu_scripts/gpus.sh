@@ -29,7 +29,7 @@ if dry; then
   exit 0
 fi
 
-command -v "$PYTHON" >/dev/null || fail 2 "there is no $PYTHON: make tiny, or PYTHON=..."
+command -v "$PYTHON" >/dev/null || fail 2 "there is no $PYTHON: set PYTHON"
 
 asked=
 child=

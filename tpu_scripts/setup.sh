@@ -7,15 +7,15 @@ HERE=$(CDPATH="" cd -- "$(dirname -- "$0")" && pwd)
 
 usage 'usage: setup.sh
 Copies this checkout (what git tracks, with your changes) to all workers, or clones
-REPOSITORY there, and installs it in FOLDER/.venv. Again, it brings them up to date.' "$@"
+REPOSITORY there, and installs it in FOLDER/.venv. Again: brings them up to date.' "$@"
 no_arguments "$@"
 check_tpu_settings
 
 from_git() {
   # The remote shell reads this; the values come as its arguments.
   # shellcheck disable=SC2016
-  script='mkdir -p "$1"; cd "$1"; git init --quiet; git fetch --quiet --depth=1 "$2" "$3"'
-  remote all sh -ec "$script; git checkout --quiet --detach FETCH_HEAD" \
+  fetch='mkdir -p "$1"; cd "$1"; git init -q; git fetch -q --depth=1 "$2" "$3"'
+  remote all sh -ec "$fetch; git checkout -q --detach FETCH_HEAD" \
     sh "$FOLDER" "$REPOSITORY" "$REVISION"
 }
 

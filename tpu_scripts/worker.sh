@@ -58,9 +58,9 @@ rows() { # generations in the ledger, which has a header
 }
 
 # Copies the run folder to the bucket, in an order that leaves there a run that can go
-# on wherever it is cut off: the ledger after the small files, and as it was before them;
-# then the checkpoints, without which the ledger is replayed; the summary, which says
-# that all is done, last.
+# on wherever it is cut off: the ledger after the small files, as it was before them;
+# then the checkpoints, without which the ledger is replayed; the summary last, if all
+# was done before we began.
 save() (
   if [ -z "$BUCKET" ] || [ ! -e "$workdir/config.json" ] || ! first; then
     return 0
@@ -69,6 +69,8 @@ save() (
   exec 9>"$notes/saving" # one at a time
   flock 9
   last='^(ledger[.]jsonl|summary[.]json)$|.*[.]part$'
+  finished=
+  [ ! -e "$workdir/summary.json" ] || finished=1
   rm -f "$notes/ledger.jsonl"
   if [ -e "$workdir/ledger.jsonl" ]; then
     run cp "$workdir/ledger.jsonl" "$notes/ledger.jsonl" || return 1
@@ -80,7 +82,7 @@ save() (
   fi
   run gcloud storage rsync --recursive --exclude="$last" \
     --delete-unmatched-destination-objects "$workdir" "$there" || return 1
-  if [ -e "$workdir/summary.json" ]; then
+  if [ -n "$finished" ]; then
     run gcloud storage cp "$workdir/summary.json" "$there/summary.json"
   fi
 )
