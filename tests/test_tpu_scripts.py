@@ -35,8 +35,8 @@ class Place:
         for name, text in {
             "gcloud": f'exec {python} "$@"',
             "python3": (HERE / "imitations/python3.sh").read_text(),
-            # A second is a fifth of one.
-            "sleep": f'case $1 in *.*) ;; *) set -- 0.2 ;; esac; exec {sleep} "$1"',
+            # A second is a tenth of one.
+            "sleep": f'case $1 in *.*) ;; *) set -- "0.$1" ;; esac; exec {sleep} "$1"',
             "srun": note + '; shift 2; exec "$@"',
             "scontrol": note,
         }.items():
@@ -52,7 +52,7 @@ class Place:
             "PROJECT": "my project",
             "BUCKET": "gs://bucket/some runs",
             "POLL_SECONDS": "1",
-            "SYNC_SECONDS": "1",
+            "SYNC_SECONDS": "5",
             "PAUSE_SECONDS": "1",
             "PYTHON": str(programs / "python3"),
         }
@@ -70,7 +70,7 @@ class Place:
 
     def run(self, script: str, *arguments: str, **env: str) -> tuple[int, str]:
         """The exit status of a script, and all that it prints."""
-        status = self.start(script, *arguments, **env).wait(timeout=30)
+        status = self.start(script, *arguments, **env).wait(timeout=60)
         return status, (self.root / f"{script}.out").read_text()
 
     def dry(self, script: str, *arguments: str, **env: str) -> list[list[str]]:
@@ -87,12 +87,12 @@ class Place:
         return [shlex.split(line) for line in lines if " describe " not in line]
 
     def steps(self) -> list[str]:
-        """What was called, without flags: 'queued-resources create', 'start', ..."""
-        return [step(call) for call in self.calls()]
+        """What was called, as 'queued-resources create' or 'start', but for copies."""
+        return [step(call) for call in self.calls() if call[1] != "storage"]
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Waits until something is so."""
-        until = time.monotonic() + 15
+        until = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < until
             time.sleep(0.01)
@@ -191,7 +191,7 @@ def test_help(place: Place, script: str) -> None:
         ("create.sh", [], {"TPU": "My TPU"}, "TPU must be lower-case letters"),
         ("create.sh", [], {"SPOT": "yes"}, "SPOT must be 0 or 1, not 'yes'"),
         ("create.sh", [], {"WAIT_SECONDS": "2h"}, "WAIT_SECONDS must be a whole"),
-        ("delete.sh", ["-f"], {}, "takes no arguments, not '-f'"),
+        ("delete.sh", ["all"], {}, "takes no arguments, not 'all'"),
         ("setup.sh", ["."], {}, "takes no arguments, not '.'"),
         ("stop.sh", ["all"], {}, "takes no arguments, not 'all'"),
         ("run.sh", ["seed=1"], {}, "not a flag of jes.train: 'seed=1'"),
@@ -346,6 +346,27 @@ def test_delete_is_idempotent(place: Place) -> None:
     assert "jes does not exist" in out
 
 
+def test_delete_keeps_a_run_that_is_nowhere_else(place: Place) -> None:
+    place.make_tpu()
+    (place.root / "limit").write_text("2")
+    assert place.run("run.sh")[0] == 0
+    place.wait_for(lambda: len(place.rows("home/0/jes/runs/jes")) == 2)
+    status, out = place.run("delete.sh", BUCKET="")
+    assert (status, place.steps()[-1]) == (1, "start")
+    assert "BUCKET is not set" in out
+    assert place.run("delete.sh")[0] == 0
+    assert place.steps()[-1] == "queued-resources delete"
+    assert place.trained().count("stopped") == 2
+    assert place.rows("buckets/bucket/some runs/jes") == [0, 1]
+    place.make_tpu()
+    shutil.rmtree(place.root / "home/0/jes/tpu_scripts")
+    status, out = place.run("delete.sh")
+    assert (status, place.steps()[-1]) == (1, "stop")
+    assert "the run could not be stopped: delete.sh -f" in out
+    assert place.run("delete.sh", "-f")[0] == 0
+    assert place.steps()[-1] == "queued-resources delete"
+
+
 def test_run_is_idempotent_stops_and_goes_on(place: Place) -> None:
     place.make_tpu()
     (place.root / "limit").write_text("3")
@@ -365,7 +386,9 @@ def test_run_is_idempotent_stops_and_goes_on(place: Place) -> None:
 
     (place.root / "limit").write_text("8")
     assert place.run("run.sh", "--config.x=a b")[0] == 0
-    place.wait_for((place.root / bucket / "summary.json").exists)
+    codes = [place.root / f"home/{i}/jes/runs/jes.worker/code" for i in "01"]
+    place.wait_for(lambda: all(path.exists() for path in codes))
+    assert (place.root / bucket / "summary.json").exists()
     assert place.rows(bucket) == list(range(8))
     flags = "--config=configs/arc_c.py --workdir=runs/jes --distributed --config.x=a b"
     starts = [line for line in place.trained() if line != "stopped"]
@@ -444,6 +467,39 @@ def test_watch_outlives_a_failing_network(place: Place) -> None:
     assert "3 failures in a row" in out
 
 
+def test_dry_worker(place: Place) -> None:
+    there, here = "gs://bucket/some runs/r", "runs/r"
+    rsync = ["gcloud", "storage", "rsync", "--recursive"]
+    last = "^(ledger[.]jsonl|summary[.]json)$|.*[.]part$"
+    ledger = "runs/r.worker/ledger.jsonl"
+    assert place.dry("worker.sh", "save", RUN="r") == [
+        ["cp", "runs/r/ledger.jsonl", ledger],
+        [*rsync, f"--exclude={last}|^checkpoints/|^model/", here, there],
+        ["gcloud", "storage", "cp", ledger, f"{there}/ledger.jsonl"],
+        [
+            *[*rsync, f"--exclude={last}", "--delete-unmatched-destination-objects"],
+            *[here, there],
+        ],
+        ["gcloud", "storage", "cp", f"{here}/summary.json", f"{there}/summary.json"],
+    ]
+    assert place.dry("worker.sh", "start", "--config.x=a b", RUN="r") == [
+        [
+            *["gcloud", "storage", "objects", "list", f"{there}/*"],
+            *["--format=value(name)", "--limit=1"],
+        ],
+        ["rm", "-rf", "runs/r.part"],
+        ["mkdir", "-p", "runs/r.part"],
+        [*rsync, there, "runs/r.part"],
+        ["rm", "-rf", here],
+        ["mv", "runs/r.part", here],
+        [
+            *[".venv/bin/python", "-m", "jes.train", "--config=configs/arc_c.py"],
+            *[f"--workdir={here}", "--config.x=a b"],
+        ],
+    ]
+    assert not (place.checkout / "runs").exists()
+
+
 def test_worker_has_a_newer_python_where_needed(place: Place) -> None:
     (place.root / "old_python").touch()
     status, out = place.run("worker.sh", "install", DRY_RUN="1", EXTRA="cuda13")
@@ -479,7 +535,7 @@ def test_gpus_passes_a_signal_on_once(place: Place) -> None:
     script = place.start("gpus.sh", RUN="r")
     place.wait_for(lambda: len(place.rows("a checkout/runs/r")) == 2)
     script.terminate()
-    assert script.wait(timeout=10) == 143
+    assert script.wait(timeout=60) == 143
     assert place.trained()[1:] == ["stopped"]
 
 
@@ -489,7 +545,7 @@ def test_slurm_queues_itself_again_when_its_time_is_over(place: Place) -> None:
     script = place.start("slurm.sbatch", **job)
     place.wait_for(lambda: len(place.rows("a checkout/runs/r")) == 2)
     script.terminate()
-    assert script.wait(timeout=10) == 143
+    assert script.wait(timeout=60) == 143
     assert place.trained()[1:] == ["stopped"]
     assert place.calls()[-1] == ["scontrol", "requeue", "17"]
     (place.root / "limit").write_text("8")

@@ -49,9 +49,9 @@ running() {
   [ -e "$notes/lock" ] && ! flock --nonblock "$notes/lock" true
 }
 
-rows() { # generations in the ledger, which has a header
-  if [ -e "$workdir/ledger.jsonl" ]; then
-    grep -c '^{"generation": [0-9]*, "fitness"' "$workdir/ledger.jsonl" || :
+rows() { # generations, or steps
+  if [ -e "$workdir/metrics.jsonl" ]; then
+    wc -l <"$workdir/metrics.jsonl"
   else
     echo 0
   fi
@@ -62,23 +62,25 @@ rows() { # generations in the ledger, which has a header
 # then the checkpoints, without which the ledger is replayed; the summary last, if all
 # was done before we began.
 save() (
-  if [ -z "$BUCKET" ] || [ ! -e "$workdir/config.json" ] || ! first; then
-    return 0
+  if [ -z "$BUCKET" ]; then return 0; fi
+  if ! dry; then
+    if [ ! -e "$workdir/config.json" ] || ! first; then return 0; fi
+    mkdir -p "$notes"
+    exec 9>"$notes/saving" # one at a time
+    flock 9
   fi
-  mkdir -p "$notes"
-  exec 9>"$notes/saving" # one at a time
-  flock 9
   last='^(ledger[.]jsonl|summary[.]json)$|.*[.]part$'
   finished=
-  [ ! -e "$workdir/summary.json" ] || finished=1
-  rm -f "$notes/ledger.jsonl"
-  if [ -e "$workdir/ledger.jsonl" ]; then
-    run cp "$workdir/ledger.jsonl" "$notes/ledger.jsonl" || return 1
+  ledger=
+  if dry || [ -e "$workdir/summary.json" ]; then finished=1; fi
+  if dry || [ -e "$workdir/ledger.jsonl" ]; then
+    ledger=$notes/ledger.jsonl
+    run cp "$workdir/ledger.jsonl" "$ledger" || return 1
   fi
   run gcloud storage rsync --recursive --exclude="$last|^checkpoints/|^model/" \
     "$workdir" "$there" || return 1
-  if [ -e "$notes/ledger.jsonl" ]; then
-    run gcloud storage cp "$notes/ledger.jsonl" "$there/ledger.jsonl" || return 1
+  if [ -n "$ledger" ]; then
+    run gcloud storage cp "$ledger" "$there/ledger.jsonl" || return 1
   fi
   run gcloud storage rsync --recursive --exclude="$last" \
     --delete-unmatched-destination-objects "$workdir" "$there" || return 1
@@ -90,18 +92,28 @@ save() (
 # Takes the run folder from the bucket; the first worker's own, if it has one, is newer.
 restore() {
   if [ -z "$BUCKET" ]; then return 0; fi
-  if [ -e "$workdir/ledger.jsonl" ] && first; then return 0; fi
+  if ! dry && [ -e "$workdir/config.json" ] && first; then return 0; fi
   # Nothing there and not to be read are two things: the second must not start anew.
-  found=$(gcloud storage objects list "$there/*" --format='value(name)' --limit=1) ||
-    fail 1 "$there cannot be read"
-  if [ -n "$found" ]; then
-    mkdir -p "$workdir"
-    gcloud storage rsync --recursive --delete-unmatched-destination-objects \
-      "$there" "$workdir" || fail 1 "$there could not be copied"
-  fi
+  set -- gcloud storage objects list "$there/*" --format='value(name)' --limit=1
+  found=$(run "$@") || fail 1 "$there cannot be read"
+  if [ -z "$found" ]; then return 0; fi
+  if dry; then printf '%s\n' "$found"; fi
+  # Aside first: half a run folder is none.
+  run rm -rf "$workdir.part"
+  run mkdir -p "$workdir.part"
+  run gcloud storage rsync --recursive "$there" "$workdir.part" ||
+    fail 1 "$there could not be copied"
+  run rm -rf "$workdir"
+  run mv "$workdir.part" "$workdir"
 }
 
 start() {
+  set -- "$python" -m jes.train --config="$CONFIG" --workdir="$workdir" "$@"
+  if dry; then
+    restore
+    quote "$@"
+    return 0
+  fi
   mkdir -p "$notes"
   exec 8>"$notes/lock" # held by what we start, to its end
   if ! flock --nonblock 8; then
@@ -115,11 +127,11 @@ start() {
   say "$RUN is started, its log is $(pwd)/$log"
 }
 
-# The run, and copies of its folder while it goes on and when it has ended.
+# supervise COMMAND...: the run, and copies of its folder in between and in the end.
 supervise() {
   asked=
   # A session of its own, so that a signal reaches it once, through us.
-  setsid "$python" -m jes.train --config="$CONFIG" --workdir="$workdir" "$@" &
+  setsid "$@" &
   child=$!
   trap 'asked=1; kill -TERM "$child" 2>/dev/null || :' TERM INT HUP
   echo "$child" >"$notes/child"
@@ -153,6 +165,11 @@ status() {
 }
 
 stop() {
+  if dry; then
+    run kill -TERM "$notes/supervisor"
+    save
+    return
+  fi
   if ! running; then
     say "$RUN is not running"
     save
@@ -172,7 +189,8 @@ command=$1
 shift
 case $command in
   install | status | stop | save) no_arguments "$@" ;;
-  start | supervise) check_flags "$@" ;;
+  start) check_flags "$@" ;;
+  supervise) ;; # of start alone
   logs | follow)
     [ $# -eq 1 ] || fail 2 "$command needs a number of lines"
     require is_number 'a whole number' LINES "$1"

@@ -21,6 +21,7 @@ case "$1 $2" in
       sleep 0.02
       [ "$rows" -lt "$(cat "$ROOT/limit")" ] || continue
       echo "{\"generation\": $rows, \"fitness\": [0.5]}" >>"$ledger"
+      echo "{\"generation\": $rows}" >>"$folder/metrics.jsonl"
       rows=$((rows + 1))
       rm -f "$folder/checkpoints/"*
       echo "$rows" >"$folder/checkpoints/$rows"
