@@ -37,5 +37,5 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.sigma = config.alpha = 0.02
     config.generations = 40 if variant == "quick" else 120
     config.grpo.learning_rate = 1e-5
-    config.grpo.minibatch = 256
+    config.grpo.minibatch = 250
     return config

@@ -73,9 +73,10 @@ def curves_of(folder: Path, task: str) -> dict[str, list[float]]:
 
 
 def smoothed(values: Sequence[float], width: int = SMOOTH) -> np.ndarray:
-    """Means of `width` neighbours; of fewer at the ends."""
-    sums = np.convolve(values, np.ones(width), "same")
-    return sums / np.convolve(np.ones(len(values)), np.ones(width), "same")
+    """Means of `width` neighbours, an odd number; of fewer at the ends."""
+    beside = width // 2
+    around = [values[max(0, i - beside) : i + beside + 1] for i in range(len(values))]
+    return np.array([np.mean(each) for each in around])
 
 
 def stop_early(values: Sequence[float], patience: int = PATIENCE) -> tuple[int, int]:
