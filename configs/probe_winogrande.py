@@ -38,6 +38,6 @@ def get_config(variant: str | None = None) -> ConfigDict:
         config.task = "tiny/rules"
         config.dtype = "float32"
         config.max_new_tokens = 0
-        config.probe.sigmas = (1e-3, 3e-3, 1e-2, 2e-2, 3e-2)
-        config.probe.batches = 3
+        config.probe.sigmas = (1e-3, 3e-3, 1e-2, 3e-2)
+        config.probe.batches = 2
     return config

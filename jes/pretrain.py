@@ -36,11 +36,12 @@ from jes.tasks.task import Example
 
 SIZES = {
     "nano": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2},
+    "micro": {"hidden_size": 96, "intermediate_size": 264, "num_hidden_layers": 3},
     "tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4},
     "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6},
 }
-"""Sizes by name: about 0.1, 0.75 and 4.4 million parameters."""
-LEARNING_RATE = {"nano": 4e-3, "tiny": 2e-3, "small": 1e-3}
+"""Sizes by name: about 0.1, 0.3, 0.75 and 4.4 million parameters."""
+LEARNING_RATE = {"nano": 4e-3, "micro": 3e-3, "tiny": 2e-3, "small": 1e-3}
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 SPECIAL = (PAD, EOS, UNK, SYSTEM, USER, ASSISTANT)
