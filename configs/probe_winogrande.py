@@ -39,5 +39,6 @@ def get_config(variant: str | None = None) -> ConfigDict:
         config.dtype = "float32"
         config.max_new_tokens = 0
         config.probe.sigmas = (1e-3, 3e-3, 1e-2, 3e-2)
+        config.probe.candidates = 120
         config.probe.batches = 2
     return config
