@@ -1,0 +1,196 @@
+r"""Hops between two optima: noise against a barrier (2602.00170, App. E).
+
+:math:`L(x) = \frac\lambda4 (x^2 - a^2)^2` (Eq. 44) has its minima at ±a and a barrier
+at 0. Descent with noise, :math:`x \leftarrow x - \alpha L'(x) + \alpha\xi` and
+:math:`\xi \sim N(0, \kappa)` (Eq. 38), is a diffusion at the temperature
+:math:`\epsilon = \alpha\kappa/2` (Eq. 40). Barrier over temperature decides: far above
+log T no run hops within T generations, near it a few do, at 1 there are no wells left.
+"""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from jes.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoubleWell:
+    """The wells, and the noise.
+
+    Attributes:
+      stiffness: λ of Eq. (44), positive.
+      minimum: a, positive.
+      alpha: learning rate.
+      kappa: σ²/N of Eq. (38), or 1/N for z-scored fitness: variance of the noise.
+
+    Raises:
+      InputError: for numbers that are not positive.
+    """
+
+    stiffness: float
+    minimum: float
+    alpha: float
+    kappa: float
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not value > 0:
+                raise InputError(f"{name} must be positive, not {value}")
+
+
+def loss(well: DoubleWell, x: ArrayLike) -> np.ndarray:
+    """L(x), of the shape of x (Eq. 44)."""
+    return well.stiffness / 4 * (np.asarray(x) ** 2 - well.minimum**2) ** 2
+
+
+def temperature(well: DoubleWell) -> float:
+    """ε = α κ / 2 (Eq. 40)."""
+    return well.alpha * well.kappa / 2
+
+
+def barrier(well: DoubleWell) -> float:
+    """L(0) - L(a) = λ a⁴ / 4 (Eq. 45)."""
+    return well.stiffness * well.minimum**4 / 4
+
+
+def barrier_ratio(well: DoubleWell) -> float:
+    """Barrier over temperature, λ a⁴ / (2 α κ) (Eq. 48)."""
+    return barrier(well) / temperature(well)
+
+
+def well_variance(well: DoubleWell) -> float:
+    """Variance inside a well, ε / (2 λ a²), for a high barrier (Eq. 50)."""
+    return temperature(well) / (2 * well.stiffness * well.minimum**2)
+
+
+def kramers_time(
+    well_curvature: float, barrier_curvature: float, height: float, epsilon: float
+) -> float:
+    r"""Mean time to leave any well, in units of the diffusion's time (Eq. 41).
+
+    Args:
+      well_curvature: L'' at the minimum.
+      barrier_curvature: L'' at the barrier; its sign does not matter.
+      height: of the barrier.
+      epsilon: temperature, small against the height.
+    """
+    product = well_curvature * abs(barrier_curvature)
+    return 2 * math.pi / math.sqrt(product) * math.exp(height / epsilon)
+
+
+def escape_generations(well: DoubleWell) -> float:
+    """Mean number of generations until a hop, for a high barrier (Eq. 42, 46, 47)."""
+    bend = well.stiffness * well.minimum**2  # L'' is 2 and -1 times that
+    height = barrier(well)
+    return kramers_time(2 * bend, -bend, height, temperature(well)) / well.alpha
+
+
+def passage_generations(well: DoubleWell, points: int = 4001) -> float:
+    r"""Mean number of generations from -a to a, at any barrier, for short steps.
+
+    The first-passage integral of the diffusion, whose limit for high barriers is
+    `escape_generations`: :math:`\frac1{\alpha\epsilon} \int_{-a}^{a} e^{L(y)/\epsilon}
+    \int_{-\infty}^{y} e^{-L(z)/\epsilon}\,dz\,dy`.
+
+    Args:
+      well: the wells.
+      points: of the trapezoidal rule between -a and a.
+    """
+    a, epsilon = well.minimum, temperature(well)
+    # Beyond the left end the density is below exp(-40) of that in the well.
+    reach = math.sqrt(a**2 + math.sqrt(160 * epsilon / well.stiffness)) - a
+    spacing = 2 * a / (points - 1)
+    y = np.arange(-math.ceil(reach / spacing), points) * spacing - a
+    density = np.exp(-loss(well, y) / epsilon)
+    below = np.cumsum(density) - density / 2  # trapezoidal, as density is 0 at its end
+    inside = y >= -a - spacing / 2
+    outer = below[inside] * spacing / density[inside]
+    return float(np.trapezoid(outer, dx=spacing) / (epsilon * well.alpha))
+
+
+def hop_probability(generations: ArrayLike, escape: float) -> np.ndarray:
+    """Share of runs that hop within so many generations (Eq. 43)."""
+    return -np.expm1(-np.asarray(generations, float) / escape)
+
+
+def hopping_kappa(well: DoubleWell, generations: int) -> float:
+    """κ from which hops are to be expected: barrier over temperature = log T (Eq. 49).
+
+    Raises:
+      InputError: for fewer than two generations.
+    """
+    if generations < 2:
+        raise InputError(f"hops need at least two generations, not {generations}")
+    return 2 * barrier(well) / (well.alpha * math.log(generations))
+
+
+def simulate(
+    well: DoubleWell, generations: int, *, key: jax.Array, runs: int
+) -> jax.Array:
+    """Runs from -a (Eq. 38): x after each generation, [runs, T + 1], float32."""
+    step = partial(_step, well)
+    first = jnp.full(runs, -well.minimum, jnp.float32)
+
+    def both(x: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = step(x, key)
+        return x, x
+
+    _, states = jax.lax.scan(both, first, jax.random.split(key, generations))
+    return jnp.concatenate([first[None], states]).T
+
+
+def first_passages(
+    well: DoubleWell, generations: int, *, key: jax.Array, runs: int
+) -> jax.Array:
+    """Generations until each run from -a first reaches a; infinite if it does not.
+
+    Returns:
+      float32 [runs].
+    """
+    step = partial(_step, well)
+    first = jnp.full(runs, -well.minimum, jnp.float32)
+
+    def watch(
+        state: tuple[jax.Array, jax.Array], at: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        x, when = state
+        key, generation = at
+        x = step(x, key)
+        arrived = jnp.where(x >= well.minimum, generation, jnp.inf)
+        return (x, jnp.minimum(when, arrived)), None
+
+    at = (jax.random.split(key, generations), jnp.arange(1.0, generations + 1))
+    (_, when), _ = jax.lax.scan(watch, (first, jnp.full(runs, jnp.inf)), at)
+    return when
+
+
+def mean_passage(times: ArrayLike, generations: int) -> tuple[float, float]:
+    """Mean of exponential times of which some are censored, and its standard error.
+
+    The estimate of largest likelihood: all generations lived over all passages.
+
+    Args:
+      times: [runs], infinite where nothing happened within `generations`.
+      generations: when watching ended.
+
+    Raises:
+      InputError: if no run passed.
+    """
+    times = np.asarray(times, float)
+    passed = np.isfinite(times).sum()
+    if not passed:
+        raise InputError(f"no run of {times.size} passed within {generations}")
+    mean = np.minimum(times, generations).sum() / passed
+    return float(mean), float(mean / math.sqrt(passed))
+
+
+def _step(well: DoubleWell, x: jax.Array, key: jax.Array) -> jax.Array:
+    slope = well.stiffness * x * (x**2 - well.minimum**2)
+    noise = math.sqrt(well.kappa) * jax.random.normal(key, x.shape)
+    return x + well.alpha * (noise - slope)
