@@ -120,7 +120,8 @@ def stationary(ascent: Ascent) -> Stationary:
 
     whose right side falls with S. For short steps (h small) the plateau gap is
     :math:`\alpha d S / (4 N \sigma)`: the linear model's with :math:`S/\sigma` for its
-    :math:`\sigma^2`. With σ it falls, to about :math:`\alpha^2 d \sum\lambda / 8 N^2`.
+    :math:`\sigma^2`. It falls with σ, and while h stays small to
+    :math:`\alpha^2 d \sum\lambda / 8 N^2`.
 
     Raises:
       InputError: for a population below 2, or no curvature at all.
