@@ -1,5 +1,6 @@
 """`python -m jes.probe` on a random model: what it leaves, goes on from and refuses."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from jes.core.noise import Noise
 from jes.landscape import settings
 from jes.landscape.probe_report import from_hex
 from jes.landscape.probes import best_of
-from jes.probe import to_hex
+from jes.probe import check_probe, to_hex
 from jes.tasks import load_task
 
 
@@ -206,3 +207,34 @@ def test_single_answers_are_those_that_a_score_is_of(mode):
     assert (itself.said[0] == itself.said[1]).all()
     assert (itself.said[0] != answered.said[0]).any()
     assert jnp.isfinite(scores.reward).all()
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "arc_c", "winogrande"])
+def test_the_configs_have_the_recipe_of_the_paper(name):
+    module = load_config(f"probe_{name}")
+    config = module.get_config("published")
+    probe = config.probe
+    assert (probe.pool, probe.candidates, probe.fresh) == (320, 240, 0)
+    assert probe.sigmas == (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    assert (config.task, config.max_new_tokens, config.temperature) == (name, 512, 0.0)
+    assert [model.split("-")[1] for model in config.models] == [
+        "0.5B",
+        "1.5B",
+        "3B",
+        "7B",
+    ]
+    tiny = module.get_config("tiny")
+    assert tiny.models == ("tiny",)
+    check_probe(tiny.probe)
+    pool = tiny.probe.pool + tiny.probe.fresh
+    assert len(load_task(tiny.task).train) >= pool
+    with pytest.raises(ValueError, match="no variant 'tny'"):
+        module.get_config("tny")
+
+
+def load_config(name: str):
+    path = Path(__file__).parent.parent / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
