@@ -21,11 +21,18 @@ def default() -> ConfigDict:
     config.probe.sham_temperature = 0.7  # of the sham, the model sampling; 0 for none
 
     # Curvature at the model: of the smoothed reward, and of a differentiable surrogate.
+    # Its examples are of the training set, drawn by `probe.pool_seed`.
     config.curvature = ConfigDict()
-    config.curvature.examples = 64  # of the surrogate's batch, with reference answers
+    config.curvature.examples = 64  # of both, with reference answers
+    config.curvature.microbatch = 16  # examples whose gradient is taken at once
     config.curvature.probes = 4  # random starts of Lanczos
     config.curvature.steps = 40  # Lanczos steps from each
     config.curvature.top = 20  # eigenvectors of the top subspace
-    config.curvature.directions = 256  # perturbations behind a product
+    config.curvature.exact = 5  # eigenvalues found anew by ARPACK; 0 for none
+    config.curvature.dense = 3000  # weights up to which the Hessian is taken whole
+    config.curvature.sigmas = (3e-4, 1e-3, 3e-3)
+    config.curvature.directions = 256  # antithetic pairs of perturbations
+    config.curvature.shuffles = 20  # controls, rewards dealt out at random
+    config.curvature.extreme = 0.1  # share of the members that are best, or worst
 
     return config

@@ -24,6 +24,8 @@ STRICT = re.compile(r"####\s*([-0-9.,]+)")
 MARKED = re.compile(rf"####\s*({NUMBER})")
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 FIRST = re.compile(NUMBER)
+CALCULATION = re.compile(r"<<[^<>]*>>")
+"""Notes for a calculator, in the solutions of the data set."""
 PARSED = re.compile(r"(-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))(?:/([0-9]+))?")
 
 
@@ -51,7 +53,8 @@ def _example(row: dict[str, Any]) -> Example:
         raise InputError(
             f"openai/gsm8k: {row['question'][:40]!r}: the answer has no '#### <number>'"
         )
-    return {"question": row["question"], "answer": answer}
+    solution = CALCULATION.sub("", row["answer"])
+    return {"question": row["question"], "answer": answer, "solution": solution}
 
 
 def prompt(example: Example) -> Prompt:
