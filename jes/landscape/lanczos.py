@@ -60,7 +60,8 @@ class Ritz(NamedTuple):
     Attributes:
       values: float64 [k].
       vectors: float32 [k, D], orthonormal rows.
-      residuals: float64 [k], |A v - λ v|: an eigenvalue is within it of λ.
+      residuals: float64 [k], |A v - λ v|, with what float32 has rounded: an eigenvalue
+        is within it of λ.
     """
 
     values: np.ndarray
@@ -133,7 +134,8 @@ def ritz_pairs(krylov: Krylov, count: int) -> Ritz:
     chosen = real[np.argsort(-np.abs(values[real]))][:count]
     columns = columns[:, chosen]
     vectors = _dot(jnp.asarray(columns.T, jnp.float32), krylov.basis)
-    residuals = float(krylov.beside[-1]) * np.abs(columns[-1])
+    rounded = ROUNDING * np.abs(values).max()
+    residuals = np.hypot(float(krylov.beside[-1]) * columns[-1], rounded)
     return Ritz(values[chosen], vectors, residuals)
 
 

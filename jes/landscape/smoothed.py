@@ -28,13 +28,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from scipy.linalg import cholesky, solve_triangular
 
 from jes.core.noise import PyTree, leaf_noise
 from jes.landscape.measures import Measures, measure
 
 HELD = 2**27
 """Entries of noise that may be held at once: half a gigabyte."""
+
+
+SPANNED = 1e-5
+"""Of the products of directions, eigenvalues below this share of the largest are those
+of more directions than dimensions, and float32's rounding."""
 
 
 class Directions(NamedTuple):
@@ -55,9 +59,9 @@ class Spectrum(NamedTuple):
     """Of the sample operator.
 
     Attributes:
-      eigenvalues: float64 [n], ascending.
+      eigenvalues: float64 [r], ascending, with r the lesser of n and D.
       bulk: the value of all others.
-      others: D - n, how many these are.
+      others: D - r, how many these are.
     """
 
     eigenvalues: np.ndarray
@@ -168,27 +172,24 @@ def spectrum(directions: Directions, weights: np.ndarray) -> Spectrum:
     Args:
       directions: from `look_at`.
       weights: w, float [n], from `jes.landscape.curvature.stein_weights`.
-
-    Raises:
-      ValueError: for more pairs than dimensions.
     """
     weights = np.asarray(weights, np.float64)
-    others = directions.size - len(weights)
-    if others < 0:
-        raise ValueError(f"{len(weights)} pairs in {directions.size} dimensions")
     values, _ = _eigenpairs(directions.products, weights)
+    others = directions.size - len(values)
     return Spectrum(values - weights.mean(), -float(weights.mean()), others)
 
 
 def _eigenpairs(
     products: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of the mean of w ε ε^T: eigenvalues [n], and C [n, n] with vectors C^T E."""
-    root = cholesky(products, lower=True)
+    """Of the mean of w ε ε^T: eigenvalues [r], and C [r, n] with vectors C E."""
+    squares, axes = np.linalg.eigh(products)
+    spanned = squares > SPANNED * squares[-1]
+    lengths, axes = np.sqrt(squares[spanned]), axes[:, spanned]
+    # In the orthonormal rows (axes / lengths)^T E the operator is this matrix.
+    root = axes * lengths
     values, columns = np.linalg.eigh(root.T @ (weights[:, None] * root))
-    # E^T root^-T has orthonormal columns, in which the operator is that matrix.
-    coefficients = solve_triangular(root, columns, trans="T", lower=True)
-    return values / len(weights), coefficients.T
+    return values / len(weights), ((axes / lengths) @ columns).T
 
 
 def along(coordinates: np.ndarray, weights: np.ndarray) -> Along:

@@ -179,8 +179,8 @@ def make_subject(
         )
     write_json(told, found)
     size = sum(leaf.size for leaf in jax.tree.leaves(pretrained.params))
-    if max(config.curvature.steps, config.curvature.directions) > size:
-        raise InputError(f"{name} has {size} weights: fewer steps or directions")
+    if config.curvature.steps > size:
+        raise InputError(f"curvature.steps: {name} has {size} weights only")
     return Subject(
         name,
         folder,
@@ -245,13 +245,9 @@ def probe_surrogate(subject: Subject) -> None:
         console.print(f"{subject.name}: highest curvature by ARPACK {max(values):.4g}")
 
     if size <= curvature.dense and not rows_of(subject, "dense"):
-        flat, unravel = ravel_pytree(params)
-
-        def loss(vector: jax.Array) -> jax.Array:
-            return surrogate_loss(model, unravel(vector), batch)
-
-        with jax.default_matmul_precision("highest"):
-            matrix = np.asarray(jax.hessian(loss)(flat), np.float64)
+        column = partial(product, params=params, batch=batch)
+        columns = jax.lax.map(column, jnp.eye(size), batch_size=16)
+        matrix = np.asarray(columns, np.float64)
         spectrum = np.linalg.eigvalsh((matrix + matrix.T) / 2)
         note(subject, {"kind": "dense", "values": spectrum})
 
