@@ -60,42 +60,37 @@ def study(place: Path, out: str, model: str = "nano", run: str = "", **more) -> 
 
 @pytest.fixture(scope="module")
 def results(place: Path) -> Path:
-    """What the command leaves, killed once at the second probe and once later."""
-    for name, call in (("quadrature_of", 2), ("values_of", 5)):
-        with pytest.MonkeyPatch.context() as patch:
-            owner = spectrum.lanczos if name == "quadrature_of" else spectrum
-            original, calls = getattr(owner, name), itertools.count(1)
+    """What the command leaves, killed once between members."""
+    original, calls = spectrum.values_of, itertools.count(1)
 
-            def interrupted(*args, original=original, calls=calls, call=call):
-                if next(calls) == call:
-                    raise KeyboardInterrupt
-                return original(*args)
+    def interrupted(*args):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return original(*args)
 
-            patch.setattr(owner, name, interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                study(place, "out")
-        path = place / "out" / "0-nano" / "results.jsonl"
-        (place / f"{name}.jsonl").write_bytes(path.read_bytes())
-        assert not (place / "out" / "spectrum.json").exists()
-        with path.open("a") as file:
-            file.write('{"kind": "quadra')  # as a kill can leave it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spectrum, "values_of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            study(place, "out")
+    path = place / "out" / "0-nano" / "results.jsonl"
+    (place / "killed.jsonl").write_bytes(path.read_bytes())
+    assert not (place / "out" / "spectrum.json").exists()
+    with path.open("a") as file:
+        file.write('{"kind": "mem')  # as a kill can leave it
     study(place, "out")
     return place / "out"
 
 
 def test_the_command_goes_on_after_a_kill(results: Path, place: Path) -> None:
     path = results / "0-nano" / "results.jsonl"
-    kept = [place / f"{name}.jsonl" for name in ("quadrature_of", "values_of")]
-    assert path.read_text().startswith(kept[1].read_text())
-    assert kept[1].read_text().startswith(kept[0].read_text())
-    assert len(rows(kept[0])) == 1
-    kinds = [row["kind"] for row in rows(path)]
+    assert path.read_text().startswith((place / "killed.jsonl").read_text())
     # Ten pairs in chunks of four members, for two sigmas.
     expected = ["quadrature"] * 2 + ["exact", "dense", "centre"] + ["members"] * 10
+    kinds = [row["kind"] for row in rows(path)]
     assert kinds == expected
-    before = path.read_bytes(), (results / "spectrum.json").read_bytes()
-    study(place, "out")
-    assert (path.read_bytes(), (results / "spectrum.json").read_bytes()) == before
+    assert [row["kind"] for row in rows(place / "killed.jsonl")] == expected[:8]
+    firsts = [row["first"] for row in rows(path) if row["kind"] == "members"]
+    assert firsts == [0, 4, 8, 12, 16] * 2
 
 
 def test_estimates_of_one_thing_agree(results: Path) -> None:
@@ -162,7 +157,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | Non
         ({"model": "none"}, "there is no folder"),
         ({"run": "nowhere"}, "nowhere is not a run folder"),
         ({"out": "out", "seed": 3}, "belongs to a run with other settings:\n  seed"),
-        ({"out": "nano"}, "is not empty and holds no run"),
+        ({"out": "."}, "is not empty and holds no run"),
     ],
 )
 def test_what_cannot_be_is_refused(

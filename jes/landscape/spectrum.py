@@ -230,24 +230,22 @@ def probe_surrogate(subject: Subject) -> None:
             f"curvature of the surrogate {nodes[-1]:.4g}, lowest {nodes[0]:.4g}"
         )
 
+    compiled = jax.jit(product)
+
+    def multiply(vector: np.ndarray) -> np.ndarray:
+        return np.asarray(compiled(jnp.float32(vector.ravel()), params, batch))
+
     if curvature.exact and not rows_of(subject, "exact"):
-        run = jax.jit(product)
-        operator = LinearOperator(
-            (size, size),
-            matvec=lambda v: np.asarray(run(jnp.float32(v.ravel()), params, batch)),
-            dtype=np.float32,
-        )
+        operator = LinearOperator((size, size), matvec=multiply, dtype=np.float32)
         count = min(curvature.exact, size - 1)
         another = np.asarray(lanczos.probe(key, size))
         values = eigsh(operator, count, v0=another, tol=1e-3, return_eigenvectors=False)
         ordered = values[np.argsort(-np.abs(values))]
         note(subject, {"kind": "exact", "values": ordered})
-        console.print(f"{subject.name}: highest curvature by ARPACK {max(values):.4g}")
+        console.print(f"{subject.name}: largest curvature by ARPACK {ordered[0]:.4g}")
 
     if size <= curvature.dense and not rows_of(subject, "dense"):
-        column = partial(product, params=params, batch=batch)
-        columns = jax.lax.map(column, jnp.eye(size), batch_size=16)
-        matrix = np.asarray(columns, np.float64)
+        matrix = np.array([multiply(unit) for unit in np.eye(size)], np.float64)
         spectrum = np.linalg.eigvalsh((matrix + matrix.T) / 2)
         note(subject, {"kind": "dense", "values": spectrum})
 

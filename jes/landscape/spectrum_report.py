@@ -24,8 +24,10 @@ NOTES = """\
 Curvature is that of a loss (minus the reward, minus the log-likelihood). d_eff is
 (tr H)² / tr H² with signs, PR the participation ratio (Σ|λ|)² / Σλ², rank the effective
 rank exp(-Σ p log p) with p = |λ| / Σ|λ|, negative the share of |λ| below 0 and, after
-the stroke, of the eigenvalues. Brackets are 95 % intervals over directions, ± standard
-errors over probes, of shuffled rewards the deviation over shuffles.
+the stroke, of the eigenvalues. Brackets are 95 % intervals over directions, for these
+prompts and this centre; ± standard errors over probes, of what is shuffled the
+deviation over shuffles. Of rewards that are steps the trace is the difference of J at
+the centre and J around it: a prompt or two at their threshold can make it.
 
 Rows "pairs as an operator" are spectra of a sum of as many outer products as there are
 pairs. In many dimensions their shape is that of the second differences, whatever the
@@ -371,9 +373,10 @@ def draw_density(axes: Axes, found: Mapping[str, Any]) -> None:
     low, high = quadrature.nodes.min(), quadrature.nodes.max()
     width = (high - low) / 150
     grid = np.linspace(low - 5 * width, high + 5 * width, 1500)
-    axes.semilogy(grid, density(quadrature, grid, width), label="SLQ")
+    shares = density(quadrature, grid, width)
+    axes.semilogy(grid, shares, label="SLQ")
     floor = 1 / (10 * found["parameters"] * width)  # a tenth of one eigenvalue
-    axes.set_ylim(bottom=floor)
+    axes.set_ylim(floor, 3 * shares.max())
     top = np.array(found["top"]["values"])
     axes.plot(top, np.full(len(top), 2 * floor), "|", ms=12, label="top, by Lanczos")
     if found["exact"]:
@@ -451,7 +454,7 @@ def dimensions(reports: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xscale("log")
     axes.set(xlabel="(tr H)² / tr H²; what is not finite is not drawn")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc="lower right")
     return made
 
 
