@@ -1,6 +1,7 @@
 """Random perturbations of a model, on ARC-Challenge (2602.00170, section 5 and App. G).
 
     python -m jes.probe --config=configs/probe_arc_c.py:tiny
+    python -m jes.landscape.spectrum --config=configs/probe_arc_c.py:tiny
 
 Four sizes of Qwen2.5 with the settings of the paper: 320 training prompts, 240
 candidates a batch, σ from 1e-4 to 1e-2, greedy answers of at most 512 tokens. New
@@ -41,4 +42,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         config.probe.sigmas = (1e-3, 3e-3, 1e-2, 3e-2)
         config.probe.candidates = 120
         config.probe.batches = 2
+        config.curvature.sigmas = (3e-3, 1e-2, 2e-2)
+        config.curvature.microbatch = 64
+        config.curvature.top = 10
     return config
