@@ -1,6 +1,6 @@
 """Evolution strategies for language models, in JAX: the table of contents."""
 
-from jes import metacognition
+from jes import landscape, metacognition
 from jes.anchor import distance, keep_anchor
 from jes.core.codes import pack as pack_codes
 from jes.core.codes import unpack as unpack_codes
@@ -30,6 +30,7 @@ __all__ = [
     "generate",
     "generation_key",
     "keep_anchor",
+    "landscape",
     "load",
     "metacognition",
     "pack_codes",
