@@ -71,7 +71,8 @@ def make_evolution(config: ml_collections.ConfigDict) -> Evolution:
     """The settings of the update, checked."""
     try:
         fields = [field.name for field in dataclasses.fields(Evolution)]
-        evolution = Evolution(**{name: config[name] for name in fields})
+        settings = {**config, "law": config.noise}
+        evolution = Evolution(**{name: settings[name] for name in fields})
         evolution.noise.check_population(evolution.population)
         make_optimizer(evolution)
         half_lives = evolution.alpha_half_life, evolution.sigma_half_life
@@ -79,6 +80,11 @@ def make_evolution(config: ml_collections.ConfigDict) -> Evolution:
             raise ValueError("rounding 'replay' is for a constant alpha and sigma")
         if evolution.shaping == "pair_zscore" and not evolution.antithetic:
             raise ValueError("shaping 'pair_zscore' needs antithetic pairs")
+        if evolution.rounding != "none" and evolution.law != "normal":
+            raise ValueError(
+                f"noise={evolution.law!r} is for weights of floats: the noise of codes "
+                "is of integers, and has a law of its own"
+            )
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from error
     return evolution

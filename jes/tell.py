@@ -52,6 +52,8 @@ class Evolution:
         does; the same as N times the α.
       scale_sigma, scale_alpha: of the scales of a quantised model, in units of these,
         with 1/σ folded in; 0 keeps them frozen.
+      law: the distribution of the noise, `config.noise`; see `jes.core.noise.LAWS`.
+        Ledgers that do not say have 'normal'.
     """
 
     population: int
@@ -73,6 +75,7 @@ class Evolution:
     divide_by_population: bool = True
     scale_sigma: float = 0.0
     scale_alpha: float = 0.0
+    law: str = "normal"
 
     def at(self, generation: int) -> "Evolution":
         """The settings of a generation: in steps, each of which is compiled anew."""
@@ -93,6 +96,7 @@ class Evolution:
             antithetic=self.antithetic,
             rounds=2 if self.rounding == "quzo" else 1,
             scale_sigma=self.scale_sigma,
+            law=self.law,
         )
 
     @property

@@ -88,7 +88,7 @@ def draw_overlays(
 
         def deviation(path: tuple[Any, ...], leaf: Any) -> Any:
             if not is_codes(leaf):
-                drawn = leaf_noise(direction_key, path, leaf.shape)
+                drawn = leaf_noise(direction_key, path, leaf.shape, noise.law)
                 return noise.scale_sigma * sign * drawn
             one = partial(_overlay, direction_key, path, sign=sign, noise=noise)
             if leaf.ndim == 2:

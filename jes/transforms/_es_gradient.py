@@ -88,7 +88,7 @@ def es_gradient(
 
         def estimate(path: tuple[Any, ...], leaf: Any) -> jax.Array:
             if not is_codes(leaf):
-                return _of_floats(path, leaf.shape, key, weights)
+                return _of_floats(path, leaf.shape, key, weights, noise.law)
             shape = leaf.shape[-2:]
             one = partial(_of_codes, path, shape, key, weights, noise)
             if leaf.ndim == 2:
@@ -101,10 +101,14 @@ def es_gradient(
 
 
 def _of_floats(
-    path: tuple[Any, ...], shape: tuple[int, ...], key: jax.Array, weights: jax.Array
+    path: tuple[Any, ...],
+    shape: tuple[int, ...],
+    key: jax.Array,
+    weights: jax.Array,
+    law: str,
 ) -> jax.Array:
     def add(direction: jax.Array, total: jax.Array) -> jax.Array:
-        drawn = leaf_noise(jax.random.fold_in(key, direction), path, shape)
+        drawn = leaf_noise(jax.random.fold_in(key, direction), path, shape, law)
         return total - weights[direction] * drawn
 
     start = jnp.zeros(shape, jnp.float32)
