@@ -1,6 +1,6 @@
 """Measures speed as ratios of two things, interleaved in one run, on an idle machine.
 
-    python -m jes.bench [--repeats=7] [--members=16] [--out=FILE.json]
+    python -m jes.bench [--repeats=7] [--members=16] [--noise] [--out=FILE.json]
 
 (a) A generation (ask and tell) over N times the answers of the unperturbed model.
 (b) Generated tokens per second over the published way of 2509.24372: perturb the
@@ -10,10 +10,12 @@
 (c) Of quantised ES: drawing noise entry by entry over drawing it sparsely.
 (d) Of quantised ES: an update by seed replay over 50 generations, over one with dense
     noise and a kept residual.
+(e) Exact normal noise over noise from a table; with `--noise` nothing but that.
 
 The rows of (a) and (b) answer the same prompts with the same weights and generate the
 same number of tokens: none ends early. Medians, with the quartiles of the ratio over
-the repeats.
+the repeats. Beside the ratio of times on the clock stands that of processor time, which
+other work on the machine disturbs less; it says nothing of accelerators.
 """
 
 import argparse
@@ -30,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
+from jes import bench_noise as laws
 from jes import bench_rounding as rounding
 from jes.ask import Examiner, Question, ask, examine
 from jes.core.noise import generation_key
@@ -46,7 +49,10 @@ from jes.tell import Evolution, first_state, tell
 
 
 class Row(NamedTuple):
-    """One comparison: medians in seconds, and quartiles of the ratio of the repeats."""
+    """One comparison: medians in seconds, and quartiles of the ratio of the repeats.
+
+    `processor` is the median ratio of processor time, of all threads together.
+    """
 
     what: str
     goal: str
@@ -55,6 +61,7 @@ class Row(NamedTuple):
     ratio: float
     low: float
     high: float
+    processor: float
 
 
 class Case(NamedTuple):
@@ -81,18 +88,23 @@ def compare(
     """
     numerator(), denominator()
     times = np.array(
-        [[timed(numerator), timed(denominator) * scale] for _ in range(repeats)]
-    )
-    low, ratio, high = np.percentile(times[:, 0] / times[:, 1], [25, 50, 75])
-    first, second = np.median(times, axis=0)
-    return Row(what, goal, *map(float, (first, second, ratio, low, high)))
+        [[timed(numerator), timed(denominator)] for _ in range(repeats)]
+    ) * np.array([[1], [scale]])
+    clock, processor = np.moveaxis(times[:, 0] / times[:, 1], 1, 0)
+    low, ratio, high = np.percentile(clock, [25, 50, 75])
+    first, second = np.median(times[..., 0], axis=0)
+    measured = first, second, ratio, low, high, np.median(processor)
+    return Row(what, goal, *map(float, measured))
 
 
-def timed(function: Callable[[], Any]) -> float:
-    """Seconds that a call takes, with everything that it leaves on the device."""
-    began = time.perf_counter()
+def timed(function: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds that a call takes, with everything that it leaves on the device.
+
+    On the clock, and of the processor.
+    """
+    began, busy = time.perf_counter(), time.process_time()
     jax.block_until_ready(function())
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - busy
 
 
 def examination(case: Case) -> tuple[Examiner, list[Question]]:
@@ -252,7 +264,7 @@ def rows(members: int, repeats: int) -> list[Row]:
                 scale=members,
             )
         )
-    out += rounding_rows(repeats)
+    out += rounding_rows(repeats) + noise_rows(repeats)
     if find_spec("torch") is None:
         console.print("(b) is left out: PyTorch is not installed")
         return out
@@ -297,16 +309,32 @@ def rounding_rows(repeats: int) -> list[Row]:
     return out
 
 
+def noise_rows(repeats: int) -> list[Row]:
+    """What the table saves, over jax's normal numbers and over the fused ones."""
+    return [
+        compare(
+            f"(e) {law} / table, {use}",
+            goal,
+            laws.used(use, law),
+            laws.used(use, "table"),
+            repeats,
+        )
+        for law, goal in (("jax.random.normal", ">= 1.8"), ("normal", ""))
+        for use in laws.USES
+    ]
+
+
 def table(measured: list[Row]) -> Table:
     """The rows as a table, times in milliseconds."""
-    columns = ("", "goal", "ratio", "quartiles", "numerator ms", "denominator ms")
-    shown = Table(*columns)
+    columns = ("", "goal", "ratio", "quartiles", "processor")
+    shown = Table(*columns, "numerator ms", "denominator ms")
     for row in measured:
         shown.add_row(
             row.what,
             row.goal,
             f"{row.ratio:.2f}",
             f"{row.low:.2f} - {row.high:.2f}",
+            f"{row.processor:.2f}",
             f"{1e3 * row.numerator:.1f}",
             f"{1e3 * row.denominator:.1f}",
         )
@@ -320,13 +348,18 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--members", type=int, default=16)
+    parser.add_argument(
+        "--noise", action="store_true", help="only the rows of (e), in seconds"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write too")
     args = parser.parse_args()
 
     def command() -> None:
         if args.repeats < 1 or args.members < 1:
             raise InputError("--repeats and --members must be at least 1")
-        measured = rows(args.members, args.repeats)
+        measured = (
+            noise_rows(args.repeats) if args.noise else rows(args.members, args.repeats)
+        )
         console.print(table(measured))
         if args.out:
             named = [row._asdict() for row in measured]
