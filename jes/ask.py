@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jes.core.mesh import on_mesh_of
 from jes.core.noise import Noise, PyTree
 from jes.core.population import draw_members, draw_overlays, evaluate
 from jes.core.tree import is_quantized, with_dtype
@@ -160,12 +161,12 @@ def ask(
 
     Args:
       examiner: the model, its task and how to ask.
-      params: the centre θ, float32.
+      params: the centre θ, float32; on a mesh, its devices share the members.
       key: the generation key.
       questions: the prompts, the same for all members.
       noise: how members differ from the centre.
       population: number of members.
-      chunk: members held in memory at once.
+      chunk: members held in memory at once, on each device.
       before_chunk: called before each chunk; an exception from it stops the
         generation with nothing changed.
 
@@ -178,7 +179,9 @@ def ask(
         before_chunk()
         return run(params, key, jnp.asarray(members), noise=noise)
 
-    scores = evaluate(dispatch, score, population, chunk)
+    with on_mesh_of(params) as devices:
+        at_once = devices * min(chunk, -(-population // devices))
+        scores = evaluate(dispatch, score, np.arange(population), at_once)
     return Score(*map(np.array, zip(*scores, strict=True)))
 
 

@@ -81,9 +81,14 @@ def default() -> ConfigDict:
     config.top_p = 1.0
     config.buckets = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
 
-    # Members held in memory at once; 0 chooses from the memory.
+    # Members held in memory at once, on each device; 0 chooses from the memory.
     config.chunk = 0
     config.memory_gb = 0.0  # 0 for what is free
+
+    # Devices of a process; a model is spread over `model_parallel` of them, and the
+    # members over the rest.
+    config.devices = 0  # 0 for all
+    config.model_parallel = 1
 
     # Evaluation on held-out examples, before, every so many generations, and after.
     config.eval_every = 50

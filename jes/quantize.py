@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from jes.config import DTYPES
 from jes.core.codes import BITS, Codes, pack
@@ -32,6 +33,7 @@ from jes.io.progress import console
 from jes.models import compressed_tensors, gptq
 from jes.models.hub import locate
 from jes.models.layout import is_kernel
+from jes.models.partition import place
 from jes.models.quantized import Quantized, dequantize
 from jes.models.shards import weight_files
 from jes.models.weights import Pretrained, load
@@ -204,7 +206,11 @@ def quantize_model(
 
 
 def load_base(
-    name: str, form: str = "", group_size: int = GROUP_SIZE, dtype: str = "float32"
+    name: str,
+    form: str = "",
+    group_size: int = GROUP_SIZE,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
 ) -> Pretrained:
     """What a run starts from: a model of float32 weights, or a quantised one.
 
@@ -213,13 +219,14 @@ def load_base(
       form: one of `FORMS`, to round a float model to; '' for the model as it is.
       group_size: of int4 and int8.
       dtype: of the floats of a quantised model, which nothing trains.
+      mesh: devices to put it on; by default one.
 
     Raises:
       InputError: for an unknown form, or weights that cannot be rounded.
     """
     if form and form not in FORMS:
         raise InputError(f"weights are rounded to one of {(*FORMS,)}, not {form!r}")
-    pretrained = load(name)
+    pretrained = load(name, mesh=None if form else mesh)
     if form:
         settings = FORMS[form]
         size = None if settings.get("int8_activations") else group_size
@@ -227,6 +234,7 @@ def load_base(
     if not is_quantized(pretrained.params):
         return pretrained
     params = with_dtype(pretrained.params, jnp.dtype(dtype))
+    params = place(params, pretrained.config, mesh)
     return dataclasses.replace(pretrained, params=params)
 
 

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from jes.anchor import PLACES
 from jes.ask import Examiner, Question, longest, prepare
 from jes.config import DTYPES
+from jes.core.mesh import MODEL, POPULATION, make_mesh, mesh_of
 from jes.core.tree import is_quantized, with_dtype
 from jes.errors import InputError
 from jes.io import memory
@@ -98,6 +100,7 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
         "checkpoint_every",
         "eval_batch",
         "kl_max_new_tokens",
+        "model_parallel",
     ):
         if config[name] < 1:
             raise InputError(f"{name} must be at least 1, not {config[name]}")
@@ -109,6 +112,7 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
         "kl_prompts",
         "alpha_half_life",
         "sigma_half_life",
+        "devices",
     ):
         if config[name] < 0:
             raise InputError(f"{name} cannot be negative: {config[name]}")
@@ -205,9 +209,15 @@ def load_trainable(
       InputError: for `rounding` without codes, or codes without it.
     """
     pretrained = load_base(
-        config.model, config.quantize, config.group_size, config.dtype
+        config.model,
+        config.quantize,
+        config.group_size,
+        config.dtype,
+        choose_devices(config),
     )
     quantized = is_quantized(pretrained.params)
+    if quantized and config.model_parallel > 1:
+        raise InputError("model_parallel is for models of floats: codes stay whole")
     if quantized == (evolution.rounding == "none"):
         ways = ", ".join(repr(name) for name in ROUNDINGS if name != "none")
         raise InputError(
@@ -219,6 +229,25 @@ def load_trainable(
     if quantized:
         warn_of_flips(evolution)
     return pretrained
+
+
+def choose_devices(config: ml_collections.ConfigDict) -> Mesh | None:
+    """The devices of this process that a run uses, as a mesh; None for one.
+
+    Raises:
+      InputError: if there are too few, or `model_parallel` does not divide them.
+    """
+    devices = jax.local_devices()
+    if config.devices > len(devices):
+        raise InputError(f"devices={config.devices}, but there are {len(devices)}")
+    if config.method != "es":
+        if config.model_parallel > 1:
+            raise InputError(f"method {config.method!r} runs on one device")
+        return None
+    try:
+        return make_mesh(config.model_parallel, devices[: config.devices or None])
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def warn_of_flips(evolution: Evolution) -> None:
@@ -311,10 +340,13 @@ def one_bucket(examiner: Examiner, questions: Sequence[Question]) -> Examiner:
 
 
 def choose_chunk(setup: Setup) -> int:
-    """Members to hold at once: as set, or as many as the memory allows."""
+    """Members to hold at once on a device: as set, or as many as its memory allows."""
     config, examiner = setup.config, setup.examiner
+    mesh = mesh_of(setup.pretrained.params)
+    sizes = {POPULATION: 1, MODEL: 1} if mesh is None else mesh.shape
+    members = -(-config.population // sizes[POPULATION])
     if config.chunk:
-        return min(config.chunk, config.population)
+        return min(config.chunk, members)
     rows = config.prompts or len(setup.train)
     if examiner.mode == "likelihood":
         rows *= max(len(question.choices) for question in setup.train)
@@ -328,16 +360,16 @@ def choose_chunk(setup: Setup) -> int:
         setup.evolution.noise if quantized else None,
     )
     # The centre, its anchor and one update are there too: float32, or a byte a code.
-    held = 3 * (1 if quantized else 4) * setup.parameters
+    held = 3 * (1 if quantized else 4) * setup.parameters // sizes[MODEL]
     beside = 0 if config.memory_gb else held
     return memory.choose_chunk(
         setup.pretrained.config,
-        weights,
+        weights // sizes[MODEL],
         examiner.dtype,
         rows,
         examiner.buckets[0],
         examiner.max_new_tokens,
-        population=config.population,
+        population=members,
         budget=(int(config.memory_gb * 1e9) or memory.free_bytes()) - beside,
     )
 

@@ -15,6 +15,7 @@ from jes.core.codes import pack
 from jes.core.drift import drift_norm
 from jes.core.fitness import typical_spread
 from jes.core.integer_noise import variance
+from jes.core.mesh import mesh_of, on_mesh_of, replicated
 from jes.core.noise import Noise, PyTree, generation_key
 from jes.core.tree import is_codes, map_leaves, merge, split
 from jes.transforms import (
@@ -184,7 +185,7 @@ nearest and no more (naive), or at random (QuZO)."""
 def first_state(evolution: Evolution, params: PyTree) -> Any:
     """The optimizer's state before the first generation."""
     trained, _ = split(params, evolution.scale_sigma > 0)
-    return make_optimizer(evolution).init(trained)
+    return replicated(make_optimizer(evolution).init(trained), mesh_of(params))
 
 
 def tell(
@@ -195,7 +196,7 @@ def tell(
     fitness: jax.typing.ArrayLike,
     anchor: PyTree = None,
 ) -> tuple[PyTree, Any]:
-    """One update of the centre.
+    """One update of the centre; on a mesh, every device computes what it holds of it.
 
     Args:
       evolution: settings.
@@ -212,7 +213,8 @@ def tell(
     trained, frozen = split(params, scales)
     if anchor is not None:
         anchor, _ = split(anchor, scales)
-    trained, state = _tell(evolution, trained, state, key, fitness, anchor)
+    with on_mesh_of(params):
+        trained, state = _tell(evolution, trained, state, key, fitness, anchor)
     return merge(trained, frozen), state
 
 

@@ -108,7 +108,7 @@ def test_population_is_checked() -> None:
 
 
 def test_chunks_cover_the_population_in_one_shape() -> None:
-    parts = list(chunks(10, 4))
+    parts = list(chunks(np.arange(10), 4))
     assert [part.tolist() for part in parts] == [
         [0, 1, 2, 3],
         [4, 5, 6, 7],
@@ -140,7 +140,7 @@ def test_evaluation_does_not_depend_on_the_chunk(chunk: int) -> None:
     def rollout(members: np.ndarray) -> jax.Array:
         return total(draw_members(PARAMS, KEY, jnp.asarray(members), noise, "float32"))
 
-    fitness = evaluate(rollout, np.asarray, 8, chunk)
+    fitness = evaluate(rollout, np.asarray, np.arange(8), chunk)
     alone = [
         total(
             jax.tree.map(

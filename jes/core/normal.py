@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jes.core.mesh import model_is_spread
+
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 """Of Threefry-2x32 (Salmon et al. 2011), by turns four rounds each."""
 
@@ -25,14 +27,14 @@ def standard_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """
     if not _fusible(key, shape):
         return jax.random.normal(key, shape, jnp.float32)
-    return normal_of_bits(_flat_bits(key, shape)).reshape(shape)
+    return normal_of_bits(_bits(key, shape)).reshape(shape)
 
 
 def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """What `jax.random.bits(key, shape)` returns, bit for bit: uint32."""
     if not _fusible(key, shape):
         return jax.random.bits(key, shape, jnp.uint32)
-    return _flat_bits(key, shape).reshape(shape)
+    return _bits(key, shape).reshape(shape)
 
 
 def _fusible(key: jax.Array, shape: tuple[int, ...]) -> bool:
@@ -40,11 +42,18 @@ def _fusible(key: jax.Array, shape: tuple[int, ...]) -> bool:
     return threefry and math.prod(shape) < 2**32
 
 
-def _flat_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """As many bits as the shape has entries; one axis, or those of the shape."""
     first, second = jax.random.key_data(key)
     # In one dimension up to the end: a counter of several dimensions is arithmetic
     # that the compiler moves out of loops over keys, and keeps in memory there.
     counter = jax.lax.iota(jnp.uint32, math.prod(shape))
+    if model_is_spread():
+        # But only of such a one can a device compute a part.
+        counter = jnp.zeros(shape, jnp.uint32)
+        for axis in range(len(shape)):
+            along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+            counter += np.uint32(math.prod(shape[axis + 1 :])) * along
     left, right = threefry_2x32(first, second, jnp.zeros_like(counter), counter)
     return left ^ right
 

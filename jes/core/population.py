@@ -9,17 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jes.core.codes import Codes, Overlay, allowed, pick
+from jes.core.mesh import by_member
 from jes.core.noise import Noise, PyTree, codes_noise, leaf_noise, perturb_member
 from jes.core.tree import is_codes, map_leaves, split
 
 
-def chunks(population: int, size: int) -> Iterator[np.ndarray]:
+def chunks(members: np.ndarray, size: int) -> Iterator[np.ndarray]:
     """Member numbers in arrays of one length `size` (one shape, one compilation).
 
     The last array is filled up by repeating the last member.
     """
-    for start in range(0, population, size):
-        yield np.minimum(np.arange(start, start + size), population - 1)
+    for start in range(0, len(members), size):
+        here = np.arange(start, start + size)
+        yield members[np.minimum(here, len(members) - 1)]
 
 
 def chunk_size(
@@ -38,6 +40,7 @@ def chunk_size(
     return -(-population // -(-population // most))
 
 
+@by_member(own=["members"], shared=["params", "key"])
 def draw_members(
     params: PyTree,
     key: jax.Array,
@@ -64,6 +67,7 @@ def draw_members(
     return jax.vmap(draw)(members)
 
 
+@by_member(own=["members"], shared=["params", "key"])
 def draw_overlays(
     params: PyTree, key: jax.Array, members: jax.Array, noise: Noise
 ) -> PyTree:
@@ -117,16 +121,16 @@ def _overlay(
 def evaluate(
     rollout: Callable[[np.ndarray], Any],
     score: Callable[[Any], Sequence[Any]],
-    population: int,
+    members: np.ndarray,
     chunk: int,
 ) -> list[Any]:
-    """Scores every member; the device works on a chunk while the host scores another.
+    """Scores members; the device works on a chunk while the host scores another.
 
     Args:
       rollout: dispatches one chunk of member numbers [C] to the device and returns
         its outputs without waiting for them.
       score: waits for those outputs and gives one score a member of the chunk.
-      population: number of members.
+      members: int [N], member numbers.
       chunk: members in a chunk.
 
     Returns:
@@ -134,11 +138,11 @@ def evaluate(
     """
     scores: list[Any] = []
     waiting = None
-    for members in chunks(population, chunk):
+    for some in chunks(members, chunk):
         jax.block_until_ready(waiting)  # two chunks at once need twice the memory
-        running = rollout(members)
+        running = rollout(some)
         if waiting is not None:
             scores.extend(score(waiting))
         waiting = running
     scores.extend(score(waiting))
-    return scores[:population]
+    return scores[: len(members)]

@@ -40,12 +40,13 @@ def most_members(rows: int) -> int | None:
 
 
 def free_bytes() -> int:
-    """Memory to plan with, on the accelerator or, without one, of the machine."""
+    """Memory to plan with, on one accelerator or, without one, of the machine."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free //= jax.local_device_count()  # which share it
     return int(SHARE * free)
 
 

@@ -16,11 +16,11 @@ from jes.config import default
 from jes.errors import InputError
 from jes.io.metrics import write_json
 
-MEMORY = ("chunk", "memory_gb")
+MEMORY = ("chunk", "memory_gb", "devices", "model_parallel")
 MAY_CHANGE = ("generations", "eval_every", "eval_batch", "checkpoint_every", *MEMORY)
 """Settings that a run may be continued with other values of: they decide when it
-looks, how long it goes on and how much memory it takes, not what it computes (beyond
-the order of sums, for the last)."""
+looks, how long it goes on, how much memory it takes and on what devices, not what it
+computes (beyond the order of sums, for the last)."""
 
 
 def versions() -> dict[str, str]:

@@ -219,14 +219,16 @@ def read_leaf(
     tensors: Mapping[str, Tensor],
     dtype: np.dtype,
     quantized: Format | None,
+    sharding: Any = None,
 ) -> Any:
-    """One leaf on the default device, filled tensor by tensor.
+    """One leaf on the device, filled tensor by tensor.
 
     Args:
       path, shape: of the leaf.
       tensors: those of the folder.
       dtype: of a float leaf.
       quantized: the format of quantised leaves.
+      sharding: where a float leaf goes to; by default the default device.
     """
     names = _tensor_names(path, shape)
     if quantized and is_kernel(path):
@@ -240,7 +242,7 @@ def read_leaf(
             copy_transposed(values, row)
         else:
             row[...] = values
-    return jax.device_put(leaf)
+    return jax.device_put(leaf, sharding)
 
 
 def written_tensors(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jes.models.config import ModelConfig
@@ -25,6 +26,7 @@ from jes.models.layout import (
     read_leaf,
     written_tensors,
 )
+from jes.models.partition import leaf_sharding, place
 from jes.models.qwen import Decoder
 from jes.models.shards import (
     WeightsError,
@@ -98,7 +100,9 @@ class Pretrained:
 
 
 def load(
-    path_or_hub_id: str | os.PathLike[str], dtype: DTypeLike = jnp.float32
+    path_or_hub_id: str | os.PathLike[str],
+    dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
 ) -> Pretrained:
     """Reads a Hugging Face folder of a Qwen2, Qwen3 or Llama model.
 
@@ -109,6 +113,8 @@ def load(
     Args:
       path_or_hub_id: a folder, 'tiny' for the embedded model, or a hub id.
       dtype: dtype of float parameters, whatever the dtype in the files.
+      mesh: devices to spread the parameters over, see `jes.models.partition`; by
+        default they are on one.
 
     Raises:
       WeightsError: if the folder cannot be found or read, names an architecture or a
@@ -126,15 +132,19 @@ def load(
     if quantized:
         what += f", {quantized}"
     check_tensors(what, config, quantized, tensors)
+
+    def where(path: str) -> Any:
+        return None if mesh is None else leaf_sharding(path, config, mesh)
+
     leaves = {
-        path: read_leaf(path, shape, tensors, np.dtype(dtype), quantized)
+        path: read_leaf(path, shape, tensors, np.dtype(dtype), quantized, where(path))
         for path, shape in leaf_shapes(config).items()
     }
     tokenizer = _load_tokenizer(folder)
     files = {n: (folder / n).read_bytes() for n in COPIED if (folder / n).is_file()}
     return Pretrained(
         model=Decoder(config),
-        params=unflatten_dict(leaves, sep="/"),
+        params=place(unflatten_dict(leaves, sep="/"), config, mesh),
         tokenizer=tokenizer,
         config=config,
         hf_config=hf_config,

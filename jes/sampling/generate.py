@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jes.core.mesh import by_member
 from jes.core.tree import is_quantized
 from jes.sampling.prompts import BUCKETS, PromptBatch, pad
 
@@ -39,6 +40,7 @@ class Sampling:
 GREEDY = Sampling()
 
 
+@by_member(own=["params", "keys"], shared=["prompts", "centre"])
 def decode(
     model: Any,
     params: Any,
@@ -170,6 +172,7 @@ decode_members = jax.jit(
 
 
 @partial(jax.jit, static_argnums=0)
+@by_member(own=["params"])
 def unrolled_members(model: Any, params: Any) -> Any:
     """Members' stacked parameters [M, L, ...] with one subtree a layer, [M, ...].
 

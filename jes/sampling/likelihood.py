@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jes.core.mesh import by_member
 from jes.sampling.generate import member_variables
 from jes.sampling.prompts import BUCKETS, PromptBatch, pad
 
@@ -52,6 +53,7 @@ def pad_choices(
     return ChoiceBatch(pad(rows, buckets), scored, np.array(owners))
 
 
+@by_member(own=["params"], shared=["batch", "centre"])
 def choice_log_likelihoods(
     model: Any, params: Any, batch: ChoiceBatch, members: int, centre: Any = None
 ) -> jax.Array:
@@ -62,7 +64,7 @@ def choice_log_likelihoods(
       params: stacked parameters with a leading member axis [M, ...]; of a quantised
         model, how members differ from its `centre`, or None.
       batch: prompts and choices.
-      members: M.
+      members: M, where `params` is None.
       centre: of a quantised model, the parameters that members share.
 
     Returns:
@@ -79,7 +81,7 @@ def choice_log_likelihoods(
         chosen = jnp.take_along_axis(log_probabilities, targets, axis=-1)[..., 0]
         return jnp.where(batch.scored, chosen, 0).sum(-1)
 
-    return jax.vmap(score, axis_size=members)(params)
+    return jax.vmap(score, axis_size=members if params is None else None)(params)
 
 
 log_likelihoods = jax.jit(choice_log_likelihoods, static_argnums=(0, 3))

@@ -1,0 +1,138 @@
+"""The same work on meshes of different shapes; run with 8 devices of the CPU.
+
+    python tests/layouts.py FOLDER > results.json
+
+For each mesh what members answer, how likely they find choices, and where an update
+leads; then runs of three generations, one of them begun on one device and continued on
+four. `tests/test_devices.py` compares.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import small_run
+from random_checkpoint import QWEN2, write_checkpoint
+
+import jes
+from jes import ask, train
+from jes.anchor import keep_anchor
+from jes.core.mesh import make_mesh, mesh_of, on_mesh_of
+from jes.models.weights import Pretrained
+from jes.tell import Evolution, _tell, first_state, tell
+
+SHAPE = small_run.SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}
+MESHES = [(1, 1), (4, 1), (8, 1), (2, 2), (8, 4)]
+"""Devices, and how many of them a model is spread over."""
+
+POPULATION = 5
+EVOLUTION = Evolution(
+    population=POPULATION, sigma=0.1, alpha=0.1, decay="l2", decay_coefficient=0.5
+)
+
+
+def examiner(pretrained: Pretrained, mode: str) -> ask.Examiner:
+    task = jes.tasks.load_task("tiny/max", root="", seed=0, train=12, test=4)
+    return ask.Examiner(
+        model=pretrained.model,
+        tokenizer=pretrained.tokenizer,
+        task=task,
+        eos_ids=pretrained.eos_ids,
+        mode=mode,
+        buckets=(32,),
+    )
+
+
+def on_mesh(model: Path, devices: int, model_parallel: int, results: dict) -> None:
+    """Everything that one generation computes, into `results`."""
+    mesh = make_mesh(model_parallel, jax.devices()[:devices])
+    pretrained = jes.load(model, mesh=mesh)
+    params, key = pretrained.params, jax.random.key(7)
+    name = f"{devices}/{model_parallel}"
+    for mode in ask.MODES:
+        each = examiner(pretrained, mode)
+        questions = ask.prepare(each, each.task.train)
+        score = ask.ask(
+            each,
+            params,
+            key,
+            questions,
+            noise=EVOLUTION.noise,
+            population=POPULATION,
+            chunk=2,
+        )
+        results[f"{mode} {name}"] = np.array(score)
+    # The numbers behind the choices, of the members that `ask` has asked first.
+    with on_mesh_of(params) as places:
+        members = jnp.arange(places * min(2, -(-POPULATION // places)))
+        run, _ = ask._rollout(each, questions)
+        found = run(params, key, members, noise=EVOLUTION.noise)
+        results[f"log-likelihoods {name}"] = np.asarray(found)[:2]
+    state = first_state(EVOLUTION, params)
+    anchor = keep_anchor(params, "host")
+    for generation in range(2):
+        key = jes.generation_key(jax.random.key(7), generation)
+        fitness = np.random.default_rng(generation).normal(size=POPULATION)
+        before = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
+        params, state = tell(
+            EVOLUTION, params, state, key, fitness.astype("float32"), anchor
+        )
+        after = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
+        assert before == after, (before, after)
+    assert _tell._cache_size() == 1
+    _tell.clear_cache()
+    assert mesh_of(params) == mesh
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in leaves:
+        copies = {np.asarray(s.data).tobytes() for s in leaf.addressable_shards}
+        parts = {str(shard.index) for shard in leaf.addressable_shards}
+        assert len(copies) == len(parts), (path, "differs from device to device")
+        results[f"update {name} {jax.tree_util.keystr(path)}"] = np.asarray(leaf)
+    share = [leaf.addressable_shards[0].data.size / leaf.size for _, leaf in leaves]
+    sizes = [leaf.size for _, leaf in leaves]
+    results[f"held {name}"] = np.average(share, weights=sizes)
+
+
+def run(model: Path, workdir: Path, **settings: Any) -> dict[str, Any]:
+    """A small run, and what came of it: its ledger, but for the header."""
+    config = small_run.get_config(str(model))
+    config.update({"generations": 3, "population": POPULATION, "devices": 1})
+    config.update(settings)
+    train.run(config, workdir)
+    rows = small_run.rows(workdir / "ledger.jsonl")[1:]
+    return {
+        "fitness": [row["fitness"] for row in rows if "fitness" in row],
+        "fingerprint": rows[-1]["fingerprint"],
+    }
+
+
+def main() -> None:
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    folder = Path(sys.argv[1])
+    vocabulary = json.loads((small_run.EMBEDDED / "config.json").read_text())
+    shape = QWEN2 | SHAPE | {"vocab_size": vocabulary["vocab_size"]}
+    model = folder / "model"
+    write_checkpoint(
+        model, shape, tokenizer=small_run.EMBEDDED, dtype="float32", seed=0
+    )
+    results: dict[str, Any] = {}
+    for devices, model_parallel in MESHES:
+        on_mesh(model, devices, model_parallel, results)
+    np.savez(folder / "results.npz", **results)
+    run(model, folder / "moved", generations=2)
+    outcomes = {
+        "one": run(model, folder / "one"),
+        "four": run(model, folder / "four", devices=4),
+        "split": run(model, folder / "split", devices=4, model_parallel=2),
+        "moved": run(model, folder / "moved", devices=4),
+    }
+    (folder / "outcomes.json").write_text(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Several devices: the same members, scores and updates however they are laid out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jes.core.mesh import make_mesh
+
+MESHES = ["4/1", "8/1", "2/2", "8/4"]
+WHOLE = ["4/1", "8/1"]
+"""Meshes on which every device has a model of its own."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `layouts.py` has left."""
+    folder = tmp_path_factory.mktemp("layouts")
+    program = Path(__file__).with_name("layouts.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(program), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, np.ndarray]:
+    with np.load(folder / "results.npz") as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_members_score_the_same(mesh: str, results: dict[str, np.ndarray]) -> None:
+    """Five members, which no number of devices here divides; in float32, greedily."""
+    for mode in ("generate", "likelihood"):
+        expected = results[f"{mode} 1/1"]
+        assert len(np.unique(expected[0])) > 1  # or it would say nothing
+        np.testing.assert_array_equal(results[f"{mode} {mesh}"], expected)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_log_likelihoods_are_the_same(
+    mesh: str, results: dict[str, np.ndarray]
+) -> None:
+    """Up to the order of sums: some nats, as sums of some 100 float32 products."""
+    np.testing.assert_allclose(
+        results[f"log-likelihoods {mesh}"], results["log-likelihoods 1/1"], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_updates_are_the_same(mesh: str, results: dict[str, np.ndarray]) -> None:
+    """To the bit where a device has the whole model, and else to 2 ulp of a weight."""
+    names = [name for name in results if name.startswith("update 1/1 ")]
+    assert names
+    for name in names:
+        got, expected = results[name.replace("1/1", mesh)], results[name]
+        if mesh in WHOLE:
+            np.testing.assert_array_equal(got, expected, name)
+        else:
+            np.testing.assert_array_max_ulp(got, expected, 2)
+
+
+def test_a_model_is_shared_among_devices(results: dict[str, np.ndarray]) -> None:
+    assert [float(results[f"held {mesh}"]) for mesh in WHOLE] == [1, 1]
+    assert float(results["held 2/2"]) == pytest.approx(1 / 2, abs=0.02)
+    # 102 words and 2 key-value heads cannot be shared among four.
+    assert float(results["held 8/4"]) < 0.6
+
+
+def test_runs_are_the_same(folder: Path) -> None:
+    outcomes: dict[str, Any] = json.loads((folder / "outcomes.json").read_text())
+    one = outcomes["one"]
+    assert outcomes["four"] == one
+    assert outcomes["moved"] == one  # begun on one device, ended on four
+    assert outcomes["split"]["fitness"] == one["fitness"]
+
+
+def test_a_mesh_of_one_device_is_none() -> None:
+    assert make_mesh(1, jax.devices()[:1]) is None
+    mesh = make_mesh(2)
+    assert mesh is not None
+    assert dict(mesh.shape) == {"population": 1, "model": 2}
+    with pytest.raises(ValueError, match="model_parallel=3 does not divide the 2 dev"):
+        make_mesh(3)
