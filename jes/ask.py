@@ -19,6 +19,7 @@ from jes.core.noise import Noise, PyTree
 from jes.core.population import draw_members, draw_overlays, evaluate
 from jes.core.tree import is_quantized, with_dtype
 from jes.errors import InputError
+from jes.io.hosts import exchange
 from jes.sampling.generate import (
     GREEDY,
     Sampling,
@@ -159,6 +160,8 @@ def ask(
 ) -> Score:
     """Lets every member of a generation answer the questions.
 
+    Several processes each take a part of the members, and all return all scores.
+
     Args:
       examiner: the model, its task and how to ask.
       params: the centre θ, float32; on a mesh, its devices share the members.
@@ -179,10 +182,17 @@ def ask(
         before_chunk()
         return run(params, key, jnp.asarray(members), noise=noise)
 
-    with on_mesh_of(params) as devices:
-        at_once = devices * min(chunk, -(-population // devices))
-        scores = evaluate(dispatch, score, np.arange(population), at_once)
-    return Score(*map(np.array, zip(*scores, strict=True)))
+    count = -(-population // jax.process_count())
+    first = count * jax.process_index()
+    mine = np.minimum(np.arange(first, first + count), population - 1)
+
+    def scored() -> np.ndarray:
+        with on_mesh_of(params) as devices:
+            at_once = devices * min(chunk, -(-count // devices))
+            return np.array(evaluate(dispatch, score, mine, at_once), float)
+
+    rows = np.concatenate(exchange(scored))[:population]
+    return Score(*rows.T)
 
 
 def examine(

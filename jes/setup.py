@@ -344,7 +344,7 @@ def choose_chunk(setup: Setup) -> int:
     config, examiner = setup.config, setup.examiner
     mesh = mesh_of(setup.pretrained.params)
     sizes = {POPULATION: 1, MODEL: 1} if mesh is None else mesh.shape
-    members = -(-config.population // sizes[POPULATION])
+    members = -(-config.population // (jax.process_count() * sizes[POPULATION]))
     if config.chunk:
         return min(config.chunk, members)
     rows = config.prompts or len(setup.train)

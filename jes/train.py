@@ -10,9 +10,13 @@ Stopped at any moment, the same command goes on where the run was. What counts, 
 to last: the ledger (each complete row is a generation that happened), the newest
 checkpoint that can be read (the state after some of them), and the base model (the
 state after none). The rows after the checkpoint are told again, not asked again.
+
+Started several times, on one host or many (`--coordinator` or `--distributed`), it is
+one run, of which the first process alone writes.
 """
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +33,8 @@ from jes.baselines import grpo_run, sft_run
 from jes.core import ledger as ledgers
 from jes.core.noise import PyTree, generation_key
 from jes.errors import InputError
-from jes.io import checkpoints, command_line, memory, runs
-from jes.io.interrupts import Stopped, stop_request
+from jes.io import checkpoints, command_line, hosts, memory, runs
+from jes.io.interrupts import Stopped, StopRequest, stop_request
 from jes.io.progress import bar, console
 from jes.metacognition.objectives import objective_fitness
 from jes.models.weights import fingerprint
@@ -70,7 +74,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
       workdir: the run folder; see the README for what is in it.
 
     Returns:
-      The contents of `summary.json`.
+      The contents of `summary.json`; nothing in other processes than the first.
 
     Raises:
       InputError: if a setting, the model, the data or the folder cannot work.
@@ -82,13 +86,22 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         raise InputError(f"method must be one of {names}, not {config.method!r}")
     check_settings(config)
     evolution = make_evolution(config)
-    with runs.alone(workdir):
-        summary = finished(config, workdir)
-        if summary is None:
-            return METHODS[config.method](config, evolution, workdir)
-        console.print("this run finished before; give another --workdir for a new one")
-        report(workdir, summary)
-        return summary
+    if jax.process_count() > 1 and config.method != "es":
+        raise InputError(f"method {config.method!r} runs in one process")
+    with hosts.together():
+        if not hosts.first():
+            follow(config, evolution)
+            return {}
+        with runs.alone(workdir):
+            summary = finished(config, workdir)
+            if summary is None:
+                return METHODS[config.method](config, evolution, workdir)
+            console.print(
+                "this run finished before; give another --workdir for a new one"
+            )
+            report(workdir, summary)
+            return summary
+    return {}  # over before it began
 
 
 def evolve(
@@ -96,6 +109,7 @@ def evolve(
 ) -> dict[str, Any]:
     """The run itself, from start or resumption to the summary."""
     setup = make_setup(config, evolution)
+    check_same_start(setup)
     resolved = {"chunk": choose_chunk(setup)}
     chunk = runs.claim(workdir, config.to_dict(), resolved)["chunk"]
     ledger = open_ledger(setup, workdir / "ledger.jsonl")
@@ -103,9 +117,10 @@ def evolve(
         setup.pretrained.params, evolution.anchor, setup.pretrained.stored_dtype
     )
     anchor = None if evolution.decay == "none" else base
-    root = jax.random.key(config.seed)
     folder = workdir / "checkpoints"
     done = len(ledger.fitness)
+    told = {"chunk": chunk, "fitness": [row.tolist() for row in ledger.fitness]}
+    hosts.from_first(lambda: json.dumps(told).encode())
     checkpoints.tidy(folder, done)
     with (
         stop_request() as stop,
@@ -123,25 +138,7 @@ def evolve(
                 if generation % config.eval_every == 0:
                     evaluate(setup, generation, state.params, base, writer, stop)
                 began = time.perf_counter()
-                now = evolution.at(generation)
-                key = generation_key(root, generation)
-                scores = ask(
-                    setup.examiner,
-                    state.params,
-                    key,
-                    pick(setup, generation),
-                    noise=now.noise,
-                    population=now.population,
-                    chunk=chunk,
-                    before_chunk=stop.check,
-                )
-                earned = objective_fitness(config.objective, scores)
-                scores = scores._replace(reward=earned)
-                fitness = make_fitness(setup, scores, generation)
-                params, optimizer = tell(
-                    now, state.params, state.optimizer, key, fitness, anchor
-                )
-                state = State(generation + 1, state.saved, params, optimizer)
+                state, scores, fitness = advance(setup, state, chunk, anchor, stop)
                 row = metrics_row(setup, scores, state, base, began)
                 writer.write("metrics", generation, row)
                 ledgers.append_generation(ledger.path, generation, fitness)
@@ -158,7 +155,78 @@ def evolve(
             )
             raise
     seal(ledger, state)
+    hosts.check_same("come to other weights", lambda: fingerprint(state.params))
     return finish(setup, state.generation, state.params, workdir)
+
+
+def follow(config: ml_collections.ConfigDict, evolution: Evolution) -> None:
+    """The run in any process but the first: the same updates, written nowhere."""
+    setup = make_setup(config, evolution)
+    check_same_start(setup)
+    params = setup.pretrained.params
+    start = json.loads(hosts.from_first(bytes))
+    anchor = None
+    if evolution.decay != "none":
+        stored = setup.pretrained.stored_dtype
+        anchor = keep_anchor(params, evolution.anchor, stored)
+    fitness = [np.array(row, np.float32) for row in start["fitness"]]
+    root = jax.random.key(config.seed)
+    params, optimizer = replay(
+        evolution, params, first_state(evolution, params), root, fitness, 0, anchor
+    )
+    state = State(len(fitness), len(fitness), params, optimizer)
+    with stop_request() as stop:
+        while state.generation < config.generations:
+            state, _, _ = advance(setup, state, start["chunk"], anchor, stop)
+    reached = fingerprint(state.params)
+    hosts.check_same("come to other weights", lambda: reached)
+    console.print(f"process {jax.process_index()} has come to the weights {reached}")
+
+
+def check_same_start(setup: Setup) -> None:
+    """Raises InputError if processes have not the same settings and base model."""
+
+    def start() -> str:
+        return setup.config.to_json() + fingerprint(setup.pretrained.params)
+
+    hosts.check_same("other settings, or another base model,", start)
+
+
+def advance(
+    setup: Setup, state: State, chunk: int, anchor: PyTree, stop: StopRequest
+) -> tuple[State, Score, np.ndarray]:
+    """One generation: ask, then tell.
+
+    Args:
+      setup: of the run.
+      state: before it; its weights are given away.
+      chunk: members held in memory at once, on each device.
+      anchor: the base weights, where there is a decay.
+      stop: asked before every chunk.
+
+    Returns:
+      The state after it, the members' scores, and their fitness float32 [N].
+    """
+    generation = state.generation
+    evolution = setup.evolution.at(generation)
+    key = generation_key(jax.random.key(setup.config.seed), generation)
+    scores = ask(
+        setup.examiner,
+        state.params,
+        key,
+        pick(setup, generation),
+        noise=evolution.noise,
+        population=evolution.population,
+        chunk=chunk,
+        before_chunk=stop.check,
+    )
+    earned = objective_fitness(setup.config.objective, scores)
+    scores = scores._replace(reward=earned)
+    fitness = make_fitness(setup, scores, generation)
+    params, optimizer = tell(
+        evolution, state.params, state.optimizer, key, fitness, anchor
+    )
+    return State(generation + 1, state.saved, params, optimizer), scores, fitness
 
 
 METHODS = {"es": evolve, "grpo": grpo_run.learn, "sft": sft_run.learn}
@@ -215,7 +283,9 @@ def resume(
     """
     optimizer = first_state(evolution, params)
     saved, done = 0, len(ledger.fitness)
-    restored = checkpoints.restore_latest(folder, (params, optimizer), done)
+    restored = None
+    if jax.process_count() == 1:
+        restored = checkpoints.restore_latest(folder, (params, optimizer), done)
     if restored is not None:
         saved, (params, optimizer) = restored
     root = jax.random.key(ledger.header["seed"])
@@ -300,7 +370,12 @@ def flips(optimizer: Any, parameters: int) -> dict[str, float]:
 
 
 def save(folder: Path, state: State) -> State:
-    """Writes a checkpoint; the ledger alone would do, so that a full disk is no end."""
+    """Writes a checkpoint; the ledger alone would do, so that a full disk is no end.
+
+    Several processes have none: orbax waits for all of them, which have no folder.
+    """
+    if jax.process_count() > 1:
+        return state
     try:
         checkpoints.save(folder, state.generation, (state.params, state.optimizer))
     except OSError as error:
@@ -317,11 +392,27 @@ def main() -> None:
     workdir_flag = flags.DEFINE_string(
         "workdir", None, "Run folder; by default runs/<name of the config file>."
     )
+    flags.DEFINE_bool("distributed", False, "Join processes that JAX can find.")
+    flags.DEFINE_string("coordinator", "", "host:port of the first of many processes.")
+    flags.DEFINE_integer("processes", None, "How many there are.")
+    flags.DEFINE_integer("process", None, "The number of this one, from 0.")
+    flags.DEFINE_integer(
+        "process_timeout", 300, "Seconds to wait for a sign of life of the others."
+    )
     flags.mark_flag_as_required("config")
 
     def command(argv: list[str]) -> None:
         if len(argv) > 1:
             raise InputError(f"unexpected {' '.join(argv[1:])!r}")
+        given = flags.FLAGS
+        cluster = hosts.Cluster(
+            coordinator=given.coordinator,
+            processes=given.processes,
+            process=given.process,
+            timeout=given.process_timeout,
+        )
+        if given.distributed or cluster.named:
+            cluster.join()
         memory.give_back_freed_blocks()
         workdir = workdir_flag.value or f"runs/{command_line.config_name()}"
         run(config_flag.value, Path(workdir))

@@ -6,7 +6,10 @@ The number is how many run at once (the first runs alone, and what it compiles i
 for the others).
 
 A job is `{"argv": [module, argument, ...], "fault": {...}}`, a result `{"status",
-"stdout", "stderr", "seconds"}`. A fault hits one call of one function, just before it
+"stdout", "stderr", "seconds"}`. With `"after": true` it waits until none is running,
+and those without run beside it, also the first. With `"collectives": true` the last
+line of its output lists what its compiled programs send from device to device, as
+`[operation, bytes]`. A fault hits one call of one function, just before it
 would run: `{"at": "jes.train:tell", "call": 2, "do": "SIGKILL"}`. What it does is the
 name of a signal (or of several in turn), of an errno that is raised as an OSError, or
 `sleep`. Imports take longer than these runs do, and forking is safe until JAX starts a
@@ -17,7 +20,9 @@ import errno
 import functools
 import importlib
 import json
+import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -25,6 +30,8 @@ import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+import jax
 
 
 def place(at: str) -> tuple[Any, str]:
@@ -92,7 +99,10 @@ def run_jobs(jobs: list[dict[str, Any]], at_once: int) -> list[dict[str, Any]]:
     waiting = list(enumerate(jobs))
     while waiting or running:
         # The first is alone: it fills the cache of compiled programs.
-        while waiting and len(running) < (at_once if results else 1):
+        grouped = any("after" in job for job in jobs)
+        while waiting and len(running) < (at_once if results or grouped else 1):
+            if running and waiting[0][1].get("after"):
+                break
             number, job = waiting.pop(0)
             child = Child(job)
             running[child.pid] = number, child
@@ -120,9 +130,35 @@ def run_main(job: dict[str, Any]) -> int:
     except BaseException:
         traceback.print_exc()
         status = 130 if sys.exc_info()[0] is KeyboardInterrupt else 1
+    if job.get("collectives"):
+        print(json.dumps(collectives()))
     sys.stdout.flush()
     sys.stderr.flush()
     return status
+
+
+def collectives() -> list[tuple[str, int]]:
+    """What the programs compiled in this process send: each operation, its bytes."""
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    pattern = re.compile(rf"= (.*?) ((?:{kinds})[a-z-]*)\(")
+    client: Any = jax.local_devices()[0].client
+    found = []
+    for program in client.live_executables():
+        for module in program.hlo_modules():
+            for shapes, kind in pattern.findall(module.to_string()):
+                found.append((kind, sum(map(size, ARRAY.findall(shapes)))))
+    return found
+
+
+ARRAY = re.compile(r"(pred|[a-z]+(?:\d+))\[([\d,]*)\]")
+"""An array in the text of a program: its type, which ends with its bits, its shape."""
+
+
+def size(array: tuple[str, str]) -> int:
+    """Bytes of an array as `ARRAY` finds it."""
+    kind, shape = array
+    bits = 8 if kind == "pred" else int(re.findall(r"\d+", kind)[0])
+    return math.prod(map(int, filter(None, shape.split(",")))) * bits // 8
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Command lines: what the user got wrong is one line, never a traceback of ours."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jes.errors import InputError
+from jes.io.hosts import Gone
 from jes.io.interrupts import Stopped
 
 
@@ -68,6 +70,10 @@ def guarded(command: Callable[[], None], after_os_error: str = "") -> None:
     """
     try:
         command()
+    except Gone as gone:
+        print(f"error: {gone}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # without JAX's wait for the others at the exit
     except InputError as error:
         # A full disk is no mistake in the input.
         # Those without a number are of the network.

@@ -1,0 +1,143 @@
+"""Several processes are one run: the same bits, one that writes, little is sent."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from random_checkpoint import QWEN2, write_checkpoint
+from small_run import EMBEDDED, SHAPE, outcome, rows, run_jobs, train_command
+
+from jes.core import ledger as ledgers
+from jes.export import rebuild
+from jes.models.weights import fingerprint
+
+TIMEOUT = 30
+
+
+def processes(
+    count: int, model: Path, workdir: Path, *changes: str, **last: Any
+) -> list[dict[str, Any]]:
+    """Jobs that are one run; `last` is of the last one. Others get other folders."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    jobs = []
+    for number in range(count):
+        own = workdir if number == 0 else workdir.with_name(f"{workdir.name}-{number}")
+        argv = [
+            *train_command(model, own, *changes),
+            f"--coordinator=localhost:{port}",
+            f"--processes={count}",
+            f"--process={number}",
+            f"--process_timeout={TIMEOUT}",
+        ]
+        jobs.append({"argv": argv, "after": number == 0, "collectives": True})
+    jobs[-1] |= last
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hosts")
+
+
+@pytest.fixture(scope="module")
+def results(
+    folder: Path, small_model: Path, compiled: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """What came of each run, a result a process."""
+    wide = folder / "wide-model"
+    vocabulary = json.loads((EMBEDDED / "config.json").read_text())["vocab_size"]
+    shape = QWEN2 | SHAPE | {"vocab_size": vocabulary, "hidden_size": 64}
+    write_checkpoint(wide, shape, tokenizer=EMBEDDED, dtype="float32", seed=0)
+    killed = {"fault": {"at": "jes.train:tell", "call": 3, "do": "SIGKILL"}}
+    runs = {
+        "two": processes(2, small_model, folder / "two"),
+        "wide": processes(2, wide, folder / "wide", "generations=1"),
+        "three": processes(3, small_model, folder / "three", "generations=2"),
+        "killed": processes(2, small_model, folder / "killed", **killed),
+        "again": processes(2, small_model, folder / "killed"),
+        "unlike": processes(2, small_model, folder / "unlike"),
+    }
+    runs["unlike"][1]["argv"].append("--config.seed=5")
+    done = run_jobs([job for jobs in runs.values() for job in jobs], compiled, 3)
+    return {name: [done.pop(0) for _ in jobs] for name, jobs in runs.items()}
+
+
+def test_two_processes_are_one_with_two_devices(
+    results: dict, folder: Path, finished_run: Path
+) -> None:
+    assert [r["status"] for r in results["two"]] == [0, 0], results["two"]
+    assert outcome(folder / "two") == outcome(finished_run)
+
+
+def test_every_process_has_the_same_weights(results: dict, folder: Path) -> None:
+    for name, count in (("two", 2), ("three", 3), ("again", 2)):
+        sealed = rows(folder / name.replace("again", "killed") / "ledger.jsonl")[-1]
+        for number in range(1, count):
+            said = f"process {number} has come to the weights {sealed['fingerprint']}"
+            assert said in results[name][number]["stdout"]
+
+
+def test_the_first_process_alone_writes(results: dict, folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"wide-model", "two", "wide", "three", "killed"}
+
+
+def test_members_need_not_divide_among_processes(
+    results: dict, folder: Path, finished_run: Path
+) -> None:
+    assert [r["status"] for r in results["three"]] == [0, 0, 0], results["three"]
+    ledger = ledgers.read(folder / "three" / "ledger.jsonl")
+    expected = ledgers.read(finished_run / "ledger.jsonl").fitness[:2]
+    np.testing.assert_array_equal(ledger.fitness, expected)
+    assert fingerprint(rebuild(ledger).params) == ledger.fingerprints[2]
+
+
+def sent(result: dict[str, Any]) -> list[list[Any]]:
+    return json.loads(result["stdout"].splitlines()[-1])
+
+
+def test_what_is_sent_does_not_grow_with_the_model(results: dict, folder: Path) -> None:
+    """Scores of the members, a word of well-being, digests: not one weight."""
+    small, wide = sent(results["two"][0]), sent(results["wide"][0])
+    sizes = [
+        (folder / name / "model" / "model.safetensors").stat().st_size
+        for name in ("two", "wide")
+    ]
+    assert sizes[1] > 1.8 * sizes[0]
+    assert sorted(small) == sorted(wide)
+    assert {kind for kind, _ in small} == {"all-gather"}
+    scores = 4 * 8 * 8  # members, fields of a score, bytes of a float64
+    assert ["all-gather", scores] in small
+    assert sum(size for _, size in small) < 2000
+    # With another number of members in each of three processes: two, of which the
+    # last has copies.
+    assert ["all-gather", 6 * 8 * 8] in sent(results["three"][0])
+
+
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(
+    results: dict, folder: Path, finished_run: Path
+) -> None:
+    left, killed = results["killed"]
+    assert killed["status"] == -9
+    assert left["status"] not in (0, None)
+    assert left["seconds"] < killed["seconds"] + 2 * TIMEOUT
+    message = left["stderr"]
+    assert "another process of the run has gone" in message or (
+        "another task died" in message  # if JAX has noticed it first
+    )
+    assert [r["status"] for r in results["again"]] == [0, 0], results["again"]
+    assert "going on after 3 generations" in results["again"][0]["stdout"]
+    ours, theirs = outcome(folder / "killed"), outcome(finished_run)
+    assert ours == theirs
+
+
+def test_other_settings_are_refused_by_all(results: dict) -> None:
+    for result in results["unlike"]:
+        assert result["status"] == 2, result
+        message = "process 1 has other settings, or another base model, than the first"
+        assert message in result["stderr"]
