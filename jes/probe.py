@@ -228,20 +228,20 @@ def answers_of(
         population=len(candidates),
         budget=(int(config.memory_gb * 1e9) or memory.free_bytes()) - held,
     )
-    for members in chunks(len(candidates), min(chunk, len(candidates))):
+    for members in chunks(np.asarray(candidates), min(chunk, len(candidates))):
         answered = answer_each(
             examiner,
             pretrained.params,
             key,
             questions,
-            np.asarray(candidates)[members],
+            members,
             noise=noise,
             batch_size=config.eval_batch,
             before_batch=stop.check,
         )
         # The last chunk is filled up with one of its own.
         for i in range(len(set(members.tolist()))):
-            yield candidates[members[i]], Answered(*(each[i] for each in answered))
+            yield int(members[i]), Answered(*(each[i] for each in answered))
 
 
 def to_hex(bits: np.ndarray) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import jax
 import numpy as np
@@ -158,7 +159,7 @@ def _agree(mine: int) -> None:
     codes = _gather(np.array([mine], np.uint32))[:, 0].tolist()
     failed = [process for process, code in enumerate(codes) if code == FAILED]
     signals = [code for code in codes if code not in (WELL, OVER, FAILED)]
-    error: Exception
+    error: Any
     if failed:
         error = InputError(f"process {failed[0]} has failed, as its own output says")
     elif signals:
@@ -167,7 +168,7 @@ def _agree(mine: int) -> None:
         error = Over()
     else:
         return
-    error.told = True  # type: ignore[attr-defined]
+    error.told = True
     raise error
 
 
