@@ -32,7 +32,7 @@ from jes.sampling.likelihood import (
     log_likelihoods,
     pad_choices,
 )
-from jes.sampling.prompts import BUCKETS, encode, pad
+from jes.sampling.prompts import BUCKETS, PromptBatch, batches, encode, share
 from jes.tasks.task import Example, Reward, Task
 
 MODES = ("generate", "likelihood")
@@ -53,6 +53,8 @@ class Examiner:
       max_new_tokens: longest answer; by default the task's.
       sampling: how the next token is chosen.
       buckets: prompt lengths to pad to.
+      parts: lengths to pad what prompts share and the rest to, as for `prompts.share`:
+        None for `buckets`, () to compute every prompt in full.
     """
 
     model: Any
@@ -64,6 +66,7 @@ class Examiner:
     max_new_tokens: int = 0
     sampling: Sampling = GREEDY
     buckets: tuple[int, ...] = BUCKETS
+    parts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -141,10 +144,37 @@ def prepare(examiner: Examiner, examples: Sequence[Example]) -> list[Question]:
 
 def longest(questions: Sequence[Question]) -> int:
     """Tokens of the longest prompt, with its longest choice."""
-    return max(
-        max(len(q.prompt) + max(map(len, q.choices), default=0), len(q.meta))
-        for q in questions
-    )
+    return max(len(longest_text(question)) for question in questions)
+
+
+def longest_text(question: Question) -> list[int]:
+    """The longer of its two prompts, or the prompt with its longest choice."""
+    text = [*question.prompt, *max(question.choices, key=len, default=[])]
+    return max(text, list(question.meta), key=len)
+
+
+def padded_lengths(
+    examiner: Examiner, questions: Sequence[Question]
+) -> tuple[int, int]:
+    """Tokens of what all prompts share, 0 for nothing, and of the rest, both padded."""
+    if examiner.mode == "likelihood":
+        choices = [question.choices for question in questions]
+        prompts = [question.prompt for question in questions]
+        batch = pad_choices(prompts, choices, examiner.buckets, examiner.parts)
+        prefix, rest = batch.prefix, batch.rows
+    else:
+        prefix, rest = _shared(examiner, questions)
+    return 0 if prefix is None else prefix.tokens.shape[1], rest.tokens.shape[1]
+
+
+def _shared(
+    examiner: Examiner, questions: Sequence[Question]
+) -> tuple[PromptBatch | None, PromptBatch]:
+    """What the prompts have in common, and the rest of all first, then all second."""
+    prompts = [question.prompt for question in questions]
+    if examiner.task.meta is not None:
+        prompts += [list(question.meta) for question in questions]
+    return share(prompts, examiner.buckets, parts=examiner.parts)
 
 
 def ask(
@@ -212,15 +242,18 @@ def examine(
     if not questions:
         raise InputError(f"task {examiner.task.name} has no examples to evaluate on")
     key = jax.random.key(0) if key is None else key
-    order = sorted(range(len(questions)), key=lambda i: longest(questions[i : i + 1]))
-    size = min(batch_size, len(questions))
+    texts = [longest_text(question) for question in questions]
+    new = examiner.max_new_tokens if examiner.mode == "generate" else 0
+    plan = batches(texts, batch_size, new, examiner.buckets, examiner.parts)
+    start = 0
     sums = np.zeros(len(Score._fields))
-    for start in range(0, len(order), size):
-        chosen = [questions[i] for i in order[start : start + size]]
+    for numbers, size in plan:
+        chosen = [questions[i] for i in numbers]
         before_batch()
         # The last batch is filled up so that it has the shape of the others.
         run, score, _ = _rollout(examiner, chosen, fill_to=size)
         answers = run(params, jax.random.fold_in(key, start), jnp.zeros(1, int))
+        start += len(chosen)
         (one,) = score(answers)
         weights = np.full(len(sums), len(chosen))
         weights[Score._fields.index("tokens")] = 1
@@ -288,9 +321,6 @@ def _rollout(
     single answers.
     """
     filled = [*questions, *[questions[-1]] * (fill_to - len(questions))]
-    prompts = [q.prompt for q in filled]
-    if examiner.task.meta is not None:
-        prompts += [list(q.meta) for q in filled]
     model = examiner.model
     draw = partial(_draw, dtype=jnp.dtype(examiner.dtype))
 
@@ -306,7 +336,8 @@ def _rollout(
         return deviations, with_dtype(params, jnp.dtype(examiner.dtype))
 
     if examiner.mode == "likelihood":
-        batch = pad_choices(prompts, [q.choices for q in filled], examiner.buckets)
+        prompts, choices = [q.prompt for q in filled], [q.choices for q in filled]
+        batch = pad_choices(prompts, choices, examiner.buckets, examiner.parts)
 
         def rate(
             params: PyTree, key: jax.Array, members: Any, noise: Noise | None = None
@@ -320,7 +351,7 @@ def _rollout(
             partial(_judge_likelihoods, examiner, questions, batch),
         )
 
-    padded = pad(prompts, examiner.buckets)
+    prefix, padded = _shared(examiner, filled)
 
     def answer(
         params: PyTree, key: jax.Array, members: jax.Array, noise: Noise | None = None
@@ -337,6 +368,7 @@ def _rollout(
             eos_ids=examiner.eos_ids,
             sampling=examiner.sampling,
             centre=centre,
+            prefix=prefix,
         )
 
     return (

@@ -11,6 +11,7 @@
 (d) Of quantised ES: an update by seed replay over 50 generations, over one with dense
     noise and a kept residual.
 (e) Exact normal noise over noise from a table; with `--noise` nothing but that.
+(f) Reading prompts in full, over with their common beginning computed once.
 
 The rows of (a) and (b) answer the same prompts with the same weights and generate the
 same number of tokens: none ends early. Medians, with the quartiles of the ratio over
@@ -22,7 +23,7 @@ import argparse
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,8 @@ from jes.io.runs import versions
 from jes.models.config import ModelConfig
 from jes.models.qwen import Decoder
 from jes.models.weights import Pretrained, load
+from jes.sampling.generate import decode_members, unrolled_members
+from jes.sampling.prompts import share
 from jes.tasks.task import Reward, Task
 from jes.tell import Evolution, first_state, tell
 
@@ -265,6 +268,7 @@ def rows(members: int, repeats: int) -> list[Row]:
             )
         )
     out += rounding_rows(repeats) + noise_rows(repeats)
+    out.append(prefix_row(tiny, repeats))
     if find_spec("torch") is None:
         console.print("(b) is left out: PyTorch is not installed")
         return out
@@ -322,6 +326,42 @@ def noise_rows(repeats: int) -> list[Row]:
         for law, goal in (("jax.random.normal", ">= 1.8"), ("normal", ""))
         for use in laws.USES
     ]
+
+
+def prefix_row(pretrained: Pretrained, repeats: int) -> Row:
+    """What a shared prefix saves: 32 prompts of 600 tokens in common and 60 own."""
+    rng = np.random.default_rng(0)
+    vocabulary = pretrained.config.vocab_size
+    common = rng.integers(0, vocabulary, 600).tolist()
+    prompts = [common + rng.integers(0, vocabulary, 60).tolist() for _ in range(32)]
+    return compare(
+        "(f) prefill in full / shared: tiny model, 32 prompts x (600 + 60) tokens",
+        ">= 5",
+        reading(pretrained, prompts, parts=()),
+        reading(pretrained, prompts),
+        repeats,
+    )
+
+
+def reading(
+    pretrained: Pretrained,
+    prompts: Sequence[Sequence[int]],
+    parts: Sequence[int] | None = None,
+) -> Callable[[], Any]:
+    """A function that reads prompts, up to their first new token."""
+    model = pretrained.model
+    weights = jax.tree.map(lambda leaf: leaf[None], pretrained.params)
+    weights = unrolled_members(model, weights)
+    prefix, rest = share(prompts, parts=parts)
+    return lambda: decode_members(
+        model.unrolled(),
+        weights,
+        rest,
+        jax.random.split(jax.random.key(0), 1),
+        max_new_tokens=1,
+        eos_ids=(),
+        prefix=prefix,
+    )
 
 
 def table(measured: list[Row]) -> Table:

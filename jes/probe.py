@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from jes.ask import Answered, Examiner, Question, answer_each, prepare
+from jes.ask import Answered, Examiner, Question, answer_each, padded_lengths, prepare
 from jes.core.ledger import append_row
 from jes.core.noise import Noise, generation_key
 from jes.core.population import chunks
@@ -218,13 +218,15 @@ def answers_of(
     if examiner.mode == "likelihood":
         rows *= max(len(question.choices) for question in questions)
     held = 0 if config.memory_gb else 4 * parameters
+    prefix, rest = padded_lengths(examiner, questions)
     chunk = config.chunk or memory.choose_chunk(
         pretrained.config,
         memory.weight_bytes(pretrained.config, parameters, examiner.dtype),
         examiner.dtype,
         rows,
-        examiner.buckets[0],
+        rest,
         examiner.max_new_tokens,
+        prefix,
         population=len(candidates),
         budget=(int(config.memory_gb * 1e9) or memory.free_bytes()) - held,
     )

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jes.anchor import PLACES
-from jes.ask import Examiner, Question, longest, prepare
+from jes.ask import Examiner, Question, longest, padded_lengths, prepare
 from jes.config import DTYPES
 from jes.core.mesh import MODEL, POPULATION, make_mesh, mesh_of
 from jes.core.tree import is_quantized, with_dtype
@@ -23,6 +23,7 @@ from jes.models.weights import Pretrained
 from jes.quantize import load_base
 from jes.sampling.divergence import Answers, sample_answers
 from jes.sampling.generate import GREEDY, Sampling
+from jes.sampling.prompts import bucket
 from jes.tasks import load_task
 from jes.tell import (
     ROUNDINGS,
@@ -333,10 +334,16 @@ def make_sampling(config: ml_collections.ConfigDict) -> Sampling:
 
 
 def one_bucket(examiner: Examiner, questions: Sequence[Question]) -> Examiner:
-    """The examiner with the one prompt length that holds all questions."""
-    needed = longest(questions)
-    bucket = min(b for b in examiner.buckets if b >= needed)
-    return dataclasses.replace(examiner, buckets=(bucket,))
+    """The examiner with the one prompt length that holds all questions.
+
+    Or, where they begin alike, with one for that and one for the rest.
+    """
+    prefix, rest = padded_lengths(examiner, questions)
+    return dataclasses.replace(
+        examiner,
+        buckets=(bucket(longest(questions), examiner.buckets),),
+        parts=(prefix, rest) if prefix else (),
+    )
 
 
 def choose_chunk(setup: Setup) -> int:
@@ -361,14 +368,16 @@ def choose_chunk(setup: Setup) -> int:
     )
     # The centre, its anchor and one update are there too: float32, or a byte a code.
     held = 3 * (1 if quantized else 4) * setup.parameters // sizes[MODEL]
+    prefix, rest = padded_lengths(examiner, setup.train)
     beside = 0 if config.memory_gb else held
     return memory.choose_chunk(
         setup.pretrained.config,
         weights // sizes[MODEL],
         examiner.dtype,
         rows,
-        examiner.buckets[0],
+        rest,
         examiner.max_new_tokens,
+        prefix,
         population=members,
         budget=(int(config.memory_gb * 1e9) or memory.free_bytes()) - beside,
     )

@@ -51,7 +51,13 @@ def free_bytes() -> int:
 
 
 def bytes_per_member(
-    config: Any, weights: int, dtype: Any, rows: int, prompt: int, new: int
+    config: Any,
+    weights: int,
+    dtype: Any,
+    rows: int,
+    prompt: int,
+    new: int,
+    prefix: int = 0,
 ) -> int:
     """Estimate of what one member takes while it answers.
 
@@ -63,13 +69,17 @@ def bytes_per_member(
       weights: bytes of the weights that are its own: see `weight_bytes`.
       dtype: of the member's weights.
       rows, prompt, new: prompts, tokens of a padded prompt, new tokens.
+      prefix: tokens that all prompts begin with, which count once.
     """
     size = jnp.dtype(dtype).itemsize
     heads, slots = config.num_attention_heads, prompt + new
     head_rows = config.num_key_value_heads * config.head_dim
-    cache = 2 * 2 * config.num_hidden_layers * rows * head_rows * slots * size
-    scores = 2 * rows * heads * prompt * prompt * 4
-    hidden = rows * prompt * (3 * config.intermediate_size + 4 * config.hidden_size) * 4
+    kept = 2 * rows * slots + prefix  # the cache is copied to make room, a prefix not
+    cache = 2 * config.num_hidden_layers * kept * head_rows * size
+    pairs = max(rows * prompt * (prefix + prompt), prefix * prefix)
+    scores = 2 * heads * pairs * 4
+    widest = 3 * config.intermediate_size + 4 * config.hidden_size
+    hidden = max(rows * prompt, prefix) * widest * 4
     logits = 3 * rows * config.vocab_size * 4
     return weights + cache + max(scores, hidden) + logits
 

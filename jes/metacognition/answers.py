@@ -133,6 +133,7 @@ def confidence(
             [list(questions[i].meta) for i in filled],
             [claims] * size,
             examiner.buckets,
+            examiner.parts,
         )
         (logs,) = log_likelihoods(examiner.model, None, batch, 1, params)
         yes, no = np.asarray(logs, float).reshape(-1, 2).T

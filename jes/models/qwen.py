@@ -46,6 +46,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         *,
         last: int | None = None,
+        prefix: Cache | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Logits of the next token at every position, and the cache.
 
@@ -58,6 +59,8 @@ class Decoder(nn.Module):
             (`cache.extended(n)` makes room for n more).
           last: how many of the last positions to give logits for, by default all;
             sampling needs one. At 151936 words they are most of the memory otherwise.
+          prefix: a cache of batch 1 with tokens that come before those of every row.
+            Positions count from its first token on. It is read only.
 
         Returns:
           float32 logits [B, T or `last`, V], and the new `Cache`.
@@ -67,6 +70,7 @@ class Decoder(nn.Module):
         length = tokens.shape[1]
         if positions is None:
             start = 0 if cache is None else cache.length
+            start += 0 if prefix is None else prefix.positions.max() + 1
             positions = jnp.broadcast_to(start + jnp.arange(length), tokens.shape)
         chex.assert_equal_shape([tokens, positions])
         if cache is None:
@@ -75,8 +79,13 @@ class Decoder(nn.Module):
             slot = cache.length
             key_positions = write(cache.positions, positions, slot, 1)
         # [B, T, S]: a token sees the tokens at or before its own position.
-        visible = (key_positions[:, None, :] <= positions[:, :, None]) & (
-            key_positions[:, None, :] != PADDING
+        seen = key_positions
+        if prefix is not None:
+            shape = (tokens.shape[0], prefix.positions.shape[1])
+            before = jnp.broadcast_to(prefix.positions, shape)
+            seen = jnp.concatenate([before, seen], axis=1)
+        visible = (seen[:, None, :] <= positions[:, :, None]) & (
+            seen[:, None, :] != PADDING
         )
         angles = rope_angles(positions, cfg)
 
@@ -89,9 +98,9 @@ class Decoder(nn.Module):
         )
         x = embed(tokens)
         if self.scan_layers:
-            x, keys, values = self._scanned(x, visible, angles, cache, slot)
+            x, keys, values = self._scanned(x, visible, angles, cache, slot, prefix)
         else:
-            x, keys, values = self._unrolled(x, visible, angles, cache, slot)
+            x, keys, values = self._unrolled(x, visible, angles, cache, slot, prefix)
         if last is not None:
             x = x[:, -last:]
         x = RMSNorm(cfg.rms_norm_eps, name="final_norm")(x)
@@ -108,28 +117,32 @@ class Decoder(nn.Module):
             logits = jnp.matmul(x, head, preferred_element_type=f32)
         return logits, Cache(keys, values, key_positions, slot + length)
 
-    def _scanned(self, x, visible, angles, cache, slot):
+    def _scanned(self, x, visible, angles, cache, slot, prefix):
         """Layers on a leading axis: one compiled layer, whatever their number."""
         layers = nn.scan(
             Layer,
             variable_axes={"params": 0, "noise": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             out_axes=0,
             length=self.config.num_hidden_layers,
         )(self.config, name="layers")
         keys = None if cache is None else jnp.stack(cache.keys)
         values = None if cache is None else jnp.stack(cache.values)
-        x, (keys, values) = layers(x, keys, values, visible, angles, slot)
+        shared = None
+        if prefix is not None:
+            shared = jnp.stack(prefix.keys), jnp.stack(prefix.values)
+        x, (keys, values) = layers(x, keys, values, shared, visible, angles, slot)
         return x, tuple(keys), tuple(values)
 
-    def _unrolled(self, x, visible, angles, cache, slot):
+    def _unrolled(self, x, visible, angles, cache, slot, prefix):
         keys, values = [], []
         for i in range(self.config.num_hidden_layers):
             key = None if cache is None else cache.keys[i]
             value = None if cache is None else cache.values[i]
+            shared = None if prefix is None else (prefix.keys[i], prefix.values[i])
             layer = Layer(self.config, name=f"layers_{i}")
-            x, (key, value) = layer(x, key, value, visible, angles, slot)
+            x, (key, value) = layer(x, key, value, shared, visible, angles, slot)
             keys.append(key)
             values.append(value)
         return x, tuple(keys), tuple(values)
@@ -168,10 +181,11 @@ class Layer(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, keys, values, visible, angles, slot):
+    def __call__(self, x, keys, values, prefix, visible, angles, slot):
         eps = self.config.rms_norm_eps
+        normed = RMSNorm(eps, name="attention_norm")(x)
         attended, kv = Attention(self.config, name="attention")(
-            RMSNorm(eps, name="attention_norm")(x), keys, values, visible, angles, slot
+            normed, keys, values, prefix, visible, angles, slot
         )
         x = x + attended
         return x + FeedForward(self.config, name="mlp")(
@@ -185,7 +199,7 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, keys, values, visible, angles, slot):
+    def __call__(self, x, keys, values, prefix, visible, angles, slot):
         cfg = self.config
         batch, length, _ = x.shape
         heads, kv_heads, dim = (
@@ -210,7 +224,7 @@ class Attention(nn.Module):
         else:
             keys = write(keys, new_keys, slot, 3)
             values = write(values, new_values, slot, 2)
-        out = attend(q * dim**-0.5, keys, values, visible)
+        out = attend(q * dim**-0.5, keys, values, visible, prefix)
         out = out.reshape(batch, length, heads * dim).astype(x.dtype)
         return Dense(cfg.hidden_size, name="o")(out), (keys, values)
 
@@ -270,7 +284,11 @@ def on_last_axis(vector: jax.Array, ndim: int) -> jax.Array:
 
 
 def attend(
-    q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    visible: jax.Array,
+    prefix: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Softmax attention with scaled queries; scores and weights in float32.
 
@@ -278,11 +296,29 @@ def attend(
       q: [B, T, K, G, H], already scaled.
       keys: [B, K, H, S].
       values: [B, K, S, H].
-      visible: bool [B, T, S].
+      visible: bool [B, T, S], with a prefix [B, T, P + S].
+      prefix: keys [1, K, H, P] and values [1, K, P, H] before those of every row.
 
     Returns:
       float32 [B, T, K, G, H].
     """
+    if prefix is None:
+        return _attend(q, keys, values, visible)[0]
+    # The queries of all rows are those of one long row to the prefix, which so is read
+    # once. A softmax over two parts is a mean of theirs, weighted by their sums.
+    batch, length = q.shape[:2]
+    slots = prefix[0].shape[-1]
+    before = visible[..., :slots].reshape(1, batch * length, slots)
+    shared, shared_sum = _attend_products(
+        q.reshape(1, batch * length, *q.shape[2:]), *prefix, before
+    )
+    own, own_sum = _attend(q, keys, values, visible[..., slots:])
+    part = jax.nn.sigmoid(shared_sum.reshape(own_sum.shape) - own_sum)[..., None]
+    return part * shared.reshape(own.shape) + (1 - part) * own
+
+
+def _attend(q, keys, values, visible):
+    """Attention [B, T, K, G, H] and the logarithm of its softmax's sum [B, T, K, G]."""
     if q.shape[1] == 1:
         # One query a row: 2BK matrix-vector products, which a CPU runs faster as one
         # fused multiply-and-sum over the cache; accelerators prefer the products.
@@ -295,24 +331,31 @@ def attend(
 def _attend_products(q, keys, values, visible):
     f32 = jnp.float32
     scores = jnp.einsum("btkgh,bkhs->bkgts", q, keys, preferred_element_type=f32)
-    weights = _softmax(scores, visible[:, None, None])
-    return jnp.einsum(
+    weights, log_sum = _softmax(scores, visible[:, None, None])
+    out = jnp.einsum(
         "bkgts,bksh->btkgh",
         weights.astype(values.dtype),
         values,
         preferred_element_type=f32,
     )
+    return out, log_sum.transpose(0, 3, 1, 2)
 
 
 def _attend_fused(q, keys, values, visible):
     q, keys, values = (a.astype(jnp.float32) for a in (q[:, 0], keys, values))
     scores = (q[..., None] * keys[:, :, None]).sum(-2)  # [B, K, G, S]
-    weights = _softmax(scores, visible[:, :, None])
-    return (weights[..., None] * values[:, :, None]).sum(-2)[:, None]
+    weights, log_sum = _softmax(scores, visible[:, :, None])
+    out = (weights[..., None] * values[:, :, None]).sum(-2)
+    return out[:, None], log_sum[:, None]
 
 
-def _softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
-    return jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1)
+def _softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights, and the logarithm of the sum that they were divided by."""
+    scores = jnp.where(visible, scores, MASKED)
+    # Written as softmax computes it, so that the compiler does so once.
+    largest = scores.max(-1, keepdims=True)
+    total = jnp.exp(scores - largest).sum(-1, keepdims=True)
+    return jax.nn.softmax(scores, axis=-1), (largest + jnp.log(total))[..., 0]
 
 
 def rope_angles(positions: jax.Array, config: ModelConfig) -> jax.Array:

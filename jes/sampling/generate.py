@@ -15,7 +15,7 @@ import numpy as np
 
 from jes.core.mesh import by_member
 from jes.core.tree import is_quantized
-from jes.sampling.prompts import BUCKETS, PromptBatch, pad
+from jes.sampling.prompts import BUCKETS, PromptBatch, batches, share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Sampling:
 GREEDY = Sampling()
 
 
-@by_member(own=["params", "keys"], shared=["prompts", "centre"])
+@by_member(own=["params", "keys"], shared=["prompts", "centre", "prefix"])
 def decode(
     model: Any,
     params: Any,
@@ -51,6 +51,7 @@ def decode(
     eos_ids: tuple[int, ...],
     sampling: Sampling = GREEDY,
     centre: Any = None,
+    prefix: PromptBatch | None = None,
 ) -> jax.Array:
     """Answers every prompt with every member's weights (to be traced under `jit`).
 
@@ -69,6 +70,8 @@ def decode(
       eos_ids: tokens that end an answer.
       sampling: how the next token is chosen.
       centre: of a quantised model, the parameters that members share, stacked.
+      prefix: one row of tokens that every prompt begins with, left out of `prompts`:
+        see `prompts.share`. Each member reads it once.
 
     Returns:
       int32 [M, B, N]; after an end token the row holds that token or `eos_ids[0]`.
@@ -80,26 +83,34 @@ def decode(
     row_keys = jax.vmap(fold_rows, in_axes=(0, None))(keys, rows)
     next_position = jnp.asarray(prompts.positions[:, -1:]) + 1
 
-    def forward(params: Any, tokens: Any, positions: Any, cache: Any = None) -> Any:
-        shared = centre
+    def forward(
+        params: Any, tokens: Any, positions: Any, cache: Any = None, shared: Any = None
+    ) -> Any:
+        stack = centre
         if centre is not None:
             # Never so, but not for the compiler to know: or it would take all layers
             # out of the stack before the first token, and hold them twice.
             impossible = (positions.reshape(-1)[0] < -1).astype(jnp.int32)
-            shared = model.unrolled_params(centre, impossible)
-        variables = member_variables(params, shared)
-        logits, cache = model.apply(variables, tokens, positions, cache, last=1)
+            stack = model.unrolled_params(centre, impossible)
+        variables = member_variables(params, stack)
+        logits, cache = model.apply(
+            variables, tokens, positions, cache, last=1, prefix=shared
+        )
         return logits[:, 0], cache
 
     def prefill(params: Any) -> Any:
-        logits, cache = forward(params, *map(jnp.asarray, prompts))
-        return logits, cache.extended(max_new_tokens - 1)
+        shared = None
+        if prefix is not None:
+            _, shared = forward(params, *map(jnp.asarray, prefix))
+        tokens, positions = map(jnp.asarray, prompts)
+        logits, cache = forward(params, tokens, positions, shared=shared)
+        return logits, cache.extended(max_new_tokens - 1), shared
 
     # Arrays of the cache are per member; its length is one scalar for all, so that a
     # step writes one slot in place instead of scattering to a slot per member.
     shapes = jax.eval_shape(prefill, jax.tree.map(lambda leaf: leaf[0], params))
     axes = jax.tree.map(lambda leaf: 0 if leaf.ndim else None, shapes)
-    step = jax.vmap(forward, in_axes=(0, 0, None, axes[1]), out_axes=axes)
+    step = jax.vmap(forward, in_axes=(0, 0, None, *axes[1:]), out_axes=axes[:2])
 
     def choose(logits: jax.Array, index: jax.Array) -> jax.Array:
         if not sampling.temperature:
@@ -112,7 +123,8 @@ def decode(
         return jnp.isin(token, jnp.array(eos_ids, jnp.int32))
 
     members = keys.shape[0]
-    logits, cache = jax.vmap(prefill, out_axes=axes, axis_size=members)(params)
+    read = jax.vmap(prefill, out_axes=axes, axis_size=members)
+    logits, cache, shared = read(params)
     token = choose(logits, jnp.int32(0))
     fill = eos_ids[0] if eos_ids else 0
     answers = jnp.full((*token.shape, max_new_tokens), fill, jnp.int32)
@@ -125,7 +137,7 @@ def decode(
     def advance(state: Any) -> Any:
         index, token, done, cache, answers = state
         position = next_position + index - 1
-        logits, cache = step(params, token[..., None], position, cache)
+        logits, cache = step(params, token[..., None], position, cache, shared)
         token = jnp.where(done, fill, choose(logits, index))
         answers = jax.lax.dynamic_update_index_in_dim(answers, token, index, 2)
         return index + 1, token, done | ended(token), cache, answers
@@ -196,11 +208,13 @@ def generate(
     keep_end: bool = False,
     batch_size: int = 256,
     buckets: Sequence[int] = BUCKETS,
+    share_prefix: bool = True,
 ) -> list[list[int]]:
     """Answers prompts of any lengths, in their order.
 
     Prompts of similar length share a batch, padded to one of a few lengths, so that
-    repeated calls compile each shape once.
+    repeated calls compile each shape once. What all of a batch begin with is computed
+    once.
 
     Args:
       model: a decoder, as `jes.load` gives it.
@@ -213,6 +227,7 @@ def generate(
       keep_end: make the end token the last one of an answer that has come to it.
       batch_size: prompts decoded at once.
       buckets: prompt lengths to pad to.
+      share_prefix: False computes every prompt in full.
 
     Returns:
       One list of token ids a prompt.
@@ -229,17 +244,17 @@ def generate(
         return []
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     key = jax.random.key(0) if key is None else key
-    size = min(batch_size, len(prompts))
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    parts = None if share_prefix else ()
+    start = 0
     answers: list[list[int]] = [[] for _ in prompts]
     weights, centre = None, params
     if not is_quantized(params):
         one = jax.tree.map(lambda leaf: leaf[None], params)
         weights, centre = unrolled_members(model, one), None
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
+    plan = batches(prompts, batch_size, max_new_tokens, buckets, parts)
+    for chosen, size in plan:
         filled = chosen + chosen[-1:] * (size - len(chosen))
-        batch = pad([prompts[i] for i in filled], buckets)
+        prefix, batch = share([prompts[i] for i in filled], buckets, parts=parts)
         out = decode_members(
             model.unrolled(),
             weights,
@@ -249,7 +264,9 @@ def generate(
             eos_ids=tuple(int(i) for i in eos_ids),
             sampling=sampling,
             centre=centre,
+            prefix=prefix,
         )
+        start += len(chosen)
         rows = trim(np.asarray(out[0]), eos_ids, keep_end=keep_end)
         for i, answer in zip(chosen, rows, strict=False):
             answers[i] = answer

@@ -13,34 +13,37 @@ import numpy as np
 
 from jes.core.mesh import by_member
 from jes.sampling.generate import member_variables
-from jes.sampling.prompts import BUCKETS, PromptBatch, pad
+from jes.sampling.prompts import BUCKETS, PromptBatch, share
 
 
 class ChoiceBatch(NamedTuple):
     """Prompts with their choices, a row each, left-padded.
 
     Attributes:
-      rows: the tokens of prompt and choice.
+      rows: the tokens of prompt and choice, without those of the prefix.
       scored: bool [R, K], which of a row's last K tokens belong to its choice.
       owners: int [R], the prompt that a row belongs to.
+      prefix: what all rows begin with, as one row; see `prompts.share`.
     """
 
     rows: PromptBatch
     scored: np.ndarray
     owners: np.ndarray
+    prefix: PromptBatch | None = None
 
 
 def pad_choices(
     prompts: Sequence[Sequence[int]],
     choices: Sequence[Sequence[Sequence[int]]],
     buckets: Sequence[int] = BUCKETS,
+    parts: Sequence[int] | None = (),
 ) -> ChoiceBatch:
     """One row for each choice of each prompt.
 
     Args:
       prompts: token ids of each prompt.
       choices: for each prompt, the token ids of its choices (none empty).
-      buckets: row lengths to pad to.
+      buckets, parts: row lengths to pad to, as for `prompts.share`.
     """
     owners = [i for i, some in enumerate(choices) for _ in some]
     tails = [choice for some in choices for choice in some]
@@ -50,7 +53,9 @@ def pad_choices(
     lengths = np.array([len(tail) for tail in tails])
     longest = lengths.max()
     scored = np.arange(longest) >= longest - lengths[:, None]
-    return ChoiceBatch(pad(rows, buckets), scored, np.array(owners))
+    # Also the last token before a choice has to be there: it predicts the first of it.
+    prefix, rest = share(rows, buckets, parts=parts, own=int(longest) + 1)
+    return ChoiceBatch(rest, scored, np.array(owners), prefix)
 
 
 @by_member(own=["params"], shared=["batch", "centre"])
@@ -76,7 +81,13 @@ def choice_log_likelihoods(
 
     def score(params: Any) -> jax.Array:
         variables = member_variables(params, centre)
-        logits, _ = model.apply(variables, tokens, positions, last=longest + 1)
+        shared = None
+        if batch.prefix is not None:
+            row = map(jnp.asarray, batch.prefix)
+            _, shared = model.apply(variables, *row, last=1)
+        logits, _ = model.apply(
+            variables, tokens, positions, last=longest + 1, prefix=shared
+        )
         log_probabilities = jax.nn.log_softmax(logits[:, :-1], axis=-1)
         chosen = jnp.take_along_axis(log_probabilities, targets, axis=-1)[..., 0]
         return jnp.where(batch.scored, chosen, 0).sum(-1)

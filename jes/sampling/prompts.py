@@ -1,6 +1,11 @@
-"""Prompts as arrays: rendered by the tokenizer, left-padded to a few fixed lengths."""
+"""Prompts as arrays: rendered by the tokenizer, left-padded to a few fixed lengths.
 
-from collections.abc import Sequence
+What all prompts of a batch begin with (a system text, worked examples) need not be
+computed for each: `share` takes it out, and `batches` puts prompts together that share.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,13 +14,29 @@ BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 409
 """Default prompt lengths: few enough to compile each once, close enough to waste
 little (padding costs as much as text)."""
 
+SHORTEST = 16
+"""Fewest tokens that are shared."""
+
+MOST = 0.75
+"""Part of the tokens that may be left with sharing: more does not pay for a second
+pass through the weights."""
+
+STEP = 8
+"""Shared tokens, and rows of a family, are a multiple of this, so that few that agree
+by chance in one batch do not give it a shape of its own."""
+
+IDLE_ROWS = 64
+"""A new token of fewer rows than this is counted as one of so many: what takes the time
+is to read the weights."""
+
 
 class PromptBatch(NamedTuple):
     """Left-padded prompts.
 
     Attributes:
       tokens: int32 [B, T].
-      positions: int32 [B, T]: 0, 1, ... from a row's first token on, -1 before it.
+      positions: int32 [B, T]: 0, 1, ... from a row's first token on (or what follows
+        a prefix), -1 before it.
     """
 
     tokens: np.ndarray
@@ -44,9 +65,17 @@ def encode(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
 
 
 def pad(
-    prompts: Sequence[Sequence[int]], buckets: Sequence[int] = BUCKETS
+    prompts: Sequence[Sequence[int]],
+    buckets: Sequence[int] = BUCKETS,
+    *,
+    first: int = 0,
 ) -> PromptBatch:
     """Pads prompts on the left to the shortest bucket that holds them all.
+
+    Args:
+      prompts: token ids.
+      buckets: lengths to pad to.
+      first: position of their first tokens.
 
     Raises:
       ValueError: if a prompt is empty, or longer than the longest bucket.
@@ -54,14 +83,150 @@ def pad(
     lengths = [len(p) for p in prompts]
     if not min(lengths, default=0):
         raise ValueError("a prompt is empty: there is nothing to continue")
-    width = min((b for b in buckets if b >= max(lengths)), default=None)
-    if width is None:
+    if max(lengths) > max(buckets):
         raise ValueError(
             f"prompt {int(np.argmax(lengths))} has {max(lengths)} tokens, more than "
             f"the longest bucket ({max(buckets)}); add a longer one to `buckets`"
         )
+    width = bucket(max(lengths), buckets)
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[width - len(prompt) :] = prompt
-    positions = np.arange(width) - (width - np.array(lengths)[:, None])
-    return PromptBatch(tokens, np.maximum(positions, -1).astype(np.int32))
+    numbers = np.arange(width) - (width - np.array(lengths)[:, None])
+    positions = np.where(numbers < 0, -1, numbers + first)
+    return PromptBatch(tokens, positions.astype(np.int32))
+
+
+def bucket(length: int, buckets: Sequence[int]) -> int:
+    """The shortest bucket that holds so many tokens; their number where none does."""
+    return min((b for b in buckets if b >= length), default=length)
+
+
+def share(
+    prompts: Sequence[Sequence[int]],
+    buckets: Sequence[int] = BUCKETS,
+    *,
+    parts: Sequence[int] | None = None,
+    own: int = 1,
+) -> tuple[PromptBatch | None, PromptBatch]:
+    """Prompts without what all of them begin with, and that as a batch of one row.
+
+    Args:
+      prompts: token ids.
+      buckets: lengths to pad whole prompts to.
+      parts: lengths to pad the prefix and the rest to; None for `buckets`, () to share
+        nothing.
+      own: fewest tokens that each prompt keeps.
+
+    Returns:
+      The prefix, None where sharing would not leave far fewer tokens, and the rest.
+
+    Raises:
+      ValueError: as `pad`.
+    """
+    whole = pad(prompts, buckets)
+    parts = buckets if parts is None else parts
+    common = agreement(min(prompts, key=tuple), max(prompts, key=tuple))
+    count = worthwhile(min(common, min(map(len, prompts)) - own), parts)
+    if not count or max(map(len, prompts)) - count > max(parts):
+        return None, whole
+    prefix = pad([prompts[0][:count]], parts)
+    rest = pad([prompt[count:] for prompt in prompts], parts, first=count)
+    pays = prefix.tokens.size + rest.tokens.size <= MOST * whole.tokens.size
+    return (prefix, rest) if pays else (None, whole)
+
+
+def worthwhile(count: int, parts: Sequence[int]) -> int:
+    """How many of so many common tokens are shared."""
+    count = min(count, max(parts, default=0))
+    return count - count % STEP if count >= SHORTEST else 0
+
+
+def agreement(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the common beginning of two prompts.
+
+    Of the least and the greatest of some prompts in the order of lists it is that of
+    all of them.
+    """
+    pairs = enumerate(zip(first, second, strict=False))
+    shorter = min(len(first), len(second))
+    return next((i for i, (a, b) in pairs if a != b), shorter)
+
+
+def batches(
+    prompts: Sequence[Sequence[int]],
+    size: int,
+    new_tokens: int,
+    buckets: Sequence[int] = BUCKETS,
+    parts: Sequence[int] | None = None,
+) -> list[tuple[list[int], int]]:
+    """Which prompts to answer together, so that the fewest tokens are computed.
+
+    Prompts of similar length; or, where it is less, such of one family: with worked
+    examples for each subject, say, those of a subject. Families are found by cutting
+    the prompts in the order of lists wherever two neighbours share less than a bucket.
+
+    Args:
+      prompts: token ids.
+      size: most prompts of a batch.
+      new_tokens: that are generated for each.
+      buckets, parts: lengths to pad to, as for `share`.
+
+    Returns:
+      For each batch the numbers of its prompts, by length, and the number of rows to
+      fill it up to, so that few shapes are compiled.
+    """
+    parts = buckets if parts is None else parts
+    ordered = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
+    shared = [agreement(prompts[i], prompts[j]) for i, j in pairwise(ordered)]
+    best, least_work = [], np.inf
+    for least in (0, *(b for b in sorted(parts) if b >= SHORTEST)):
+        plan, work = [], 0
+        for family, common in _families(ordered, shared, least):
+            rows = min(size, len(family))
+            if len(family) < len(prompts):  # even parts, and again few shapes
+                rows = -(-len(family) // -(-len(family) // size))
+                rows = min(size, rows + -rows % STEP)
+            family.sort(key=lambda i: (len(prompts[i]), i))
+            for start in range(0, len(family), rows):
+                chosen = family[start : start + rows]
+                plan.append((chosen, rows))
+                lengths = [len(prompts[i]) for i in chosen]
+                work += _work(lengths, common, rows, buckets, parts)
+                work += max(rows, IDLE_ROWS) * new_tokens
+        if work < least_work:
+            best, least_work = plan, work
+    return best
+
+
+def _families(
+    ordered: Sequence[int], shared: Sequence[int], least: int
+) -> Iterator[tuple[list[int], int]]:
+    """Numbers of prompts that share `least` tokens or more, and how many they do.
+
+    Args:
+      ordered: numbers of the prompts in the order of lists.
+      shared: tokens that each shares with the next.
+      least: with fewer than so many a family ends.
+    """
+    start = 0
+    for stop in range(1, len(ordered) + 1):
+        if stop == len(ordered) or shared[stop - 1] < least:
+            yield list(ordered[start:stop]), min(shared[start : stop - 1], default=0)
+            start = stop
+
+
+def _work(
+    lengths: Sequence[int],
+    common: int,
+    rows: int,
+    buckets: Sequence[int],
+    parts: Sequence[int],
+) -> int:
+    """Tokens of a batch, padded, as `share` would give it."""
+    whole = rows * bucket(max(lengths), buckets)
+    count = worthwhile(min(common, min(lengths) - 1), parts)
+    if not count or max(lengths) - count > max(parts):
+        return whole
+    less = bucket(count, parts) + rows * bucket(max(lengths) - count, parts)
+    return less if less <= MOST * whole else whole

@@ -1,0 +1,232 @@
+"""What all prompts begin with, computed once: the same answers for less work."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jes
+from jes.ask import Examiner, answer_each, ask, examine, padded_lengths, prepare
+from jes.core.noise import Noise
+from jes.core.population import draw_overlays
+from jes.io.memory import bytes_per_member
+from jes.models.config import ModelConfig
+from jes.models.qwen import Decoder
+from jes.quantize import quantize
+from jes.sampling.generate import decode_members, unrolled_members
+from jes.sampling.likelihood import log_likelihoods, pad_choices
+from jes.sampling.prompts import batches, pad, share
+from jes.tasks.task import Reward, Task
+
+MODEL = Decoder(
+    ModelConfig.from_hf(
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "vocab_size": 50,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        }
+    )
+)
+RNG = np.random.default_rng(0)
+SHOTS = RNG.integers(0, 50, 37).tolist()
+"""Of which 32 are shared, in multiples of 8."""
+PROMPTS = [SHOTS + RNG.integers(0, 50, n).tolist() for n in (9, 3, 12, 1, 7)]
+BUCKETS = (16, 24, 40, 64)
+ANSWERED = {"max_new_tokens": 6, "eos_ids": (7,)}
+
+
+@pytest.fixture(scope="module")
+def params() -> dict:
+    drawn = MODEL.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    # Initial weights answer with one token for ever; these do not.
+    return jes.perturb(drawn, jax.random.key(1), 0.3)
+
+
+def test_share_splits_prompts() -> None:
+    prefix, rest = share(PROMPTS, BUCKETS)
+    assert prefix is not None
+    assert prefix.tokens.shape == (1, 40)
+    assert prefix.tokens[0, 8:].tolist() == SHOTS[:32]
+    assert prefix.positions[0].tolist() == [-1] * 8 + list(range(32))
+    assert rest.tokens.shape == (5, 24)
+    for row, positions, prompt in zip(*rest, PROMPTS, strict=True):
+        own = positions >= 0
+        assert row[own].tolist() == prompt[32:]
+        assert positions[own].tolist() == list(range(32, len(prompt)))
+
+
+def test_share_leaves_what_does_not_pay() -> None:
+    def nothing(prompts: list[list[int]], *args: tuple, **settings: tuple) -> None:
+        prefix, rest = share(prompts, *(args or (BUCKETS,)), **settings)
+        assert prefix is None
+        np.testing.assert_equal(rest, pad(prompts, *(args or (BUCKETS,))))
+
+    nothing(PROMPTS[:1])  # nobody to share with
+    nothing([prompt[:40] for prompt in PROMPTS[:2]])  # 40 + 2 x 16 for 2 x 40 tokens
+    nothing([[1, *prompt] if i else prompt for i, prompt in enumerate(PROMPTS)])
+    nothing([prompt[25:] for prompt in PROMPTS])  # 12 tokens in common
+    nothing(PROMPTS, (64,))  # one length: the rest would be as long
+    nothing(PROMPTS, parts=())
+    # Every prompt keeps its last token: what follows is predicted from there.
+    prefix, rest = share([SHOTS[:32]] * 4, BUCKETS)
+    assert prefix is not None
+    assert (prefix.positions >= 0).sum() == 24
+    assert (rest.positions >= 0).sum(1).tolist() == [8] * 4
+
+
+def test_logits_after_a_prefix_are_those_of_the_whole(params: dict) -> None:
+    for model, weights in (
+        (MODEL, params),
+        (MODEL.unrolled(), MODEL.unrolled_params(params)),
+    ):
+        run = jax.jit(partial(model.apply, {"params": weights}), static_argnames="last")
+        prefix, rest = share(PROMPTS, BUCKETS)
+        _, shared = run(*map(jnp.asarray, prefix))
+        got, cache = run(*map(jnp.asarray, rest), last=1, prefix=shared)
+        # A token after it, which sees prefix and cache.
+        token = jnp.full((len(PROMPTS), 1), 3)
+        position = jnp.asarray(rest.positions[:, -1:]) + 1
+        after, _ = run(token, position, cache.extended(1), prefix=shared)
+        full = pad([[*prompt, 3] for prompt in PROMPTS], BUCKETS)
+        whole, _ = run(*map(jnp.asarray, full), last=2)
+        np.testing.assert_allclose(got[:, 0], whole[:, 0], atol=1e-5)
+        np.testing.assert_allclose(after[:, 0], whole[:, 1], atol=1e-5)
+
+
+def test_positions_follow_the_prefix(params: dict) -> None:
+    run = jax.jit(partial(MODEL.apply, {"params": params}))
+    _, shared = run(jnp.array([SHOTS]))
+    got, _ = run(jnp.array([[4, 5]]), prefix=shared)
+    whole, _ = run(jnp.array([[*SHOTS, 4, 5]]))
+    np.testing.assert_allclose(got, whole[:, -2:], atol=1e-5)
+
+
+def test_greedy_answers_are_the_same(params: dict) -> None:
+    answer = partial(
+        jes.generate, MODEL, params, PROMPTS, 6, eos_ids=(7,), buckets=BUCKETS
+    )
+    assert answer() == answer(share_prefix=False) == answer(batch_size=2)
+    assert len({tuple(row) for row in answer()}) == len(PROMPTS)
+
+
+def members_of(params: dict, count: int) -> dict:
+    members = [jes.perturb(params, jax.random.key(i), 0.05) for i in range(count)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+
+def test_members_read_a_prefix_each(params: dict) -> None:
+    stack, keys = members_of(params, 3), jax.random.split(jax.random.key(0), 3)
+    weights = unrolled_members(MODEL, stack)
+    prefix, rest = share(PROMPTS, BUCKETS)
+    run = partial(decode_members, MODEL.unrolled(), weights, **ANSWERED)
+    got = np.asarray(run(rest, keys, prefix=prefix))
+    assert got.tolist() == run(pad(PROMPTS, BUCKETS), keys).tolist()
+    assert len({row.tobytes() for row in got}) == 3
+
+
+def test_members_of_a_quantised_model_read_a_prefix_each(params: dict) -> None:
+    centre = quantize(params, bits=4, group_size=16)
+    noise = Noise(sigma=0.5)
+    overlays = draw_overlays(centre, jax.random.key(2), jnp.arange(2), noise)
+    keys = jax.random.split(jax.random.key(0), 2)
+    prefix, rest = share(PROMPTS, BUCKETS)
+    run = partial(decode_members, MODEL.unrolled(), overlays, centre=centre, **ANSWERED)
+    got = np.asarray(run(rest, keys, prefix=prefix))
+    assert got.tolist() == run(pad(PROMPTS, BUCKETS), keys).tolist()
+    assert (got[0] != got[1]).any()
+
+
+def test_likelihoods_are_the_same(params: dict) -> None:
+    choices = [[[4], [5, 6, 7]]] * len(PROMPTS)
+    stack = members_of(params, 2)
+    batch = pad_choices(PROMPTS, choices, BUCKETS, None)
+    assert batch.prefix is not None
+    assert batch.rows.tokens.shape == (10, 24)
+    whole = pad_choices(PROMPTS, choices, BUCKETS)
+    assert whole.prefix is None
+    got = log_likelihoods(MODEL, stack, batch, 2)
+    np.testing.assert_allclose(got, log_likelihoods(MODEL, stack, whole, 2), rtol=1e-5)
+
+
+def test_prompts_of_a_family_are_answered_together() -> None:
+    rng = np.random.default_rng(1)
+    families = [rng.integers(0, 50, 200).tolist() for _ in range(3)]
+    prompts = [families[i % 3] + rng.integers(0, 50, 20).tolist() for i in range(30)]
+    plan = batches(prompts, 16, 8)
+    assert sorted(i for chosen, _ in plan for i in chosen) == list(range(30))
+    assert all(len({i % 3 for i in chosen}) == 1 for chosen, _ in plan)
+    assert [rows for _, rows in plan] == [16, 16, 16]
+    # With little to share it is the length that counts, and batches are full.
+    short = [prompt[190:] for prompt in prompts]
+    lengths = [10 + i % 7 for i in range(30)]
+    short = [prompt[:n] for prompt, n in zip(short, lengths, strict=True)]
+    for some, parts in ((short, None), (prompts, ())):
+        plan = batches(some, 16, 8, parts=parts)
+        assert [(len(chosen), rows) for chosen, rows in plan] == [(16, 16), (14, 16)]
+        counts = [len(some[i]) for chosen, _ in plan for i in chosen]
+        assert counts == sorted(counts)
+
+
+def shots(mode: str) -> Examiner:
+    """Sums after worked examples of one of two kinds, asked of the embedded model."""
+    tiny = jes.load("tiny")
+    kinds = ["".join(f"{i}+{j}={i + j} " for i in range(9)) for j in (1, 2)]
+    examples = tuple({"kind": n % 2, "a": n, "b": 3 * n + 1} for n in range(3, 17))
+    task = Task(
+        name="shots",
+        train=examples,
+        test=examples,
+        prompt=lambda row: f"{kinds[row['kind']]}{row['a']}+{row['b']}=",
+        reward=lambda example, text: Reward(len(text) % 7, "1" in text, False, False),
+        choices=lambda example: ["1", "22", "3"],
+        answer=lambda example: example["a"] % 3,
+        max_new_tokens=5,
+    )
+    return Examiner(
+        model=tiny.model,
+        tokenizer=tiny.tokenizer,
+        task=task,
+        eos_ids=tiny.eos_ids,
+        mode=mode,
+    )
+
+
+@pytest.mark.parametrize("mode", ["generate", "likelihood"])
+def test_scores_are_the_same(mode: str) -> None:
+    examiner = shots(mode)
+    whole = dataclasses.replace(examiner, parts=())
+    params = jes.load("tiny").params
+    questions = prepare(examiner, examiner.task.test)
+    assert padded_lengths(whole, questions)[0] == 0
+    odd = questions[::2]
+    assert padded_lengths(examiner, odd)[0] >= 48
+    got, expected = (examine(each, params, questions) for each in (examiner, whole))
+    np.testing.assert_equal(got, expected)
+    noise, key = Noise(sigma=0.02), jax.random.key(3)
+    settings = {"noise": noise, "population": 3, "chunk": 2}
+    got, expected = (
+        ask(each, params, key, odd, **settings) for each in (examiner, whole)
+    )
+    np.testing.assert_equal(got, expected)
+    members = np.arange(3)
+    got, expected = (
+        answer_each(each, params, key, odd, members, noise=noise, batch_size=4)
+        for each in (examiner, whole)
+    )
+    np.testing.assert_equal(got, expected)
+
+
+def test_the_estimate_counts_a_prefix_once() -> None:
+    one = partial(bytes_per_member, MODEL.config, 0, jnp.float32)
+    assert one(64, 32, 8, 256) < one(64, 288, 8) / 4
+    # A row more pays for its own tokens alone in the cache, not for the prefix.
+    assert one(65, 32, 8, 0) - one(64, 32, 8, 0) > 0
+    assert one(1, 32, 8, 256) < one(1, 288, 8)
