@@ -191,6 +191,7 @@ def markdown(config: ml_collections.ConfigDict, found: list[dict[str, Any]]) -> 
         f"best of {picked(found[0])}",
         "of the null",
         "on fresh prompts",
+        "mean on these",
         "sd own",
         "sd noise",
         "N_90",
@@ -208,9 +209,10 @@ def markdown(config: ml_collections.ConfigDict, found: list[dict[str, Any]]) -> 
     for one in found:
         at = one["sizes"].index(picked(one))
         low, high = one["improving_interval"]
-        fresh = "-"
+        fresh = mean = "-"
         if "fresh" in one:
             fresh = plus_minus(one["fresh"][at], one["fresh_error"][at])
+            mean = f"{100 * one['fresh_mean']:.2f}"
         cells = [
             one["model"],
             one["sigma"] if one["sigma"] == SHAM else f"{one['sigma']:g}",
@@ -221,6 +223,7 @@ def markdown(config: ml_collections.ConfigDict, found: list[dict[str, Any]]) -> 
             plus_minus(one["best"][at], one["best_error"][at]),
             f"{100 * one['null'][at]:.2f}",
             fresh,
+            mean,
             f"{100 * one['own']:.2f}",
             f"{100 * one['noise']:.2f}",
             str(one["enough"] or "-"),
