@@ -136,6 +136,7 @@ def test_members_of_a_quantised_model_read_a_prefix_each(params: dict) -> None:
     centre = quantize(params, bits=4, group_size=16)
     noise = Noise(sigma=0.5)
     overlays = draw_overlays(centre, jax.random.key(2), jnp.arange(2), noise)
+    overlays = unrolled_members(MODEL, overlays)
     keys = jax.random.split(jax.random.key(0), 2)
     prefix, rest = share(PROMPTS, BUCKETS)
     run = partial(decode_members, MODEL.unrolled(), overlays, centre=centre, **ANSWERED)
