@@ -69,7 +69,7 @@ def on_mesh(model: Path, devices: int, model_parallel: int, results: dict) -> No
     # The numbers behind the choices, of the members that `ask` has asked first.
     with on_mesh_of(params) as places:
         members = jnp.arange(places * min(2, -(-POPULATION // places)))
-        run, _ = ask._rollout(each, questions)
+        run, _, _ = ask._rollout(each, questions)
         found = run(params, key, members, noise=EVOLUTION.noise)
         results[f"log-likelihoods {name}"] = np.asarray(found)[:2]
     state = first_state(EVOLUTION, params)
@@ -83,7 +83,8 @@ def on_mesh(model: Path, devices: int, model_parallel: int, results: dict) -> No
         )
         after = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
         assert before == after, (before, after)
-    assert _tell._cache_size() == 1
+    # On one device weights are where JAX likes them, until the anchor's place is given.
+    assert mesh is None or _tell._cache_size() == 1
     _tell.clear_cache()
     assert mesh_of(params) == mesh
     leaves = jax.tree_util.tree_leaves_with_path(params)

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 from scipy import stats
 from small_run import get_config, outcome, rows
 
 import jes
 from jes import bench, bench_noise, setup, train
 from jes.core import ledger as ledgers
+from jes.core.mesh import make_mesh, on_mesh_of, replicated
 from jes.core.noise import (
     LAWS,
     PyTree,
@@ -109,19 +109,18 @@ def test_numbers_do_not_depend_on_what_is_computed_beside_them() -> None:
 def test_members_on_other_devices_are_the_same() -> None:
     noise = jes.Noise(sigma=0.1, law="table")
     params = {"a": jnp.ones((30, 7)), "b": jnp.zeros(5)}
-    mesh = jax.make_mesh((2,), ("population",))
 
-    def draw(members: jax.Array) -> PyTree:
+    def draw(params: PyTree, members: jax.Array) -> PyTree:
         return draw_members(params, KEY, members, noise, "float32")
 
-    spec = PartitionSpec("population")
-    spread = jax.jit(jax.shard_map(draw, mesh=mesh, in_specs=spec, out_specs=spec))
     members = jnp.arange(6)
-    apart = jax.device_put(members, NamedSharding(mesh, spec))
+    expected = jax.jit(draw)(params, members)
+    apart = replicated(params, make_mesh(devices=jax.devices()[:2]))
+    with on_mesh_of(apart) as devices:
+        assert devices == 2
+        spread = jax.jit(draw)(apart, members)
     for ours, alone in zip(
-        jax.tree.leaves(spread(apart)),
-        jax.tree.leaves(jax.jit(draw)(members)),
-        strict=True,
+        jax.tree.leaves(spread), jax.tree.leaves(expected), strict=True
     ):
         np.testing.assert_array_equal(ours, alone)
 

@@ -106,12 +106,16 @@ def by_member(own: Sequence[str], shared: Sequence[str] = ()) -> Callable:
             whole, parts = PartitionSpec(), PartitionSpec(POPULATION)
             # With an axis of size 1 left to the compiler, it makes another program of
             # the same function, which rounds differently.
-            manual = {POPULATION} if mesh.shape[MODEL] > 1 else {POPULATION, MODEL}
+            spread_out = mesh.shape.get(MODEL, 1) > 1
+            manual = {POPULATION} if spread_out else set(mesh.axis_names)
             return jax.shard_map(
                 lambda arrays: function(**settings, **arrays),
                 in_specs=({name: parts if name in own else whole for name in names},),
                 out_specs=parts,
                 axis_names=manual,
+                # Every result is of a device's own members: nothing to check, and
+                # loops may carry what only their later turns make of them.
+                check_vma=spread_out,
             )(arrays)
 
         return spread
