@@ -25,7 +25,8 @@ import numpy as np
 
 from jes.models.cache import PADDING, Cache, write
 from jes.models.config import ModelConfig, RopeScaling
-from jes.models.quantized import Quantized, matmul
+from jes.models.deviation import look_up, parameter, times, word_scores
+from jes.models.quantized import Quantized
 
 MASKED = -1e30
 """Score of a slot that may not be seen: finite, so that a row of padding, which sees
@@ -89,14 +90,8 @@ class Decoder(nn.Module):
         )
         angles = rope_angles(positions, cfg)
 
-        embed = nn.Embed(
-            cfg.vocab_size,
-            cfg.hidden_size,
-            embedding_init=nn.initializers.normal(0.02),
-            dtype=None,
-            name="embed",
-        )
-        x = embed(tokens)
+        table, noise = Embedding(cfg.vocab_size, cfg.hidden_size, name="embed")()
+        x = look_up(table, noise, tokens)
         if self.scan_layers:
             x, keys, values = self._scanned(x, visible, angles, cache, slot, prefix)
         else:
@@ -104,17 +99,12 @@ class Decoder(nn.Module):
         if last is not None:
             x = x[:, -last:]
         x = RMSNorm(cfg.rms_norm_eps, name="final_norm")(x)
-        f32 = jnp.float32
         if cfg.tie_word_embeddings:
-            # The embedding first: under vmap, XLA for the CPU writes a transposed
-            # second factor out in full, half a gigabyte a token for 151936 words.
-            table = embed.embedding
-            logits = jnp.einsum("vd,btd->vbt", table, x, preferred_element_type=f32)
-            logits = jnp.moveaxis(logits, 0, -1)
+            logits = word_scores(x, table, noise)
         else:
             shape = (cfg.hidden_size, cfg.vocab_size)
-            head = self.param("lm_head", nn.initializers.normal(0.02), shape)
-            logits = jnp.matmul(x, head, preferred_element_type=f32)
+            head = parameter(self, "lm_head", nn.initializers.normal(0.02), shape)
+            logits = jnp.matmul(x, head, preferred_element_type=jnp.float32)
         return logits, Cache(keys, values, key_positions, slot + length)
 
     def _scanned(self, x, visible, angles, cache, slot, prefix):
@@ -173,6 +163,19 @@ class Decoder(nn.Module):
         for i in range(count):
             params[f"layers_{i}"] = jax.tree.map(partial(pick, i=i), stacked)
         return params
+
+
+class Embedding(nn.Module):
+    """One vector [D] a word, and how a member's differ: used at both ends."""
+
+    words: int
+    features: int
+
+    @nn.compact
+    def __call__(self):
+        init = nn.initializers.normal(0.02)
+        table = self.param("embedding", init, (self.words, self.features))
+        return table, self.get_variable("noise", "embedding")
 
 
 class Layer(nn.Module):
@@ -244,8 +247,8 @@ class FeedForward(nn.Module):
 class Dense(nn.Module):
     """x @ kernel + bias, with kernel [in, out] in the dtype of the parameters.
 
-    The kernel may be `Quantized`, and a member's deviation from it be given in the
-    collection 'noise'.
+    The kernel may be `Quantized`. How a member differs is in the collection 'noise',
+    here as in every module with weights: see `jes.models.deviation`.
     """
 
     features: int
@@ -254,13 +257,13 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x):
         kernel: Any = self.get_variable("params", "kernel")
-        if isinstance(kernel, Quantized):
-            y = matmul(x, kernel, self.get_variable("noise", "kernel"))
-        else:
+        if not isinstance(kernel, Quantized):
             init = nn.initializers.normal(0.02)
-            y = x @ self.param("kernel", init, (x.shape[-1], self.features))
+            kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        y = times(x, kernel, self.get_variable("noise", "kernel"))
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+            zeros = nn.initializers.zeros_init()
+            bias = parameter(self, "bias", zeros, (self.features,))
             y += on_last_axis(bias, y.ndim)
         return y
 
@@ -272,7 +275,8 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        ones = nn.initializers.ones_init()
+        scale = parameter(self, "scale", ones, (x.shape[-1],))
         y = x.astype(jnp.float32)
         y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return y.astype(x.dtype) * on_last_axis(scale, y.ndim)
