@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jes.core.drawn import draw_later
 from jes.core.mesh import on_mesh_of
 from jes.core.noise import Noise, PyTree
 from jes.core.population import draw_members, draw_overlays, evaluate
@@ -36,6 +37,7 @@ from jes.sampling.prompts import BUCKETS, PromptBatch, batches, encode, share
 from jes.tasks.task import Example, Reward, Task
 
 MODES = ("generate", "likelihood")
+DRAWS = ("member", "layer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,9 @@ class Examiner:
       max_new_tokens: longest answer; by default the task's.
       sampling: how the next token is chosen.
       buckets: prompt lengths to pad to.
+      draw: when a member's noise is drawn: 'member', all of it before it answers; or
+        'layer', again for every pass through a layer, so that of all members' weights
+        one layer is there at a time. The numbers are the same.
       parts: lengths to pad what prompts share and the rest to, as for `prompts.share`:
         None for `buckets`, () to compute every prompt in full.
     """
@@ -66,11 +71,14 @@ class Examiner:
     max_new_tokens: int = 0
     sampling: Sampling = GREEDY
     buckets: tuple[int, ...] = BUCKETS
+    draw: str = "member"
     parts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise InputError(f"mode must be one of {MODES}, not {self.mode!r}")
+        if self.draw not in DRAWS:
+            raise InputError(f"draw must be one of {DRAWS}, not {self.draw!r}")
         if self.mode == "likelihood" and self.task.meta is not None:
             raise InputError(
                 f"task {self.task.name} asks two questions, whose answers must be "
@@ -322,18 +330,22 @@ def _rollout(
     """
     filled = [*questions, *[questions[-1]] * (fill_to - len(questions))]
     model = examiner.model
-    draw = partial(_draw, dtype=jnp.dtype(examiner.dtype))
+    dtype = jnp.dtype(examiner.dtype)
 
     def prepared(
         params: PyTree, key: jax.Array, members: jax.Array, noise: Noise | None
     ) -> tuple[PyTree, PyTree]:
-        """The members' weights; or how they differ from a quantised centre, and it."""
-        if not is_quantized(params):
-            return draw(params, key, members, noise=noise), None
-        deviations = None
-        if noise is not None:
-            deviations = _draw_overlays(params, key, members, noise)
-        return deviations, with_dtype(params, jnp.dtype(examiner.dtype))
+        """The members' weights, and None; or how they differ from a centre, and it."""
+        if is_quantized(params):
+            deviations = None
+            if noise is not None:
+                deviations = _draw_overlays(params, key, members, noise)
+            return deviations, with_dtype(params, dtype)
+        if examiner.draw == "member":
+            return _draw(params, key, members, noise, dtype), None
+        if noise is None:
+            return None, with_dtype(params, dtype)
+        return _draw_later(params, key, members, noise, dtype), params
 
     if examiner.mode == "likelihood":
         prompts, choices = [q.prompt for q in filled], [q.choices for q in filled]
@@ -357,10 +369,13 @@ def _rollout(
         params: PyTree, key: jax.Array, members: jax.Array, noise: Noise | None = None
     ) -> jax.Array:
         weights, centre = prepared(params, key, members, noise)
-        if weights is not None:
+        # Layers that draw their noise are one program in a loop: it would take minutes
+        # to compile them one by one.
+        by_layer = examiner.draw == "layer" and noise is not None
+        if weights is not None and not by_layer:
             weights = unrolled_members(model, weights)
         return decode_members(
-            model.unrolled(),
+            model if by_layer else model.unrolled(),
             weights,
             padded,
             _sampling_keys(key, members),
@@ -385,7 +400,8 @@ def _sampling_keys(key: jax.Array, members: jax.Array) -> jax.Array:
     return jax.vmap(partial(jax.random.fold_in, sampling_key))(members)
 
 
-_draw = jax.jit(draw_members, static_argnames=("noise", "dtype"))
+_draw = jax.jit(draw_members, static_argnums=(3, 4))
+_draw_later = jax.jit(draw_later, static_argnums=(3, 4))
 _draw_overlays = jax.jit(draw_overlays, static_argnums=3)
 
 

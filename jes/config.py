@@ -35,6 +35,7 @@ def default() -> ConfigDict:
     config.sigma_half_life = 0  # the same of σ
     config.antithetic = False
     config.noise = "normal"  # or 'table', about normal and faster on CPUs
+    config.draw = "member"  # or 'layer': again for each layer and pass, in less memory
     config.shaping = "zscore"  # or 'centered_rank', 'pair_zscore', 'none'
 
     config.objective = "reward"  # or of `OBJECTIVES`, for ESMA (2602.02605)

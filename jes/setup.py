@@ -227,6 +227,8 @@ def load_trainable(
             else f"{config.model} has floats for weights, which rounding="
             f"{evolution.rounding!r} is not for: set quantize to 'int4', 'int8', 'w8a8'"
         )
+    if quantized and config.draw != "member":
+        raise InputError(f"draw={config.draw!r} is for models of floats")
     if quantized:
         warn_of_flips(evolution)
     return pretrained
@@ -318,6 +320,7 @@ def make_examiner(
         task=task,
         eos_ids=pretrained.eos_ids,
         dtype=config.dtype,
+        draw=config.draw,
         buckets=tuple(config.buckets),
         **settings,
     )
@@ -365,6 +368,7 @@ def choose_chunk(setup: Setup) -> int:
         setup.parameters,
         examiner.dtype,
         setup.evolution.noise if quantized else None,
+        by_layer=examiner.draw == "layer",
     )
     # The centre, its anchor and one update are there too: float32, or a byte a code.
     held = 3 * (1 if quantized else 4) * setup.parameters // sizes[MODEL]

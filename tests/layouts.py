@@ -7,6 +7,7 @@ leads; then runs of three generations, one of them begun on one device and conti
 four. `tests/test_devices.py` compares.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -72,6 +73,10 @@ def on_mesh(model: Path, devices: int, model_parallel: int, results: dict) -> No
         run, _, _ = ask._rollout(each, questions)
         found = run(params, key, members, noise=EVOLUTION.noise)
         results[f"log-likelihoods {name}"] = np.asarray(found)[:2]
+        by_layer = dataclasses.replace(each, draw="layer")
+        run, _, _ = ask._rollout(by_layer, questions)
+        found = run(params, key, members, noise=EVOLUTION.noise)
+        results[f"log-likelihoods by layer {name}"] = np.asarray(found)[:2]
     state = first_state(EVOLUTION, params)
     anchor = keep_anchor(params, "host")
     for generation in range(2):

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 
 from jes.core.integer_noise import integer_noise
-from jes.core.normal import standard_normal
-from jes.core.table_normal import table_normal
+from jes.core.normal import Place, normal_at, standard_normal
+from jes.core.table_normal import table_at, table_normal
 
 PyTree = Any
 
@@ -36,6 +36,12 @@ LAWS: dict[str, Callable[[jax.Array, tuple[int, ...]], jax.Array]] = {
     "table": table_normal,
 }
 """Distributions of ε, all of mean 0 and variance 1: functions of (key, shape)."""
+
+LAWS_AT: dict[str, Callable[[jax.Array, Place], jax.Array]] = {
+    "normal": normal_at,
+    "table": table_at,
+}
+"""The same numbers one by one: functions of (key, their places)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ beside the result, and a slice of the result computes that slice only.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,61 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return _bits(key, shape).reshape(shape)
 
 
+def normal_at(key: jax.Array, place: "Place") -> jax.Array:
+    """The entries at these places of what `standard_normal` gives for any shape."""
+    return normal_of_bits(bits_at(key, place))
+
+
+def bits_at(key: jax.Array, place: "Place") -> jax.Array:
+    """The words at these places of what `random_bits` gives for any shape.
+
+    Raises:
+      TypeError: for keys of other generators than threefry, which have no places.
+    """
+    if str(jax.random.key_impl(key)) != "threefry2x32":
+        raise TypeError("noise can be drawn in parts from threefry keys only")
+    first, second = jax.random.key_data(key)
+    left, right = threefry_2x32(first, second, place.high, place.low)
+    return left ^ right
+
+
+class Place(NamedTuple):
+    """Numbers of entries in row-major order, in 64 bits: high x 2^32 + low, uint32."""
+
+    high: jax.Array
+    low: jax.Array
+
+
+def places(
+    shape: tuple[int, ...],
+    part: jax.typing.ArrayLike = 0,
+    size: int = 0,
+    start: jax.typing.ArrayLike = 0,
+) -> Place:
+    """Numbers of the entries of a part of an array.
+
+    Args:
+      shape: of the part.
+      part: its number among parts of equal size; may be traced, or be numbers
+        [..., 1] of several parts that have one axis.
+      size: entries of a part.
+      start: number of the first entry in the part.
+    """
+    inner = jnp.asarray(start, jnp.uint32) + _counter(shape)
+    if jnp.ndim(part):
+        inner = inner.reshape((1,) * (jnp.ndim(part) - 1) + inner.shape)
+    # part x size in 64 bits, from products of 16 bits each.
+    bits, lowest = np.uint32(16), np.uint32(0xFFFF)
+    high, low = jnp.asarray(part, jnp.uint32) >> bits, jnp.asarray(part, jnp.uint32)
+    low, first, second = low & lowest, np.uint32(size >> 16), np.uint32(size % 2**16)
+    least, one, other = low * second, low * first, high * second
+    middle = (least >> bits) + (one & lowest) + (other & lowest)
+    low = (least & lowest) | (middle << bits)
+    high = high * first + (one >> bits) + (other >> bits) + (middle >> bits)
+    total = low + inner
+    return Place(high + (total < low).astype(jnp.uint32), total)
+
+
 def _fusible(key: jax.Array, shape: tuple[int, ...]) -> bool:
     threefry = str(jax.random.key_impl(key)) == "threefry2x32"
     return threefry and math.prod(shape) < 2**32
@@ -44,7 +100,12 @@ def _fusible(key: jax.Array, shape: tuple[int, ...]) -> bool:
 
 def _bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """As many bits as the shape has entries; one axis, or those of the shape."""
-    first, second = jax.random.key_data(key)
+    counter = _counter(shape)
+    return bits_at(key, Place(jnp.zeros_like(counter), counter))
+
+
+def _counter(shape: tuple[int, ...]) -> jax.Array:
+    """Numbers of the entries, uint32; one axis, or those of the shape."""
     # In one dimension up to the end: a counter of several dimensions is arithmetic
     # that the compiler moves out of loops over keys, and keeps in memory there.
     counter = jax.lax.iota(jnp.uint32, math.prod(shape))
@@ -54,8 +115,7 @@ def _bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         for axis in range(len(shape)):
             along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
             counter += np.uint32(math.prod(shape[axis + 1 :])) * along
-    left, right = threefry_2x32(first, second, jnp.zeros_like(counter), counter)
-    return left ^ right
+    return counter
 
 
 def threefry_2x32(

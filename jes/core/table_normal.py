@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jes.core.normal import random_bits
+from jes.core.normal import Place, bits_at, random_bits
 
 HALF = 2**15
 """Positive values, and as many negative ones: what 16 bits choose from."""
@@ -53,6 +53,15 @@ def table_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     # result: not worth it where the result itself is never in memory.
     halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size]
     return _look_up(halves).reshape(shape)
+
+
+def table_at(key: jax.Array, place: Place) -> jax.Array:
+    """The entries at these places of what `table_normal` gives for any shape."""
+    one, half = np.uint32(1), np.uint32(16)
+    low = (place.low >> one) | (place.high << np.uint32(31))
+    words = bits_at(key, Place(place.high >> one, low))
+    odd = (place.low & one).astype(bool)
+    return _look_up(jnp.where(odd, words >> half, words).astype(jnp.uint16))
 
 
 def _look_up(bits: jax.Array) -> jax.Array:

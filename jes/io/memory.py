@@ -84,13 +84,24 @@ def bytes_per_member(
     return weights + cache + max(scores, hidden) + logits
 
 
-def weight_bytes(config: Any, parameters: int, dtype: Any, noise: Any = None) -> int:
+def weight_bytes(
+    config: Any,
+    parameters: int,
+    dtype: Any,
+    noise: Any = None,
+    *,
+    by_layer: bool = False,
+) -> int:
     """Estimate of the bytes of weights that a member has for itself.
 
-    Those of floats twice, stacked and by layer. Of a quantised model, for which `noise`
-    is given, where its codes differ, and the floats of one matrix.
+    Those of floats twice, stacked and by layer; or one layer, where noise is drawn
+    `by_layer`. Of a quantised model, for which `noise` is given, where its codes
+    differ, and the floats of one matrix.
     """
     size = jnp.dtype(dtype).itemsize
+    if by_layer:
+        stacked = parameters - config.vocab_size * config.hidden_size
+        return size * max(1, stacked // config.num_hidden_layers)
     if noise is None:
         return 2 * parameters * size
     few = entries(parameters, noise.sigma, noise.rounds)

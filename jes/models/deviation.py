@@ -4,6 +4,8 @@ The collection 'noise' has the tree of the parameters, with None or nothing wher
 member is like the centre. A deviation is
 
 - an array of the shape of the weight, which is added to it;
+- `Drawn`, such an array that is drawn where it is used;
+- `Own`, the member's weight itself;
 - what `jes.models.quantized` takes, for quantised weights.
 
 Axis letters: I inputs, O outputs of a matrix, V words, D hidden.
@@ -15,38 +17,63 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jes.core.drawn import Drawn, Own, add, add_rows, not_before, use_blocks
 from jes.models.quantized import Quantized, matmul
 
 
 def deviated(weight: jax.Array, noise: Any) -> jax.Array:
     """A weight of a member, in full."""
-    return weight if noise is None else weight + noise
+    if noise is None:
+        return weight
+    if isinstance(noise, Own):
+        return noise.weight
+    return add(weight, noise) if isinstance(noise, Drawn) else weight + noise
 
 
 def times(x: jax.Array, weight: Any, noise: Any) -> jax.Array:
-    """x @ weight of a member, [..., I] -> [..., O]."""
+    """x @ weight of a member, [..., I] -> [..., O] in the dtype of x."""
     if isinstance(weight, Quantized):
         return matmul(x, weight, noise)
+    if isinstance(noise, Drawn):
+        noise = not_before(x, noise)
     return x @ deviated(weight, noise)
 
 
 def look_up(table: jax.Array, noise: Any, tokens: jax.Array) -> jax.Array:
     """Rows of a member's embedding [V, D]: int [B, T] -> [B, T, D]."""
+    if isinstance(noise, Drawn):
+        return add_rows(table, noise, tokens)
     return deviated(table, noise)[tokens]
 
 
-def word_scores(x: jax.Array, table: jax.Array, noise: Any) -> jax.Array:
-    """Products with all rows of a member's embedding: [B, T, D] -> float32 [B, T, V].
+def word_scores(
+    x: jax.Array, weight: jax.Array, noise: Any, *, tied: bool
+) -> jax.Array:
+    """Products with all words: [B, T, D] -> float32 [B, T, V].
 
-    The embedding comes first: under vmap, XLA for the CPU writes a transposed second
-    factor out in full, half a gigabyte a token for 151936 words.
+    Args:
+      x: the stream.
+      weight: the embedding [V, D] if `tied`, else a matrix [D, V].
+      noise: how a member's weight differs.
+      tied: the embedding comes first in its product: under vmap, XLA for the CPU
+        writes a transposed second factor out in full, half a gigabyte a token for
+        151936 words.
     """
-    table = deviated(table, noise)
-    logits = jnp.einsum("vd,btd->vbt", table, x, preferred_element_type=jnp.float32)
-    return jnp.moveaxis(logits, 0, -1)
+    equation, words = ("vd,btd->vbt", 0) if tied else ("btd,dv->btv", -1)
+
+    def scores(weight: jax.Array) -> jax.Array:
+        factors = (weight, x) if tied else (x, weight)
+        return jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
+
+    if isinstance(noise, Drawn):
+        blocks = use_blocks(weight, not_before(x, noise), 0 if tied else 1, scores)
+        logits = jnp.concatenate(blocks, words)
+    else:
+        logits = scores(deviated(weight, noise))
+    return jnp.moveaxis(logits, words, -1)
 
 
 def parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
-    """A weight of a module as the member has it; may be called in its `__call__`."""
+    """A weight of a module as the member has it; for its `__call__`."""
     weight = module.param(name, init, shape)
     return deviated(weight, module.get_variable("noise", name))

@@ -100,11 +100,12 @@ class Decoder(nn.Module):
             x = x[:, -last:]
         x = RMSNorm(cfg.rms_norm_eps, name="final_norm")(x)
         if cfg.tie_word_embeddings:
-            logits = word_scores(x, table, noise)
+            logits = word_scores(x, table, noise, tied=True)
         else:
             shape = (cfg.hidden_size, cfg.vocab_size)
-            head = parameter(self, "lm_head", nn.initializers.normal(0.02), shape)
-            logits = jnp.matmul(x, head, preferred_element_type=jnp.float32)
+            head = self.param("lm_head", nn.initializers.normal(0.02), shape)
+            noise = self.get_variable("noise", "lm_head")
+            logits = word_scores(x, head, noise, tied=False)
         return logits, Cache(keys, values, key_positions, slot + length)
 
     def _scanned(self, x, visible, angles, cache, slot, prefix):

@@ -60,16 +60,17 @@ def decode(
     rows of finished members.
 
     Args:
-      model: a decoder in its unrolled form.
-      params: unrolled parameters, each leaf with a leading member axis [M, ...]; of a
-        quantised model, how members differ from its `centre`, or None.
+      model: a decoder, in its unrolled form but where noise is drawn by layer.
+      params: its parameters, each leaf with a leading member axis [M, ...]; or how
+        members differ from a `centre`, or None.
       prompts: left-padded prompts, the same for all members.
       keys: typed PRNG keys [M], used where the temperature is above 0. A row's draws
         depend on its member's key and its number alone.
       max_new_tokens: N.
       eos_ids: tokens that end an answer.
       sampling: how the next token is chosen.
-      centre: of a quantised model, the parameters that members share, stacked.
+      centre: the parameters that members share, stacked: of a quantised model, or
+        where noise is drawn by layer.
       prefix: one row of tokens that every prompt begins with, left out of `prompts`:
         see `prompts.share`. Each member reads it once.
 
@@ -87,7 +88,7 @@ def decode(
         params: Any, tokens: Any, positions: Any, cache: Any = None, shared: Any = None
     ) -> Any:
         stack = centre
-        if centre is not None:
+        if centre is not None and not model.scan_layers:
             # Never so, but not for the compiler to know: or it would take all layers
             # out of the stack before the first token, and hold them twice.
             impossible = (positions.reshape(-1)[0] < -1).astype(jnp.int32)

@@ -1,0 +1,149 @@
+"""Noise that is drawn where it is used, a layer at a time.
+
+A member is then the centre, which all share, and a key for each leaf: nothing of the
+size of a model. The numbers are those of `draw_members`, bit for bit, because a number
+of a leaf's noise depends on the leaf's key and the number's place alone. The price is
+that they are drawn again wherever the weight is used: once in a scoring pass, but for
+every token in decoding.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jes.core.mesh import by_member
+from jes.core.noise import LAWS_AT, Noise, PyTree, leaf_key, leaf_noise
+from jes.core.normal import Place, places
+
+BLOCKS = 16
+"""Of an embedding: one has about as many weights as a layer then."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """How a member's weight differs, not drawn yet: scale times noise.
+
+    Attributes:
+      key: uint32 [..., 2], data of the leaf's key.
+      scale: float32 [...], σ with the member's sign.
+      matrix: int32 [...], which matrix of a stack, or 0.
+      law: of `jes.core.noise.LAWS`.
+      dtype: of the member's weight.
+    """
+
+    key: jax.Array
+    scale: jax.Array
+    matrix: jax.Array
+    law: str = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """A member's weight itself: of vectors, which take no memory to speak of."""
+
+    weight: jax.Array
+
+
+@by_member(own=["members"], shared=["params", "key"])
+def draw_later(
+    params: PyTree, key: jax.Array, members: jax.Array, noise: Noise, dtype: Any
+) -> PyTree:
+    """How a chunk of members differ from the centre, as what is to be drawn.
+
+    Args:
+      params: the centre, layers stacked under 'layers'.
+      key: the generation key.
+      members: int [C], member numbers.
+      noise: how members differ from it.
+      dtype: of the members' weights.
+
+    Returns:
+      The tree of the parameters, for matrices of `Drawn` with a leading axis [C], or of
+      a stack [C, L], and of `Own` for vectors.
+    """
+
+    def draw(member: jax.Array) -> PyTree:
+        direction, sign = noise.direction(member)
+        direction_key = jax.random.fold_in(key, direction)
+
+        def one(path: tuple[Any, ...], leaf: jax.Array) -> Drawn | Own:
+            stacked = path[0].key == "layers"
+            scale, matrix = noise.sigma * sign, jnp.int32(0)
+            if leaf.ndim - stacked < 2:
+                drawn = leaf_noise(direction_key, path, leaf.shape, noise.law)
+                return Own((leaf.astype(jnp.float32) + scale * drawn).astype(dtype))
+            data = jax.random.key_data(leaf_key(direction_key, path))
+            if stacked:
+                count = leaf.shape[0]
+                matrix = jnp.arange(count)
+                data = jnp.broadcast_to(data, (count, *data.shape))
+                scale = jnp.broadcast_to(scale, count)
+            return Drawn(data, scale, matrix, noise.law, jnp.dtype(dtype))
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    return jax.vmap(draw)(members)
+
+
+def add(weight: jax.Array, drawn: Drawn) -> jax.Array:
+    """The member's weight, with all of its noise."""
+    place = places(weight.shape, drawn.matrix, weight.size)
+    return _sum(weight, drawn, place)
+
+
+def add_rows(table: jax.Array, drawn: Drawn, rows: jax.Array) -> jax.Array:
+    """Some rows of the member's matrix [V, D] alone: int [...] -> [..., D]."""
+    width = table.shape[1]
+    place = places((width,), rows[..., None], width)
+    return _sum(table[rows], drawn, place)
+
+
+def use_blocks(
+    weight: jax.Array, drawn: Drawn, axis: int, use: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """Uses a member's matrix in blocks, of which one is there at a time.
+
+    Args:
+      weight: matrix [I, O].
+      drawn: its noise.
+      axis: that is cut into blocks, `BLOCKS` of them or a divisor of that.
+      use: function of a block.
+
+    Returns:
+      What `use` gives for each, stacked.
+    """
+    count = math.gcd(weight.shape[axis], BLOCKS)
+    length = weight.shape[axis] // count
+
+    def one(number: jax.Array) -> jax.Array:
+        start = number * length
+        block = jax.lax.dynamic_slice_in_dim(weight, start, length, axis)
+        row, column = (start, 0) if axis == 0 else (0, start)
+        rows = row + jnp.arange(block.shape[0])[:, None]
+        place = places(block.shape[1:], rows, weight.shape[1], column)
+        return use(_sum(block, drawn, place))
+
+    return jax.lax.map(one, jnp.arange(count))
+
+
+def not_before(x: jax.Array, drawn: Drawn) -> Drawn:
+    """The same, but not to be drawn before `x` is there.
+
+    Or a compiler draws all noise of a model before the first token, and keeps it.
+    """
+    impossible = (x[(0,) * x.ndim] < -jnp.inf).astype(jnp.uint32)
+    return dataclasses.replace(drawn, key=drawn.key ^ impossible)
+
+
+def _sum(weight: jax.Array, drawn: Drawn, place: Place) -> jax.Array:
+    key = jax.random.wrap_key_data(drawn.key, impl="threefry2x32")
+    noise = LAWS_AT[drawn.law](key, place).reshape(weight.shape)
+    total = weight.astype(jnp.float32) + drawn.scale * noise
+    return total.astype(drawn.dtype)

@@ -1,0 +1,223 @@
+"""Noise drawn in the layers: the same members, one layer of them at a time."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_run import get_config, outcome
+
+import jes
+from jes import train
+from jes.ask import Examiner, ask, examine, prepare
+from jes.core.drawn import Drawn, Own, draw_later
+from jes.core.mesh import make_mesh
+from jes.core.noise import LAWS, LAWS_AT, Noise, PyTree
+from jes.core.normal import Place, bits_at, places
+from jes.core.population import draw_members
+from jes.errors import InputError
+from jes.models.config import ModelConfig
+from jes.models.deviation import deviated
+from jes.models.qwen import Decoder
+from jes.sampling.generate import decode_members, unrolled_members
+from jes.sampling.likelihood import log_likelihoods, pad_choices
+from jes.sampling.prompts import pad
+
+SHAPE = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+KEY = jax.random.key(5)
+MEMBERS = jnp.array([0, 1, 6])
+PROMPTS = [[3, 4, 5, 6], [7, 8], [9, 10, 11]]
+
+drawn_members = jax.jit(draw_members, static_argnums=(3, 4))
+drawn_later = jax.jit(draw_later, static_argnums=(3, 4))
+
+
+def decoder(**changes: object) -> tuple[Decoder, PyTree]:
+    model = Decoder(ModelConfig.from_hf(SHAPE | changes))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    # Initial weights answer with one token for ever; these do not.
+    return model, jes.perturb(params, jax.random.key(1), 0.3)
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("shape", [(7,), (6, 5), (3, 6, 5), (5, 3, 7)])
+def test_a_number_depends_on_its_place_alone(law: str, shape: tuple[int, ...]) -> None:
+    whole = LAWS[law](KEY, shape)
+    size = int(np.prod(shape[1:]))
+    for number, part in enumerate(whole):
+        found = LAWS_AT[law](KEY, places(shape[1:], number, size))
+        np.testing.assert_array_equal(found.reshape(part.shape), part)
+
+
+def test_places_beyond_32_bits() -> None:
+    """Of a stack of 80 matrices 8192 x 29568, as in a model of 72B."""
+    size, part = 8192 * 29568, np.array([1, 17, 18, 79])
+    place = places((3,), part[:, None], size, size - 2)
+    exact = part[:, None] * size + size - 2 + np.arange(3)
+    assert exact.max() > 2**34
+    found = np.asarray(place.high).astype(np.uint64) << np.uint64(32)
+    found += np.asarray(place.low)
+    np.testing.assert_array_equal(found, exact)
+
+
+def test_places_are_those_of_jax_beyond_32_bits() -> None:
+    """jax's own counters have a high and a low word, of which it hashes both."""
+    first, second = jax.random.key_data(KEY)
+    high, low = jnp.uint32([0, 1, 3]), jnp.uint32([7, 7, 2**32 - 1])
+    pair = jnp.stack([first, second])
+    expected = [
+        np.bitwise_xor(*jax.extend.random.threefry_2x32(pair, jnp.stack([h, w])))
+        for h, w in zip(high, low, strict=True)
+    ]
+    np.testing.assert_array_equal(bits_at(KEY, Place(high, low)), expected)
+
+
+def test_other_generators_have_no_places() -> None:
+    with pytest.raises(TypeError, match="threefry"):
+        bits_at(jax.random.key(0, impl="rbg"), places((3,)))
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_members_are_those_of_the_default(law: str, dtype: str) -> None:
+    """Bit for bit, of the embedded model."""
+    params = jes.load("tiny").params
+    noise = Noise(sigma=0.02, antithetic=True, law=law)
+    settings = params, KEY, MEMBERS, noise, jnp.dtype(dtype)
+    expected, later = drawn_members(*settings), drawn_later(*settings)
+    kinds = jax.tree.map(type, later, is_leaf=lambda x: isinstance(x, Drawn | Own))
+    assert (
+        kinds["embed"]["embedding"] is kinds["layers"]["mlp"]["up"]["kernel"] is Drawn
+    )
+    assert kinds["layers"]["attention"]["q"]["bias"] is Own
+    assert kinds["final_norm"]["scale"] is Own
+
+    def full(path: tuple, weight: jax.Array, noise: Drawn | Own) -> jax.Array:
+        stacked = path[0].key == "layers"
+        one = jax.vmap(deviated) if stacked else deviated
+        return jax.vmap(lambda noise: one(weight, noise))(noise)
+
+    found = jax.jit(jax.tree_util.Partial(jax.tree_util.tree_map_with_path, full))(
+        params, later
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16, "vocab_size": 47},
+    ],
+    ids=["tied", "untied", "qwen3"],
+)
+def test_likelihoods_are_those_of_members(changes: dict) -> None:
+    """With a number of words that no number of blocks divides, too."""
+    model, params = decoder(**changes)
+    settings = params, KEY, MEMBERS, Noise(sigma=0.1), jnp.dtype("float32")
+    batch = pad_choices(PROMPTS, [[[1], [2, 3]]] * 3, (16,))
+    np.testing.assert_allclose(
+        log_likelihoods(model, drawn_later(*settings), batch, 3, params),
+        log_likelihoods(model, drawn_members(*settings), batch, 3),
+        rtol=1e-5,  # in blocks, products are summed in another order
+    )
+
+
+def test_answers_are_those_of_members() -> None:
+    model, params = decoder(num_hidden_layers=2)
+    settings = params, KEY, MEMBERS, Noise(sigma=0.1), jnp.dtype("float32")
+    members = unrolled_members(model, drawn_members(*settings))
+    given = pad(PROMPTS, (8,)), jax.random.split(KEY, 3)
+    answered = {"max_new_tokens": 5, "eos_ids": ()}
+    expected = decode_members(model.unrolled(), members, *given, **answered)
+    found = decode_members(
+        model, drawn_later(*settings), *given, **answered, centre=params
+    )
+    assert len(np.unique(expected)) > 3
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.fixture(scope="module")
+def examiners() -> dict[str, Examiner]:
+    pretrained = jes.load("tiny")
+    task = jes.tasks.load_task("tiny/max", root="", seed=0, train=8, test=4)
+    return {
+        draw: Examiner(
+            model=pretrained.model,
+            tokenizer=pretrained.tokenizer,
+            task=task,
+            eos_ids=pretrained.eos_ids,
+            buckets=(24,),
+            draw=draw,
+        )
+        for draw in ("member", "layer")
+    }
+
+
+@pytest.mark.parametrize(
+    ("mode", "devices"), [("generate", 1), ("likelihood", 1), ("likelihood", 2)]
+)
+def test_members_earn_the_same(
+    mode: str, devices: int, examiners: dict[str, Examiner]
+) -> None:
+    params = jes.load("tiny", mesh=make_mesh(1, jax.devices()[:devices])).params
+    scores = []
+    for each in examiners.values():
+        each = dataclasses.replace(each, mode=mode)
+        asked = prepare(each, each.task.train)
+        settings = {"noise": Noise(sigma=0.03), "population": 5, "chunk": 2}
+        scores.append(ask(each, params, KEY, asked, **settings))
+        # The centre itself, which has no noise to draw.
+        assert examine(each, params, asked).accuracy == 1
+    expected, found = scores
+    assert len(np.unique(expected.reward)) > 1
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_one_layer_is_there_at_a_time() -> None:
+    """What the compiler sets aside, over what it does for the centre alone."""
+    model, params = decoder(num_hidden_layers=24, hidden_size=64, intermediate_size=512)
+    batch = pad_choices(PROMPTS, [[[1], [2]]] * 3, (16,))
+    settings = params, KEY, MEMBERS, Noise(sigma=0.1), jnp.dtype("float32")
+    later = drawn_later(*settings)
+
+    def scratch(*given: object) -> int:
+        program = log_likelihoods.lower(model, *given).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    layer = sum(leaf.nbytes for leaf in jax.tree.leaves(params["layers"])) / 24
+    alone = scratch(None, batch, 3, params)
+    found = scratch(later, batch, 3, params)
+    # Three members' layer, and as much again beside it; not 24 layers of each.
+    assert found < alone + 2 * 3 * layer
+
+
+def test_a_run_is_the_same(
+    tmp_path: Path, small_model: Path, finished_run: Path
+) -> None:
+    config = get_config(str(small_model))
+    config.draw = "layer"
+    train.run(config, tmp_path)
+    assert outcome(tmp_path).fingerprint == outcome(finished_run).fingerprint
+
+
+def test_settings_that_no_run_can_have(tmp_path: Path, small_model: Path) -> None:
+    config = get_config(str(small_model))
+    config.draw = "token"
+    with pytest.raises(InputError, match="draw must be one of"):
+        train.run(config, tmp_path / "one")
+    config.update({"draw": "layer", "quantize": "w8a8", "rounding": "residual"})
+    with pytest.raises(InputError, match="models of floats"):
+        train.run(config, tmp_path / "two")
