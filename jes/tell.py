@@ -15,9 +15,10 @@ from jes.core.codes import pack
 from jes.core.drift import drift_norm
 from jes.core.fitness import typical_spread
 from jes.core.integer_noise import variance
-from jes.core.mesh import mesh_of, on_mesh_of, replicated
+from jes.core.mesh import mesh_of, model_is_spread, on_mesh_of, replicated
 from jes.core.noise import Noise, PyTree, generation_key
-from jes.core.tree import is_codes, map_leaves, merge, split
+from jes.core.placement import on_device
+from jes.core.tree import is_codes, map_leaves, merge, split, structure
 from jes.transforms import (
     anchored_weight_decay,
     error_feedback,
@@ -227,12 +228,73 @@ def _tell(
     fitness: jax.Array,
     anchor: PyTree,
 ) -> tuple[PyTree, Any]:
-    # Only shapes are read of the incoming updates, so these zeros are never stored.
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, state = make_optimizer(evolution, anchor).update(
-        zeros, state, params, key=key, fitness=fitness, anchor=anchor
-    )
-    return optax.apply_updates(params, updates), state
+    def moved(params: PyTree, anchor: PyTree, **part: Any) -> tuple[PyTree, Any]:
+        # Only shapes are read of the incoming updates: these zeros are never stored.
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, next_state = make_optimizer(evolution, anchor).update(
+            zeros, state, params, key=key, fitness=fitness, anchor=anchor, **part
+        )
+        return optax.apply_updates(params, updates), next_state
+
+    if evolution.rounding != "none" or model_is_spread():
+        return moved(params, anchor)
+
+    return _part_by_part(moved, params, anchor)
+
+
+def _part_by_part(
+    moved: Callable, params: PyTree, anchor: PyTree
+) -> tuple[PyTree, Any]:
+    """What `moved` gives; each leaf moves alone, and a large one by parts, in place.
+
+    What moves floats looks at one number at a time, and its state only counts. All at
+    once, the updates would take as much memory as the weights.
+    """
+
+    def one(path: tuple[Any, ...], leaf: jax.Array, home: Any) -> jax.Array:
+        count = parts(leaf.shape)
+        if count == 1:
+            return jax.tree.leaves(moved(_at(path, leaf), _at(path, home))[0])[0]
+        home = None if home is None else on_device(home)
+        rows = leaf.shape[0] // count
+
+        def move(number: jax.Array, leaf: jax.Array) -> jax.Array:
+            def own(whole: Any) -> Any:
+                if whole is None:
+                    return None
+                start = number * rows
+                return _at(path, jax.lax.dynamic_slice_in_dim(whole, start, rows))
+
+            new, _ = moved(own(leaf), own(home), matrix=number)
+            (new,) = jax.tree.leaves(new)
+            return jax.lax.dynamic_update_slice_in_dim(leaf, new, number * rows, 0)
+
+        return jax.lax.fori_loop(0, count, move, leaf)
+
+    if anchor is None:
+        anchor = jax.tree.map(lambda leaf: None, params)
+    homes = structure(params).flatten_up_to(anchor)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    new = [one(*leaf, home) for leaf, home in zip(leaves, homes, strict=True)]
+    _, state = moved({}, {})
+    return structure(params).unflatten(new), state
+
+
+PART = 2**20
+"""Weights that move at once, at least: enough to keep all cores of a CPU busy."""
+
+
+def parts(shape: tuple[int, ...]) -> int:
+    """Number of equal parts of the first axis that an array of this shape moves in."""
+    most = min(shape[0], math.prod(shape) // PART) if shape else 1
+    return next((n for n in range(most, 0, -1) if shape[0] % n == 0), 1)
+
+
+def _at(path: tuple[Any, ...], leaf: Any) -> Any:
+    """A tree with this leaf alone, where the path says; None for none."""
+    for key in reversed(path):
+        leaf = None if leaf is None else {key.key: leaf}
+    return leaf
 
 
 def moves_of(state: Any) -> tuple[float, float] | None:

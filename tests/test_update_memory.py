@@ -1,4 +1,4 @@
-"""Updates of codes by seed replay are made in place, a matrix at a time."""
+"""Updates are made in place, a matrix at a time."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import jes
 from jes.core.codes import pack
 from jes.core.noise import PyTree
-from jes.tell import Evolution, first_state, make_optimizer, tell
+from jes.tell import Evolution, first_state, make_optimizer, parts, tell
 
 REPLAY = {"rounding": "replay", "window": 3}
 DECAY = {"decay": "l2", "decay_coefficient": 0.5}
@@ -93,3 +93,66 @@ def test_an_update_takes_no_more_memory_for_more_layers() -> None:
 
     one_matrix = 256 * 256 // 2
     assert beside(32) < beside(2) + one_matrix
+
+
+def floats(seed: int, layers: int = 4) -> PyTree:
+    """A stack that moves a layer at a time, a matrix in two parts, and vectors."""
+    shapes = {
+        "embed": {"embedding": (6000, 400)},
+        "layers": {"up": {"kernel": (layers, 1024, 1024), "bias": (layers, 7)}},
+        "final_norm": {"scale": (9,)},
+    }
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.float32(rng.normal(size=shape)),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+@pytest.mark.parametrize("law", ["normal", "table"])
+@pytest.mark.parametrize("decay", [{}, DECAY])
+def test_floats_that_move_in_parts_are_those_that_move_at_once(
+    law: str, decay: dict[str, Any]
+) -> None:
+    """`tell`, bit for bit, is the update of the whole tree, added afterwards."""
+    evolution = evolution_of(law=law, **decay)
+    params, anchor = floats(0), floats(1) if decay else None
+    assert [parts(leaf.shape) for leaf in jax.tree.leaves(params)] == [2, 1, 1, 4]
+    state = first_state(evolution, params)
+    key, fitness = jes.generation_key(jax.random.key(0), 0), jnp.arange(4.0) ** 2
+
+    @jax.jit
+    def whole(params: PyTree, state: Any) -> Any:
+        zeros = optax.tree.zeros_like(params)
+        optimizer = make_optimizer(evolution, anchor)
+        updates, state = optimizer.update(
+            zeros, state, params, key=key, fitness=fitness
+        )
+        return optax.apply_updates(params, updates), state
+
+    expected = whole(params, state)
+    found = tell(evolution, params, state, key, fitness, anchor)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("law", ["normal", "table"])
+def test_an_update_of_floats_takes_no_more_memory_for_more_layers(law: str) -> None:
+    """By the compiler's analysis: some numbers for each weight of a part."""
+
+    def beside(layers: int) -> int:
+        evolution = evolution_of(law=law)
+        program = jax.jit(tell, static_argnums=0, donate_argnums=1).lower(
+            evolution,
+            floats(0, layers),
+            first_state(evolution, {}),
+            jax.random.key(0),
+            jnp.zeros(4),
+        )
+        found = program.compile().memory_analysis()
+        new = found.output_size_in_bytes - found.alias_size_in_bytes
+        return new + found.temp_size_in_bytes
+
+    one_part = 4 * 6000 * 400 // 2
+    assert beside(8) < beside(2) + 1000
+    assert beside(8) < 5 * one_part

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jes.core.integer_noise import integer_noise
-from jes.core.normal import Place, normal_at, standard_normal
+from jes.core.normal import Place, normal_at, places, standard_normal
 from jes.core.table_normal import table_at, table_normal
 
 PyTree = Any
@@ -126,6 +126,24 @@ def leaf_noise(
     With another law of `LAWS`, noise of that.
     """
     return LAWS[law](leaf_key(direction_key, path), shape)
+
+
+def part_noise(
+    direction_key: jax.Array,
+    path: tuple[Any, ...],
+    shape: tuple[int, ...],
+    part: jax.typing.ArrayLike,
+    law: str = "normal",
+) -> jax.Array:
+    """A part of a leaf's noise, without the rest of it.
+
+    Args:
+      direction_key, path, law: as for `leaf_noise`.
+      shape: of the part: so many rows of the leaf, or one of its matrices.
+      part: its number among parts of this shape.
+    """
+    place = places(shape, part, math.prod(shape))
+    return LAWS_AT[law](leaf_key(direction_key, path), place).reshape(shape)
 
 
 def codes_noise(

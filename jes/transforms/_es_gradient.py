@@ -9,7 +9,7 @@ import optax
 
 from jes.core.fitness import METHODS, finite_members, shape_fitness
 from jes.core.integer_noise import entries
-from jes.core.noise import Noise, PyTree, codes_noise, leaf_noise
+from jes.core.noise import Noise, PyTree, codes_noise, leaf_noise, part_noise
 from jes.core.tree import is_codes, map_leaves
 
 AT_ONCE = 2**19
@@ -45,8 +45,9 @@ def es_gradient(
       A transformation whose `update` takes, beside the incoming updates (only their
       shapes matter; zeros will do), `key`, the generation key, and `fitness`, float
       [N], and returns float32 updates. Members with non-finite fitness count neither
-      in the sum nor in N. `matrix`, an int, says that the codes given are one matrix,
-      and which, of the stack that the parameters have there.
+      in the sum nor in N. `matrix`, an int, says that the arrays given are a part of
+      what the parameters have there, and which: of codes a matrix of the stack, of
+      floats one of equal parts of the first axis.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jes
@@ -88,7 +89,7 @@ def es_gradient(
 
         def estimate(path: tuple[Any, ...], leaf: Any) -> jax.Array:
             if not is_codes(leaf):
-                return _of_floats(path, leaf.shape, key, weights, noise.law)
+                return _of_floats(path, leaf.shape, key, weights, noise.law, matrix)
             shape = leaf.shape[-2:]
             one = partial(_of_codes, path, shape, key, weights, noise)
             if leaf.ndim == 2:
@@ -106,9 +107,14 @@ def _of_floats(
     key: jax.Array,
     weights: jax.Array,
     law: str,
+    part: jax.typing.ArrayLike | None,
 ) -> jax.Array:
     def add(direction: jax.Array, total: jax.Array) -> jax.Array:
-        drawn = leaf_noise(jax.random.fold_in(key, direction), path, shape, law)
+        direction_key = jax.random.fold_in(key, direction)
+        if part is None:
+            drawn = leaf_noise(direction_key, path, shape, law)
+        else:
+            drawn = part_noise(direction_key, path, shape, part, law)
         return total - weights[direction] * drawn
 
     start = jnp.zeros(shape, jnp.float32)
