@@ -341,10 +341,10 @@ def _rollout(
             if noise is not None:
                 deviations = _draw_overlays(params, key, members, noise)
             return deviations, with_dtype(params, dtype)
-        if examiner.draw == "member":
-            return _draw(params, key, members, noise, dtype), None
         if noise is None:
             return None, with_dtype(params, dtype)
+        if examiner.draw == "member":
+            return _draw(params, key, members, noise, dtype), None
         return _draw_later(params, key, members, noise, dtype), params
 
     if examiner.mode == "likelihood":
@@ -372,7 +372,9 @@ def _rollout(
         # Layers that draw their noise are one program in a loop: it would take minutes
         # to compile them one by one.
         by_layer = examiner.draw == "layer" and noise is not None
-        if weights is not None and not by_layer:
+        if weights is None and not is_quantized(params):
+            weights, centre = _unrolled(model, len(members), centre), None
+        elif weights is not None and not by_layer:
             weights = unrolled_members(model, weights)
         return decode_members(
             model if by_layer else model.unrolled(),
@@ -398,6 +400,13 @@ def _sampling_keys(key: jax.Array, members: jax.Array) -> jax.Array:
     """Where answers are sampled, each member draws from a key of its own: [C]."""
     sampling_key = jax.random.fold_in(key, zlib.crc32(b"sampling"))
     return jax.vmap(partial(jax.random.fold_in, sampling_key))(members)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _unrolled(model: Any, members: int, params: PyTree) -> PyTree:
+    """The centre, which stays as it is, as the weights of each of some members."""
+    layers = model.unrolled_params(params)
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (members, *x.shape)), layers)
 
 
 _draw = jax.jit(draw_members, static_argnums=(3, 4))
