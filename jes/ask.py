@@ -34,6 +34,7 @@ from jes.sampling.likelihood import (
     pad_choices,
 )
 from jes.sampling.prompts import BUCKETS, PromptBatch, batches, encode, share
+from jes.sampling.slots import decode_in_slots
 from jes.tasks.task import Example, Reward, Task
 
 MODES = ("generate", "likelihood")
@@ -60,6 +61,9 @@ class Examiner:
         one layer is there at a time. The numbers are the same.
       parts: lengths to pad what prompts share and the rest to, as for `prompts.share`:
         None for `buckets`, () to compute every prompt in full.
+      slots: prompts that a member answers at a time, see `jes.sampling.slots`; 0 for
+        all, until the longest answer has ended.
+      slice_tokens: most tokens until the host sees to slots that are free.
     """
 
     model: Any
@@ -73,6 +77,8 @@ class Examiner:
     buckets: tuple[int, ...] = BUCKETS
     draw: str = "member"
     parts: tuple[int, ...] | None = None
+    slots: int = 0
+    slice_tokens: int = 32
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -364,6 +370,11 @@ def _rollout(
         )
 
     prefix, padded = _shared(examiner, filled)
+    decoded: Callable[..., Any] = decode_members
+    if 0 < examiner.slots < len(padded.tokens):
+        decoded = partial(
+            decode_in_slots, slots=examiner.slots, slice_tokens=examiner.slice_tokens
+        )
 
     def answer(
         params: PyTree, key: jax.Array, members: jax.Array, noise: Noise | None = None
@@ -376,7 +387,7 @@ def _rollout(
             weights, centre = _unrolled(model, len(members), centre), None
         elif weights is not None and not by_layer:
             weights = unrolled_members(model, weights)
-        return decode_members(
+        return decoded(
             model if by_layer else model.unrolled(),
             weights,
             padded,

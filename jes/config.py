@@ -86,6 +86,12 @@ def default() -> ConfigDict:
     config.chunk = 0
     config.memory_gb = 0.0  # 0 for what is free
 
+    # Prompts that a member answers at a time: an answer that ends leaves its place to
+    # the next. 0 chooses: all prompts, or fewer where answers may be long or the
+    # memory is too small; as many as there are prompts is all of them.
+    config.slots = 0
+    config.slice_tokens = 32  # most tokens until the host sees to free slots
+
     # Devices of a process; a model is spread over `model_parallel` of them, and the
     # members over the rest.
     config.devices = 0  # 0 for all

@@ -102,6 +102,7 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
         "eval_batch",
         "kl_max_new_tokens",
         "model_parallel",
+        "slice_tokens",
     ):
         if config[name] < 1:
             raise InputError(f"{name} must be at least 1, not {config[name]}")
@@ -114,6 +115,7 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
         "alpha_half_life",
         "sigma_half_life",
         "devices",
+        "slots",
     ):
         if config[name] < 0:
             raise InputError(f"{name} cannot be negative: {config[name]}")
@@ -144,6 +146,8 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
         raise InputError(f"seed must be from 0 to {2**32 - 1}, not {config.seed}")
     if config.dtype not in DTYPES:
         raise InputError(f"dtype must be one of {DTYPES}, not {config.dtype!r}")
+    if config.slots and (config.method != "es" or config.mode != "generate"):
+        raise InputError("slots are for method 'es' and mode 'generate'")
     if not config.buckets or any(
         not isinstance(bucket, int) or bucket < 1 for bucket in config.buckets
     ):
@@ -163,6 +167,7 @@ def make_setup(config: ml_collections.ConfigDict, evolution: Evolution) -> Setup
         mode=config.mode,
         max_new_tokens=config.max_new_tokens,
         sampling=make_sampling(config),
+        slice_tokens=config.slice_tokens,
     )
     if config.objective != "reward" and trained.task.meta is None:
         raise InputError(
@@ -349,19 +354,52 @@ def one_bucket(examiner: Examiner, questions: Sequence[Question]) -> Examiner:
     )
 
 
+def choose_slots(setup: Setup) -> int:
+    """Prompts that a member answers at a time, as set or by the memory; 0 for all."""
+    examiner, config = setup.examiner, setup.config
+    rows = rows_of_member(setup)
+    if examiner.mode == "likelihood" or config.slots >= rows:
+        return 0
+    return config.slots or memory.choose_slots(
+        *member_shape(setup, rows), budget=budget_for_members(setup)
+    )
+
+
+def with_slots(setup: Setup, slots: int) -> Setup:
+    """The set-up with so many slots for members that are trained."""
+    examiner = dataclasses.replace(setup.examiner, slots=slots)
+    return setup._replace(examiner=examiner)
+
+
 def choose_chunk(setup: Setup) -> int:
     """Members to hold at once on a device: as set, or as many as its memory allows."""
-    config, examiner = setup.config, setup.examiner
+    config = setup.config
     mesh = mesh_of(setup.pretrained.params)
-    sizes = {POPULATION: 1, MODEL: 1} if mesh is None else mesh.shape
-    members = -(-config.population // (jax.process_count() * sizes[POPULATION]))
+    devices = 1 if mesh is None else mesh.shape[POPULATION]
+    members = -(-config.population // (jax.process_count() * devices))
     if config.chunk:
         return min(config.chunk, members)
-    rows = config.prompts or len(setup.train)
-    if examiner.mode == "likelihood":
+    rows = setup.examiner.slots or rows_of_member(setup)
+    return memory.choose_chunk(
+        *member_shape(setup, rows),
+        population=members,
+        budget=budget_for_members(setup),
+    )
+
+
+def rows_of_member(setup: Setup) -> int:
+    """How many rows of tokens a member has in a generation."""
+    rows = setup.config.prompts or len(setup.train)
+    if setup.examiner.mode == "likelihood":
         rows *= max(len(question.choices) for question in setup.train)
-    if examiner.task.meta is not None:
+    if setup.examiner.task.meta is not None:
         rows *= 2
+    return rows
+
+
+def member_shape(setup: Setup, rows: int) -> tuple[Any, ...]:
+    """The arguments of `memory.bytes_per_member`, with so many rows at a time."""
+    examiner = setup.examiner
     quantized = is_quantized(setup.pretrained.params)
     weights = memory.weight_bytes(
         setup.pretrained.config,
@@ -370,21 +408,31 @@ def choose_chunk(setup: Setup) -> int:
         setup.evolution.noise if quantized else None,
         by_layer=examiner.draw == "layer",
     )
-    # The centre, its anchor and one update are there too: float32, or a byte a code.
-    held = 3 * (1 if quantized else 4) * setup.parameters // sizes[MODEL]
     prefix, rest = padded_lengths(examiner, setup.train)
-    beside = 0 if config.memory_gb else held
-    return memory.choose_chunk(
+    return (
         setup.pretrained.config,
-        weights // sizes[MODEL],
+        weights // model_devices(setup),
         examiner.dtype,
         rows,
         rest,
         examiner.max_new_tokens,
         prefix,
-        population=members,
-        budget=(int(config.memory_gb * 1e9) or memory.free_bytes()) - beside,
     )
+
+
+def budget_for_members(setup: Setup) -> int:
+    """Bytes of a device to spend on the members that are held at once."""
+    if setup.config.memory_gb:
+        return int(setup.config.memory_gb * 1e9)
+    # The centre, its anchor and one update are there too: float32, or a byte a code.
+    size = 1 if is_quantized(setup.pretrained.params) else 4
+    return memory.free_bytes() - 3 * size * setup.parameters // model_devices(setup)
+
+
+def model_devices(setup: Setup) -> int:
+    """How many devices a model is spread over."""
+    mesh = mesh_of(setup.pretrained.params)
+    return 1 if mesh is None else mesh.shape[MODEL]
 
 
 def pick(setup: Setup, generation: int) -> list[Question]:

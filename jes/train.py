@@ -43,9 +43,11 @@ from jes.setup import (
     Setup,
     check_settings,
     choose_chunk,
+    choose_slots,
     make_evolution,
     make_setup,
     pick,
+    with_slots,
 )
 from jes.tell import Evolution, drift, first_state, moves_of, replay, tell
 
@@ -110,8 +112,11 @@ def evolve(
     """The run itself, from start or resumption to the summary."""
     setup = make_setup(config, evolution)
     check_same_start(setup)
-    resolved = {"chunk": choose_chunk(setup)}
-    chunk = runs.claim(workdir, config.to_dict(), resolved)["chunk"]
+    setup = with_slots(setup, choose_slots(setup))
+    resolved = {"chunk": choose_chunk(setup), "slots": setup.examiner.slots}
+    # A folder from before there were slots has none.
+    resolved = {"slots": 0} | runs.claim(workdir, config.to_dict(), resolved)
+    chunk, setup = resolved["chunk"], with_slots(setup, resolved["slots"])
     ledger = open_ledger(setup, workdir / "ledger.jsonl")
     base = keep_anchor(
         setup.pretrained.params, evolution.anchor, setup.pretrained.stored_dtype
@@ -119,7 +124,7 @@ def evolve(
     anchor = None if evolution.decay == "none" else base
     folder = workdir / "checkpoints"
     done = len(ledger.fitness)
-    told = {"chunk": chunk, "fitness": [row.tolist() for row in ledger.fitness]}
+    told = resolved | {"fitness": [row.tolist() for row in ledger.fitness]}
     hosts.from_first(lambda: json.dumps(told).encode())
     checkpoints.tidy(folder, done)
     with (
@@ -165,6 +170,7 @@ def follow(config: ml_collections.ConfigDict, evolution: Evolution) -> None:
     check_same_start(setup)
     params = setup.pretrained.params
     start = json.loads(hosts.from_first(bytes))
+    setup = with_slots(setup, start["slots"])
     anchor = None
     if evolution.decay != "none":
         stored = setup.pretrained.stored_dtype

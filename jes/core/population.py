@@ -1,6 +1,7 @@
 """Evaluating a population: members in chunks, `vmap` inside, a host loop outside."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -126,10 +127,13 @@ def evaluate(
 ) -> list[Any]:
     """Scores members; the device works on a chunk while the host scores another.
 
+    Scores are computed in a thread of their own, so that a rollout may keep the host
+    busy too: it then gives its slices of work to the device between two scores.
+
     Args:
-      rollout: dispatches one chunk of member numbers [C] to the device and returns
-        its outputs without waiting for them.
-      score: waits for those outputs and gives one score a member of the chunk.
+      rollout: gives one chunk of member numbers [C] to the device and returns its
+        outputs, which need not be ready.
+      score: gives one score a member of the chunk, from outputs that are ready.
       members: int [N], member numbers.
       chunk: members in a chunk.
 
@@ -137,12 +141,14 @@ def evaluate(
       One score a member, in order.
     """
     scores: list[Any] = []
-    waiting = None
-    for some in chunks(members, chunk):
-        jax.block_until_ready(waiting)  # two chunks at once need twice the memory
-        running = rollout(some)
-        if waiting is not None:
-            scores.extend(score(waiting))
-        waiting = running
-    scores.extend(score(waiting))
+    with ThreadPoolExecutor(1) as scorer:
+        scoring = None
+        for some in chunks(members, chunk):
+            # Two chunks at once would need twice the memory.
+            outputs = jax.block_until_ready(rollout(some))
+            if scoring is not None:
+                scores.extend(scoring.result())
+            scoring = scorer.submit(score, outputs)
+        if scoring is not None:
+            scores.extend(scoring.result())
     return scores[: len(members)]

@@ -22,6 +22,12 @@ CPU_ROWS = 64
 """Prompts that keep a CPU busy: further members at once would only leave its caches
 (measured: 16 members of 64 prompts each take 1.4 times as long at once as in turn)."""
 
+CPU_SLOTS = 32
+"""Slots of a member that decodes in slots on a CPU (see `jes.bench_rollouts`)."""
+
+LONG_ANSWERS = 256
+"""New tokens from which answers are expected to differ much in length."""
+
 
 def give_back_freed_blocks() -> None:
     """Makes glibc return freed blocks, such as a member's layers, to the system.
@@ -142,3 +148,29 @@ def choose_chunk(*member: Any, population: int, budget: int) -> int:
     rows = member[3]
     each = bytes_per_member(*member)
     return chunk_size(population, each, budget, most_members(rows))
+
+
+def choose_slots(*member: Any, budget: int) -> int:
+    """How many prompts a member answers at a time; 0 for all.
+
+    All, where answers are short and their cache fits. Else a fourth of them, so that
+    most of the time all slots are in use, and fewer where that does not fit.
+
+    Args:
+      *member: what a member is and does, the arguments of `bytes_per_member`.
+      budget: bytes to spend on it.
+    """
+    rows, new = member[3], member[5]
+
+    def fits(rows: int) -> bool:
+        fewer: Any = (*member[:3], rows, *member[4:])
+        return bytes_per_member(*fewer) <= budget
+
+    if fits(rows) and new < LONG_ANSWERS:
+        return 0
+    slots = -(-rows // 4)
+    if jax.default_backend() == "cpu":
+        slots = min(slots, CPU_SLOTS)
+    while slots > 1 and not fits(slots):
+        slots = -(-slots // 2)
+    return slots if slots < rows else 0

@@ -16,7 +16,14 @@ from jes.config import default
 from jes.errors import InputError
 from jes.io.metrics import write_json
 
-MEMORY = ("chunk", "memory_gb", "devices", "model_parallel")
+MEMORY = (
+    "chunk",
+    "slots",
+    "slice_tokens",
+    "memory_gb",
+    "devices",
+    "model_parallel",
+)
 MAY_CHANGE = ("generations", "eval_every", "eval_batch", "checkpoint_every", *MEMORY)
 """Settings that a run may be continued with other values of: they decide when it
 looks, how long it goes on, how much memory it takes and on what devices, not what it
@@ -122,7 +129,8 @@ def claim(
     record = check(workdir, config)
     if record is None:
         record = {"config": {}, "resolved": resolved, "versions": versions()}
-    before, now = record["config"], plain(config)
+    # What is newer than the folder was as it is by default.
+    before, now = plain(default().to_dict()) | record["config"], plain(config)
     if any(before.get(name) != now.get(name) for name in MEMORY):
         record["resolved"] = resolved
     write_json(workdir / "config.json", {**record, "config": now})

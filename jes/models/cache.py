@@ -44,6 +44,69 @@ class Cache(NamedTuple):
             ),
         )
 
+    def blank(self, rows: int, slots: int) -> "Cache":
+        """A cache of the same model for so many rows and slots, without a token."""
+
+        def shape(leaf: jax.Array, axis: int) -> tuple[int, ...]:
+            sizes = [rows, *leaf.shape[1:]]
+            sizes[axis] = slots
+            return tuple(sizes)
+
+        return Cache(
+            tuple(jnp.zeros(shape(k, -1), k.dtype) for k in self.keys),
+            tuple(jnp.zeros(shape(v, -2), v.dtype) for v in self.values),
+            jnp.full(shape(self.positions, -1), PADDING, jnp.int32),
+            jnp.zeros_like(self.length),
+        )
+
+    def with_rows(self, new: "Cache", places: jax.Array) -> "Cache":
+        """The same ring with other rows in some places (in place where XLA can).
+
+        A cache is a ring where its `length` goes back to 0 after the last slot. New
+        rows are turned in it so that their last token comes right before `length`.
+        They are written whole: what is not seen counts 0 times, and a NaN would stay.
+
+        Args:
+          new: F rows with no more slots than these.
+          places: int32 [F], the rows to write them to; B and above for nowhere.
+        """
+
+        def turned(leaf: jax.Array, axis: int, padding: int = 0) -> jax.Array:
+            slots = self.positions.shape[1]
+            widths = [(0, 0)] * leaf.ndim
+            widths[axis] = (slots - leaf.shape[axis], 0)
+            leaf = jnp.pad(leaf, widths, constant_values=padding)
+            return jnp.roll(leaf, self.length, axis)
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            return old.at[places].set(new, mode="drop")
+
+        keys = zip(self.keys, new.keys, strict=True)
+        values = zip(self.values, new.values, strict=True)
+        return self._replace(
+            keys=tuple(put(old, turned(k, -1)) for old, k in keys),
+            values=tuple(put(old, turned(v, -2)) for old, v in values),
+            positions=put(self.positions, turned(new.positions, -1, PADDING)),
+        )
+
+    def moved(self, rows: jax.Array, slots: int) -> "Cache":
+        """Some rows of this ring, int32 [F], in one of as many slots or more."""
+        before = self.positions.shape[1]
+
+        def grown(leaf: jax.Array, axis: int, padding: int = 0) -> jax.Array:
+            """The oldest slot first, and new ones after the newest."""
+            widths = [(0, 0)] * leaf.ndim
+            widths[axis] = (0, slots - before)
+            rolled = jnp.roll(leaf[rows], -self.length, axis)
+            return jnp.pad(rolled, widths, constant_values=padding)
+
+        return Cache(
+            tuple(grown(k, -1) for k in self.keys),
+            tuple(grown(v, -2) for v in self.values),
+            grown(self.positions, -1, PADDING),
+            jnp.full_like(self.length, before % slots),
+        )
+
 
 def write(buffer: jax.Array, new: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
     """`buffer` with `new` from `slot` on along `axis` (in place where XLA can)."""

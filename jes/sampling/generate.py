@@ -40,7 +40,7 @@ class Sampling:
 GREEDY = Sampling()
 
 
-@by_member(own=["params", "keys"], shared=["prompts", "centre", "prefix"])
+@by_member(own=["params", "keys"], shared=["prompts", "centre", "prefix", "limits"])
 def decode(
     model: Any,
     params: Any,
@@ -52,6 +52,7 @@ def decode(
     sampling: Sampling = GREEDY,
     centre: Any = None,
     prefix: PromptBatch | None = None,
+    limits: jax.Array | None = None,
 ) -> jax.Array:
     """Answers every prompt with every member's weights (to be traced under `jit`).
 
@@ -73,38 +74,25 @@ def decode(
         where noise is drawn by layer.
       prefix: one row of tokens that every prompt begins with, left out of `prompts`:
         see `prompts.share`. Each member reads it once.
+      limits: int32 [B], most tokens of each answer, where that is fewer than N.
 
     Returns:
-      int32 [M, B, N]; after an end token the row holds that token or `eos_ids[0]`.
+      int32 [M, B, N]; after an end token, or its limit, the row holds `eos_ids[0]` (0
+      where there are none).
     """
     chex.assert_equal_shape(list(prompts))
     chex.assert_tree_shape_prefix(params, keys.shape)
-    rows = jnp.arange(prompts.tokens.shape[0])
-    fold_rows = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    row_keys = jax.vmap(fold_rows, in_axes=(0, None))(keys, rows)
+    row_keys = keys_of_rows(keys, jnp.arange(prompts.tokens.shape[0])[None])
     next_position = jnp.asarray(prompts.positions[:, -1:]) + 1
 
-    def forward(
-        params: Any, tokens: Any, positions: Any, cache: Any = None, shared: Any = None
-    ) -> Any:
-        stack = centre
-        if centre is not None and not model.scan_layers:
-            # Never so, but not for the compiler to know: or it would take all layers
-            # out of the stack before the first token, and hold them twice.
-            impossible = (positions.reshape(-1)[0] < -1).astype(jnp.int32)
-            stack = model.unrolled_params(centre, impossible)
-        variables = member_variables(params, stack)
-        logits, cache = model.apply(
-            variables, tokens, positions, cache, last=1, prefix=shared
-        )
-        return logits[:, 0], cache
+    forward = partial(next_logits, model, centre)
 
     def prefill(params: Any) -> Any:
         shared = None
         if prefix is not None:
             _, shared = forward(params, *map(jnp.asarray, prefix))
         tokens, positions = map(jnp.asarray, prompts)
-        logits, cache = forward(params, tokens, positions, shared=shared)
+        logits, cache = forward(params, tokens, positions, prefix=shared)
         return logits, cache.extended(max_new_tokens - 1), shared
 
     # Arrays of the cache are per member; its length is one scalar for all, so that a
@@ -114,14 +102,12 @@ def decode(
     step = jax.vmap(forward, in_axes=(0, 0, None, *axes[1:]), out_axes=axes[:2])
 
     def choose(logits: jax.Array, index: jax.Array) -> jax.Array:
-        if not sampling.temperature:
-            return logits.argmax(-1).astype(jnp.int32)
-        fold = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, index)))
-        draw = jax.vmap(jax.vmap(jax.random.categorical))
-        return draw(fold(row_keys), restrict(logits, sampling)).astype(jnp.int32)
+        indices = jnp.broadcast_to(index, row_keys.shape)
+        return choose_tokens(logits, row_keys, indices, sampling)
 
-    def ended(token: jax.Array) -> jax.Array:
-        return jnp.isin(token, jnp.array(eos_ids, jnp.int32))
+    def ended(token: jax.Array, index: jax.Array) -> jax.Array:
+        ends = is_end(token, eos_ids)
+        return ends if limits is None else ends | (index + 1 >= limits[None])
 
     members = keys.shape[0]
     read = jax.vmap(prefill, out_axes=axes, axis_size=members)
@@ -141,10 +127,69 @@ def decode(
         logits, cache = step(params, token[..., None], position, cache, shared)
         token = jnp.where(done, fill, choose(logits, index))
         answers = jax.lax.dynamic_update_index_in_dim(answers, token, index, 2)
-        return index + 1, token, done | ended(token), cache, answers
+        return index + 1, token, done | ended(token, index), cache, answers
 
-    state = (jnp.int32(1), token, ended(token), cache, answers)
+    first = jnp.int32(0)
+    state = (first + 1, token, ended(token, first), cache, answers)
     return jax.lax.while_loop(running, advance, state)[-1]
+
+
+def next_logits(
+    model: Any,
+    centre: Any,
+    params: Any,
+    tokens: Any,
+    positions: Any,
+    cache: Any = None,
+    prefix: Any = None,
+) -> tuple[jax.Array, Any]:
+    """Logits [R, V] after the last of a member's tokens [R, T], and the cache.
+
+    Args:
+      model, centre, params: as for `decode`, `params` of one member.
+      tokens, positions, cache, prefix: what `model.apply` takes.
+    """
+    stack = centre
+    if centre is not None and not model.scan_layers:
+        # Never so, but not for the compiler to know: or it would take all layers
+        # out of the stack before the first token, and hold them twice.
+        impossible = (positions.reshape(-1)[0] < -1).astype(jnp.int32)
+        stack = model.unrolled_params(centre, impossible)
+    variables = member_variables(params, stack)
+    logits, cache = model.apply(
+        variables, tokens, positions, cache, last=1, prefix=prefix
+    )
+    return logits[:, 0], cache
+
+
+def keys_of_rows(keys: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Keys [M, R] of rows: of their members' [M], by numbers [M, R] or [1, R]."""
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
+    return fold(keys, jnp.broadcast_to(numbers, (len(keys), numbers.shape[1])))
+
+
+def choose_tokens(
+    logits: jax.Array, row_keys: jax.Array, indices: jax.Array, sampling: Sampling
+) -> jax.Array:
+    """Next tokens, int32 [M, R].
+
+    Args:
+      logits: [M, R, V].
+      row_keys: see `keys_of_rows`.
+      indices: int32 [M, R], how many tokens of the answer come before.
+      sampling: how they are chosen.
+    """
+    if not sampling.temperature:
+        return logits.argmax(-1).astype(jnp.int32)
+    fold = jax.vmap(jax.vmap(jax.random.fold_in))
+    draw = jax.vmap(jax.vmap(jax.random.categorical))
+    drawn = draw(fold(row_keys, indices), restrict(logits, sampling))
+    return drawn.astype(jnp.int32)
+
+
+def is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
+    """Which tokens end an answer."""
+    return jnp.isin(tokens, jnp.array(eos_ids, jnp.int32))
 
 
 def member_variables(params: Any, centre: Any) -> dict[str, Any]:

@@ -1,0 +1,446 @@
+"""Rollouts in slots: the answers of the plain loop, with few rows at a time."""
+
+import dataclasses
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_run
+
+import jes
+from jes import ask as asking
+from jes import train
+from jes.ask import Examiner, ask, examine, prepare
+from jes.bench_rollouts import long_tailed
+from jes.core.mesh import make_mesh
+from jes.core.noise import Noise
+from jes.core.population import draw_overlays
+from jes.errors import InputError
+from jes.io import memory
+from jes.models.cache import PADDING, Cache
+from jes.models.config import ModelConfig
+from jes.models.qwen import Decoder
+from jes.quantize import quantize
+from jes.sampling import slots as slots_file
+from jes.sampling.generate import Sampling, decode_members, trim, unrolled_members
+from jes.sampling.prompts import pad, share
+from jes.sampling.slots import Seats, decode_in_slots, descending
+from jes.setup import check_settings
+from jes.tasks.task import Reward, Task
+
+MODEL = Decoder(
+    ModelConfig.from_hf(
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "vocab_size": 50,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        }
+    )
+)
+RNG = np.random.default_rng(0)
+SHOTS = RNG.integers(0, 50, 33).tolist()
+PROMPTS = [RNG.integers(0, 50, n).tolist() for n in RNG.integers(1, 9, 23)]
+LONGEST = 40
+LIMITS = np.maximum(long_tailed(23, 4, 10), 2)
+LIMITS[[2, 20]] = 1, 30
+KEYS = jax.random.split(jax.random.key(5), 2)
+
+
+def random_params(model: Decoder) -> dict:
+    drawn = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    # Initial weights answer with one token for ever; these do not.
+    return jes.perturb(drawn, jax.random.key(1), 0.3)
+
+
+def members_of(params: dict, count: int, sigma: float = 0.05) -> dict:
+    members = [jes.perturb(params, jax.random.key(i), sigma) for i in range(count)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict:
+    return unrolled_members(MODEL, members_of(random_params(MODEL), 2))
+
+
+def both(*args: Any, slots: int, slice_tokens: int, **settings: Any) -> tuple:
+    """Answers by the plain loop and in slots."""
+    settings = {"max_new_tokens": LONGEST, "eos_ids": (7,)} | settings
+    plain = decode_members(*args, **settings)
+    few = decode_in_slots(*args, slots=slots, slice_tokens=slice_tokens, **settings)
+    assert few.shape == plain.shape
+    assert few.dtype == plain.dtype
+    return few, np.asarray(plain)
+
+
+@pytest.mark.parametrize(("slots", "slice_tokens"), [(1, 40), (5, 1), (22, 16)])
+def test_answers_are_those_of_the_plain_loop(
+    weights: dict, slots: int, slice_tokens: int
+) -> None:
+    prompts = pad(PROMPTS, (8,))
+    got, expected = both(
+        MODEL.unrolled(),
+        weights,
+        prompts,
+        KEYS,
+        slots=slots,
+        slice_tokens=slice_tokens,
+        limits=LIMITS,
+    )
+    np.testing.assert_array_equal(got, expected)
+    lengths = [len(row) for member in got for row in trim(member, (7,))]
+    assert len(set(lengths)) > 5
+    assert (got[0] != got[1]).any()
+
+
+def test_one_program_for_all_that_waits(
+    weights: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every limit on lengths, drawn answers, and as few programs as there are sizes."""
+    reads = []
+
+    def counted(seats: Seats) -> tuple:
+        reads.append(seats.begun.copy())
+        return fill(seats)
+
+    fill = Seats.fill
+    monkeypatch.setattr(Seats, "fill", counted)
+    programs = [
+        getattr(slots_file, name) for name in ("_read", "_place", "_advance", "_moved")
+    ]
+    for program in programs:
+        program.clear_cache()
+    sampling = Sampling(temperature=1.3, top_k=20)
+    run = partial(both, MODEL.unrolled(), weights, pad(PROMPTS, (8,)), KEYS, slots=4)
+    run = partial(run, slice_tokens=3, sampling=sampling)
+    got, expected = run(limits=LIMITS)
+    np.testing.assert_array_equal(got, expected)
+    assert len(reads) > 23
+    assert descending(4) == [4, 1]
+    assert descending(LONGEST - 1, 4) == [39, 10]
+    compiled = [program._cache_size() for program in programs]
+    # Rings of 2 sizes, with 4 slots or, in the larger one, with 1.
+    assert compiled == [1, 2, 3, 2]
+    for limits in (
+        np.full(23, 1),
+        np.full(23, 6),
+        LIMITS[::-1].copy(),
+        np.r_[np.full(22, 1), LONGEST],
+        np.r_[LONGEST, np.full(22, 2)],
+        np.full(23, LONGEST),
+    ):
+        got, expected = run(limits=limits.astype(np.int32))
+        np.testing.assert_array_equal(got, expected)
+    assert max(program._cache_size() for program in programs) <= 4
+    more = [program._cache_size() for program in programs]
+    assert more[:2] == compiled[:2]
+
+
+def test_a_member_that_ends_early_idles(weights: dict) -> None:
+    """The second member's every answer ends at once."""
+    prompts = pad(PROMPTS, (8,))
+    free = decode_members(
+        MODEL.unrolled(), weights, prompts, KEYS, max_new_tokens=4, eos_ids=()
+    )
+    eos_ids = tuple(np.unique(np.asarray(free)[1, :, 0]).tolist())
+    got, expected = both(
+        MODEL.unrolled(),
+        weights,
+        prompts,
+        KEYS,
+        slots=4,
+        slice_tokens=3,
+        eos_ids=eos_ids,
+        limits=LIMITS,
+    )
+    np.testing.assert_array_equal(got, expected)
+    lengths = [list(map(len, trim(member, eos_ids))) for member in got]
+    assert not any(lengths[1])
+    assert max(lengths[0]) > 1
+
+
+def test_a_prefix_and_a_quantised_centre() -> None:
+    """Read once per member; members differ from a centre of codes, or not at all."""
+    config = dataclasses.replace(MODEL.config, num_hidden_layers=1)
+    model = Decoder(config)
+    params = random_params(model)
+    prefix, rest = share([SHOTS + prompt for prompt in PROMPTS], (8, 16, 32, 48))
+    assert prefix is not None
+    centre = quantize(params, bits=4, group_size=16)
+    overlays = draw_overlays(centre, jax.random.key(2), jnp.arange(2), Noise(sigma=0.5))
+    overlays = unrolled_members(model, overlays)
+    stack = unrolled_members(model, members_of(params, 2))
+    for weights, settings in (
+        (stack, {}),
+        (overlays, {"centre": centre}),
+        (None, {"centre": centre}),
+    ):
+        got, expected = both(
+            model.unrolled(),
+            weights,
+            rest,
+            KEYS,
+            slots=3,
+            slice_tokens=10,
+            max_new_tokens=12,
+            prefix=prefix,
+            limits=LIMITS,
+            **settings,
+        )
+        np.testing.assert_array_equal(got, expected)
+        assert (got[0] != got[1]).any() == (weights is not None)
+
+
+def test_the_plain_loop_keeps_limits(weights: dict) -> None:
+    run = partial(decode_members, MODEL.unrolled(), weights, pad(PROMPTS, (8,)), KEYS)
+    free = run(max_new_tokens=LONGEST, eos_ids=(7,))
+    cut = np.asarray(run(max_new_tokens=LONGEST, eos_ids=(7,), limits=LIMITS))
+    for some, whole in zip(cut, np.asarray(free), strict=True):
+        for row, answer, limit in zip(some, whole, LIMITS, strict=True):
+            np.testing.assert_array_equal(row[:limit], answer[:limit])
+            assert (row[limit:] == 7).all()
+
+
+def ring(rows: int, slots: int, fill: float) -> Cache:
+    """Of one layer, with one key-value head of dimension 2."""
+    return Cache(
+        (jnp.full((rows, 1, 2, slots), fill),),
+        (jnp.full((rows, 1, slots, 2), fill),),
+        jnp.full((rows, slots), 3),
+        jnp.int32(4),
+    )
+
+
+def test_new_rows_end_before_the_next_slot_and_leave_nothing_of_the_old() -> None:
+    old, new = ring(3, 6, jnp.nan), ring(2, 2, 5.0)
+    new = new._replace(positions=jnp.array([[PADDING, 0], [0, 1]]))
+    got = jax.jit(Cache.with_rows)(old, new, jnp.array([2, 3]))
+    assert got.positions[2].tolist() == [PADDING, PADDING, PADDING, 0, PADDING, PADDING]
+    assert got.keys[0][2, 0].tolist() == [[0, 0, 5, 5, 0, 0]] * 2
+    assert got.values[0][2, 0, :, 0].tolist() == [0, 0, 5, 5, 0, 0]
+    assert np.isnan(got.keys[0][:2]).all()
+    assert (got.positions[:2] == 3).all()
+    assert int(got.length) == 4
+
+
+def test_a_ring_grows_after_its_newest_slot() -> None:
+    old = ring(3, 6, 1.0)._replace(positions=jnp.arange(18).reshape(3, 6))
+    got = old.moved(jnp.array([1]), 8)
+    assert got.positions.tolist() == [[10, 11, 6, 7, 8, 9, PADDING, PADDING]]
+    assert int(got.length) == 6
+    assert int(got.moved(jnp.array([0]), 8).length) == 0
+
+
+def test_the_cache_is_not_copied(weights: dict) -> None:
+    """A slice works in the memory that it is given."""
+    given = {"model": MODEL.unrolled(), "params": weights, "centre": None}
+    settings = {"eos_ids": (7,), "sampling": Sampling(), "before": None, "keys": KEYS}
+    new = slots_file._read(
+        prompts=pad(PROMPTS, (8,)),
+        limits=LIMITS,
+        numbers=np.zeros((2, 2), np.int32),
+        **given,
+        **settings,
+    )
+    rows = slots_file._empty(new, slots=16, ring=4096)
+    bytes_of = sum(leaf.nbytes for leaf in (*rows.cache.keys, *rows.cache.values))
+    held = np.zeros(2, np.int32)
+    needed = (
+        slots_file._advance.lower(
+            rows=rows,
+            hold=held,
+            floor=np.int32(0),
+            slice_tokens=8,
+            **given,
+            **settings,
+        )
+        .compile()
+        .memory_analysis()
+    )
+    assert needed.alias_size_in_bytes > bytes_of
+    # The scores of one layer, and no second cache.
+    assert needed.temp_size_in_bytes < 0.4 * bytes_of
+
+
+def counting(folder: Path | str = "tiny", **settings: Any) -> tuple[Examiner, dict]:
+    """A task whose answers differ in length, and the weights."""
+    loaded = jes.load(folder)
+    task = Task(
+        name="counting",
+        train=tuple({"n": n} for n in range(14)),
+        test=(),
+        prompt=lambda row: f"sort {row['n'] * 7919}",
+        reward=lambda example, text: Reward(
+            len(text) + example["n"], "1" in text, False, False
+        ),
+        max_new_tokens=24,
+    )
+    examiner = Examiner(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        task=task,
+        eos_ids=loaded.eos_ids,
+        **settings,
+    )
+    return examiner, loaded.params
+
+
+POPULATION = {"noise": Noise(sigma=0.05), "population": 4, "chunk": 2}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_members_of_the_embedded_model_score_the_same(temperature: float) -> None:
+    """On one device, on two, and with the model spread over two."""
+    examiner, params = counting(sampling=Sampling(temperature=temperature))
+    questions = prepare(examiner, examiner.task.train)
+    few = dataclasses.replace(examiner, slots=3, slice_tokens=5)
+    key = jax.random.key(3)
+    expected = ask(examiner, params, key, questions, **POPULATION)
+    assert len(set(expected.tokens)) > 1
+    got = ask(few, params, key, questions, **POPULATION)
+    np.testing.assert_equal(got, expected)
+    for model_parallel in (1, 2) if not temperature else (1,):
+        spread = jes.load("tiny", mesh=make_mesh(model_parallel)).params
+        got = ask(few, spread, key, questions, **POPULATION)
+        np.testing.assert_equal(got, expected)
+
+
+def test_the_centre_is_examined_in_slots(small_model: Path) -> None:
+    examiner, params = counting(small_model)
+    questions = prepare(examiner, examiner.task.train)
+    few = dataclasses.replace(examiner, slots=3, slice_tokens=5)
+    got, expected = (examine(each, params, questions) for each in (few, examiner))
+    np.testing.assert_equal(got, expected)
+
+
+@pytest.mark.parametrize("slots", [0, 3])
+def test_rewards_are_computed_while_the_next_members_answer(
+    slots: int, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the two waits for the other, with the second chunk half-way."""
+    examiner, params = counting(small_model, slots=slots, slice_tokens=5)
+    scoring, decoding = threading.Event(), threading.Event()
+    chunks_begun = []
+
+    def meet() -> None:
+        if len(chunks_begun) == 2:
+            decoding.set()
+            assert scoring.wait(60)
+
+    def reward(example: Any, text: str) -> Reward:
+        scoring.set()
+        assert decoding.wait(60)
+        return Reward(1.0, False, False, False)
+
+    hear = Seats.hear
+
+    def heard(seats: Seats, *args: Any) -> None:
+        meet()
+        hear(seats, *args)
+
+    def waited(answers: np.ndarray) -> np.ndarray:
+        meet()
+        return answers
+
+    @jax.jit
+    def on_the_device(answers: jax.Array) -> jax.Array:
+        return jax.pure_callback(waited, answers, answers)
+
+    monkeypatch.setattr(Seats, "hear", heard)
+    monkeypatch.setattr(
+        asking,
+        "decode_members",
+        lambda *args, **settings: on_the_device(decode_members(*args, **settings)),
+    )
+    examiner = dataclasses.replace(
+        examiner, task=dataclasses.replace(examiner.task, reward=reward)
+    )
+    questions = prepare(examiner, examiner.task.train)
+    scores = ask(
+        examiner,
+        params,
+        jax.random.key(3),
+        questions,
+        before_chunk=lambda: chunks_begun.append(1),
+        **POPULATION,
+    )
+    assert scores.reward.tolist() == [1.0] * 4
+    assert scoring.is_set()
+    assert decoding.is_set()
+
+
+def test_an_error_in_a_reward_stops_the_generation(small_model: Path) -> None:
+    def reward(example: Any, text: str) -> Reward:
+        raise ZeroDivisionError
+
+    examiner, params = counting(small_model)
+    examiner = dataclasses.replace(
+        examiner, task=dataclasses.replace(examiner.task, reward=reward)
+    )
+    questions = prepare(examiner, examiner.task.train)
+    begun = []
+    with pytest.raises(ZeroDivisionError):
+        ask(
+            examiner,
+            params,
+            jax.random.key(3),
+            questions,
+            before_chunk=lambda: begun.append(1),
+            noise=POPULATION["noise"],
+            population=8,
+            chunk=2,
+        )
+    assert len(begun) == 2
+
+
+def test_a_run_in_slots_is_the_run(
+    finished_run: Path, small_model: Path, tmp_path: Path
+) -> None:
+    config = small_run.get_config(str(small_model))
+    config.slots, config.generations = 10, 2
+    train.run(config, tmp_path / "run")
+    resolved = small_run.json.loads((tmp_path / "run/config.json").read_text())
+    assert resolved["resolved"] == {"chunk": 2, "slots": 10}
+    got, expected = (
+        [row["fitness"] for row in small_run.rows(folder / "ledger.jsonl")[1:3]]
+        for folder in (tmp_path / "run", finished_run)
+    )
+    assert got == expected
+
+
+def test_slots_are_chosen_by_length_and_memory() -> None:
+    def choose(rows: int, new: int, budget: float) -> int:
+        member = (MODEL.config, 0, jnp.float32, rows, 32, new)
+        return memory.choose_slots(*member, budget=int(budget))
+
+    assert choose(200, 32, 1e12) == 0
+    assert choose(200, 512, 1e12) == memory.CPU_SLOTS
+    assert choose(20, 512, 1e12) == 5
+    assert choose(1, 512, 1e12) == 0
+    few = memory.bytes_per_member(MODEL.config, 0, jnp.float32, 9, 32, 32)
+    assert choose(200, 32, few) == 8
+    assert choose(200, 32, 0) == 1
+
+
+def test_settings_that_slots_cannot_have() -> None:
+    for name, value, message in (
+        ("slots", -1, "slots cannot be negative"),
+        ("slice_tokens", 0, "slice_tokens must be at least 1"),
+        ("mode", "likelihood", "slots are for"),
+        ("method", "grpo", "slots are for"),
+    ):
+        config = jes.config.default()
+        config.slots = 4
+        check_settings(config)
+        config[name] = value
+        with pytest.raises(InputError, match=message):
+            check_settings(config)
