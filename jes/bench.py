@@ -12,6 +12,7 @@
     noise and a kept residual.
 (e) Exact normal noise over noise from a table; with `--noise` nothing but that.
 (f) Reading prompts in full, over with their common beginning computed once.
+(g) Answers of long-tailed lengths by the plain loop, over in slots.
 
 The rows of (a) and (b) answer the same prompts with the same weights and generate the
 same number of tokens: none ends early. Medians, with the quartiles of the ratio over
@@ -34,6 +35,7 @@ import numpy as np
 from rich.table import Table
 
 from jes import bench_noise as laws
+from jes import bench_rollouts as long_tail
 from jes import bench_rounding as rounding
 from jes.ask import Examiner, Question, ask, examine
 from jes.core.noise import generation_key
@@ -269,6 +271,7 @@ def rows(members: int, repeats: int) -> list[Row]:
         )
     out += rounding_rows(repeats) + noise_rows(repeats)
     out.append(prefix_row(tiny, repeats))
+    out += rollout_rows({"tiny": tiny, "4.5M": larger}, repeats)
     if find_spec("torch") is None:
         console.print("(b) is left out: PyTorch is not installed")
         return out
@@ -341,6 +344,19 @@ def prefix_row(pretrained: Pretrained, repeats: int) -> Row:
         reading(pretrained, prompts),
         repeats,
     )
+
+
+def rollout_rows(models: dict[str, Pretrained], repeats: int) -> list[Row]:
+    """What slots save where a few answers are far longer than most."""
+    return [
+        compare(
+            f"(g) plain loop / slots: {name} model, {long_tail.DESCRIPTION}",
+            ">= 2",
+            *long_tail.rollouts(model, memory.CPU_SLOTS, slice_tokens=32),
+            repeats,
+        )
+        for name, model in models.items()
+    ]
 
 
 def reading(

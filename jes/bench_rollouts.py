@@ -18,23 +18,25 @@ from jes.sampling.generate import decode_members, unrolled_members
 from jes.sampling.prompts import PromptBatch, pad
 from jes.sampling.slots import decode_in_slots
 
-PROMPTS, PROMPT_TOKENS, MEDIAN, LONGEST = 200, 32, 20, 20
-MEMBERS = 4
+PROMPTS, PROMPT_TOKENS, MEDIAN, LONGEST = 200, 32, 15, 20
+MEMBERS = 2
+DESCRIPTION = f"{PROMPTS} prompts x {PROMPT_TOKENS} + 1 to {MEDIAN * LONGEST} tokens"
 
 
-def long_tailed(count: int, median: float, longest: float) -> np.ndarray:
-    """Log-normal lengths in tokens, int32 [count] in random order: its quantiles.
+def long_tailed(count: int, median: float, longest: float, seed: int = 0) -> np.ndarray:
+    """Log-normal lengths in tokens, int32 [count]: quantiles in random order.
 
     Args:
       count: how many.
       median: in tokens.
       longest: the greatest, in medians.
+      seed: of the order.
     """
     ranks = (np.arange(count) + 0.5) / count
     normal = np.array([NormalDist().inv_cdf(rank) for rank in ranks])
     lengths = median * np.exp(normal * math.log(longest) / normal.max())
     lengths = np.maximum(np.rint(lengths), 1).astype(np.int32)
-    return np.random.default_rng(0).permutation(lengths)
+    return np.random.default_rng(seed).permutation(lengths)
 
 
 def rollouts(
@@ -51,8 +53,7 @@ def rollouts(
         rng.integers(0, vocabulary, (PROMPTS, PROMPT_TOKENS)).tolist(),
         (PROMPT_TOKENS,),
     )
-    limits = long_tailed(PROMPTS, MEDIAN, LONGEST)
-    settings = {"max_new_tokens": int(limits.max()), "eos_ids": (), "limits": limits}
+    settings = {"max_new_tokens": MEDIAN * LONGEST, "eos_ids": ()}
     in_slots = partial(decode_in_slots, slots=slots, slice_tokens=slice_tokens)
     return (
         _in_chunks(decode_members, model, pretrained, prompts, PROMPTS, settings),
@@ -74,4 +75,10 @@ def _in_chunks(
     )
     weights = unrolled_members(pretrained.model, members)
     keys = jax.random.split(jax.random.key(0), MEMBERS).reshape(-1, chunk)
-    return lambda: [decode(model, weights, prompts, key, **settings) for key in keys]
+    # A member's answers are as long as those of another, to other prompts.
+    lengths = (long_tailed(PROMPTS, MEDIAN, LONGEST, seed) for seed in range(MEMBERS))
+    limits = np.stack(list(lengths)).reshape(-1, chunk, PROMPTS)
+    run = partial(decode, model, weights, prompts, **settings)
+    return lambda: [
+        run(key, limits=some) for key, some in zip(keys, limits, strict=True)
+    ]

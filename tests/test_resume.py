@@ -361,7 +361,7 @@ def test_memory_may_change_and_what_is_computed_may_not(
     assert "alpha" not in text
     assert go_on(chunk=1).fitness == expected.fitness
     record = json.loads((workdir / "config.json").read_text())
-    assert record["resolved"] == {"chunk": 1}
+    assert record["resolved"] == {"chunk": 1, "slots": 0}
 
 
 def test_other_base_weights_under_the_same_name_are_refused(

@@ -41,7 +41,7 @@ def test_run_folder_has_what_the_contract_says(
 ) -> None:
     config = json.loads((finished_run / "config.json").read_text())
     assert config["config"] == json.loads(get_config(str(small_model)).to_json())
-    assert config["resolved"] == {"chunk": 2}
+    assert config["resolved"] == {"chunk": 2, "slots": 0}
     assert {"jes", "jax", "python", "device"} <= config["versions"].keys()
 
     metrics = rows(finished_run / "metrics.jsonl")

@@ -40,7 +40,7 @@ class Sampling:
 GREEDY = Sampling()
 
 
-@by_member(own=["params", "keys"], shared=["prompts", "centre", "prefix", "limits"])
+@by_member(own=["params", "keys", "limits"], shared=["prompts", "centre", "prefix"])
 def decode(
     model: Any,
     params: Any,
@@ -74,7 +74,7 @@ def decode(
         where noise is drawn by layer.
       prefix: one row of tokens that every prompt begins with, left out of `prompts`:
         see `prompts.share`. Each member reads it once.
-      limits: int32 [B], most tokens of each answer, where that is fewer than N.
+      limits: int32 [M, B], most tokens of each answer, where that is fewer than N.
 
     Returns:
       int32 [M, B, N]; after an end token, or its limit, the row holds `eos_ids[0]` (0
@@ -107,7 +107,7 @@ def decode(
 
     def ended(token: jax.Array, index: jax.Array) -> jax.Array:
         ends = is_end(token, eos_ids)
-        return ends if limits is None else ends | (index + 1 >= limits[None])
+        return ends if limits is None else ends | (index + 1 >= limits)
 
     members = keys.shape[0]
     read = jax.vmap(prefill, out_axes=axes, axis_size=members)

@@ -93,11 +93,16 @@ def decode_in_slots(
 
     Returns:
       int32 [M, B, N], as `decode`.
+
+    Raises:
+      ValueError: for no slots, or slices without tokens.
     """
     chex.assert_equal_shape(list(prompts))
     total, width = prompts.tokens.shape
+    if min(slots, slice_tokens) < 1:
+        raise ValueError(f"slots={slots}, slice_tokens={slice_tokens}: at least 1")
     if limits is None:
-        limits = np.full(total, max_new_tokens, np.int32)
+        limits = np.full((len(keys), total), max_new_tokens)
     model_and_weights = {"model": model, "params": params, "centre": centre}
     settings = {"eos_ids": eos_ids, "sampling": sampling}
     before = None
@@ -246,8 +251,8 @@ def _read_prefix(model: Any, params: Any, centre: Any, keys: Any, prefix: Any) -
 
 @partial(jax.jit, static_argnames=("model", "eos_ids", "sampling"))
 @by_member(
-    own=["params", "keys", "before", "numbers"],
-    shared=["prompts", "centre", "limits"],
+    own=["params", "keys", "before", "numbers", "limits"],
+    shared=["prompts", "centre"],
 )
 def _read(
     model: Any,
@@ -268,7 +273,8 @@ def _read(
     logits, cache = forward(params, tokens, positions, None, before)
     row_keys = keys_of_rows(keys, numbers)
     token = choose_tokens(logits, row_keys, jnp.zeros_like(numbers), sampling)
-    length, limit = jnp.ones_like(numbers), limits[numbers]
+    length = jnp.ones_like(numbers)
+    limit = jnp.take_along_axis(jnp.asarray(limits), numbers, 1)
     done = is_end(token, eos_ids) | (limit <= 1)
     position = positions[..., -1] + 1
     return Rows(cache, token, length, position, limit, numbers, done)
