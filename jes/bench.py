@@ -352,7 +352,7 @@ def rollout_rows(models: dict[str, Pretrained], repeats: int) -> list[Row]:
         compare(
             f"(g) plain loop / slots: {name} model, {long_tail.DESCRIPTION}",
             ">= 2",
-            *long_tail.rollouts(model, memory.CPU_SLOTS, slice_tokens=32),
+            *long_tail.rollouts(model),
             repeats,
         )
         for name, model in models.items()

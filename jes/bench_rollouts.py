@@ -39,13 +39,34 @@ def long_tailed(count: int, median: float, longest: float, seed: int = 0) -> np.
     return np.random.default_rng(seed).permutation(lengths)
 
 
+def chosen_slots(pretrained: Pretrained) -> int:
+    """Those that a run with these prompts has by default."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(pretrained.params))
+    weights = memory.weight_bytes(pretrained.config, parameters, np.float32)
+    return memory.choose_slots(
+        pretrained.config,
+        weights,
+        np.float32,
+        PROMPTS,
+        PROMPT_TOKENS,
+        MEDIAN * LONGEST,
+        budget=memory.free_bytes(),
+    )
+
+
 def rollouts(
-    pretrained: Pretrained, slots: int, slice_tokens: int
+    pretrained: Pretrained, slots: int = 0, slice_tokens: int = 32
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """The same answers by the plain loop and in slots, to be timed.
 
     Both take members in chunks as `memory` gives them for their rows.
+
+    Args:
+      pretrained: the model.
+      slots: of a member; 0 for what a run has by default.
+      slice_tokens: see `decode_in_slots`.
     """
+    slots = slots or chosen_slots(pretrained)
     model = pretrained.model.unrolled()
     rng = np.random.default_rng(0)
     vocabulary = pretrained.config.vocab_size

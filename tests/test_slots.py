@@ -29,7 +29,7 @@ from jes.quantize import quantize
 from jes.sampling import slots as slots_file
 from jes.sampling.generate import Sampling, decode_members, trim, unrolled_members
 from jes.sampling.prompts import pad, share
-from jes.sampling.slots import Seats, decode_in_slots, descending
+from jes.sampling.slots import Seats, decode_in_slots
 from jes.setup import check_settings
 from jes.tasks.task import Reward, Task
 
@@ -124,11 +124,9 @@ def test_one_program_for_all_that_waits(
     got, expected = run(limits=LIMITS)
     np.testing.assert_array_equal(got, expected)
     assert len(reads) > 23
-    assert descending(4) == [4, 1]
-    assert descending(LONGEST - 1, 4) == [39, 10]
+    assert Seats(2, 23, 4).sizes == [4, 1]
     compiled = [program._cache_size() for program in programs]
-    # Rings of 2 sizes, with 4 slots or, in the larger one, with 1.
-    assert compiled == [1, 2, 3, 2]
+    assert compiled == [1, 1, 2, 1]
     for limits in (
         [[1] * 23] * 2,
         [[6] * 23, [1] * 23],
@@ -139,9 +137,7 @@ def test_one_program_for_all_that_waits(
     ):
         got, expected = run(limits=np.array(limits, np.int32))
         np.testing.assert_array_equal(got, expected)
-    assert max(program._cache_size() for program in programs) <= 4
-    more = [program._cache_size() for program in programs]
-    assert more[:2] == compiled[:2]
+    assert [program._cache_size() for program in programs] == compiled
 
 
 def test_a_member_that_ends_early_idles(weights: dict) -> None:
@@ -192,11 +188,25 @@ def test_a_prefix_and_a_quantised_centre() -> None:
             slice_tokens=10,
             max_new_tokens=12,
             prefix=prefix,
-            limits=LIMITS,
+            limits=LIMITS[[0, 0]],
             **settings,
         )
         np.testing.assert_array_equal(got, expected)
         assert (got[0] != got[1]).any() == (weights is not None)
+
+
+def test_no_slots_are_refused(weights: dict) -> None:
+    prompts = pad(PROMPTS, (8,))
+    for slots, slice_tokens in ((0, 4), (4, 0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            both(
+                MODEL.unrolled(),
+                weights,
+                prompts,
+                KEYS,
+                slots=slots,
+                slice_tokens=slice_tokens,
+            )
 
 
 def test_the_plain_loop_keeps_limits(weights: dict) -> None:
@@ -230,22 +240,16 @@ def test_new_rows_end_before_the_next_slot_and_leave_nothing_of_the_old() -> Non
     assert int(got.length) == 4
 
 
-def test_a_ring_grows_after_its_newest_slot() -> None:
-    old = ring(3, 6, 1.0)._replace(positions=jnp.arange(18).reshape(3, 6))
-    got = old.moved(jnp.array([1]), 8)
-    assert got.positions.tolist() == [[10, 11, 6, 7, 8, 9, PADDING, PADDING]]
-    assert int(got.length) == 6
-    assert int(got.moved(jnp.array([0]), 8).length) == 0
-
-
 def test_the_cache_is_not_copied(weights: dict) -> None:
     """A slice works in the memory that it is given."""
     given = {"model": MODEL.unrolled(), "params": weights, "centre": None}
     settings = {"eos_ids": (7,), "sampling": Sampling(), "before": None, "keys": KEYS}
+    two = np.zeros((2, 2), np.int32)
+    prompts = pad(PROMPTS, (8,))
     new = slots_file._read(
-        prompts=pad(PROMPTS, (8,)),
-        limits=LIMITS,
-        numbers=np.zeros((2, 2), np.int32),
+        prompts=jax.tree.map(lambda array: array[two], prompts),
+        limits=two + LONGEST,
+        numbers=two,
         **given,
         **settings,
     )
@@ -421,11 +425,11 @@ def test_slots_are_chosen_by_length_and_memory() -> None:
         return memory.choose_slots(*member, budget=int(budget))
 
     assert choose(200, 32, 1e12) == 0
-    assert choose(200, 512, 1e12) == memory.CPU_SLOTS
+    assert choose(200, 512, 1e12) == 50
     assert choose(20, 512, 1e12) == 5
     assert choose(1, 512, 1e12) == 0
     few = memory.bytes_per_member(MODEL.config, 0, jnp.float32, 9, 32, 32)
-    assert choose(200, 32, few) == 8
+    assert choose(200, 32, few) == 7  # a half of a half of a half of 50
     assert choose(200, 32, 0) == 1
 
 

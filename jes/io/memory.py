@@ -22,9 +22,6 @@ CPU_ROWS = 64
 """Prompts that keep a CPU busy: further members at once would only leave its caches
 (measured: 16 members of 64 prompts each take 1.4 times as long at once as in turn)."""
 
-CPU_SLOTS = 32
-"""Slots of a member that decodes in slots on a CPU (see `jes.bench_rollouts`)."""
-
 LONG_ANSWERS = 256
 """New tokens from which answers are expected to differ much in length."""
 
@@ -170,7 +167,7 @@ def choose_slots(*member: Any, budget: int) -> int:
         return 0
     slots = -(-rows // 4)
     if jax.default_backend() == "cpu":
-        slots = min(slots, CPU_SLOTS)
+        slots = min(slots, CPU_ROWS)
     while slots > 1 and not fits(slots):
         slots = -(-slots // 2)
     return slots if slots < rows else 0

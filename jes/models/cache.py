@@ -89,24 +89,6 @@ class Cache(NamedTuple):
             positions=put(self.positions, turned(new.positions, -1, PADDING)),
         )
 
-    def moved(self, rows: jax.Array, slots: int) -> "Cache":
-        """Some rows of this ring, int32 [F], in one of as many slots or more."""
-        before = self.positions.shape[1]
-
-        def grown(leaf: jax.Array, axis: int, padding: int = 0) -> jax.Array:
-            """The oldest slot first, and new ones after the newest."""
-            widths = [(0, 0)] * leaf.ndim
-            widths[axis] = (0, slots - before)
-            rolled = jnp.roll(leaf[rows], -self.length, axis)
-            return jnp.pad(rolled, widths, constant_values=padding)
-
-        return Cache(
-            tuple(grown(k, -1) for k in self.keys),
-            tuple(grown(v, -2) for v in self.values),
-            grown(self.positions, -1, PADDING),
-            jnp.full_like(self.length, before % slots),
-        )
-
 
 def write(buffer: jax.Array, new: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
     """`buffer` with `new` from `slot` on along `axis` (in place where XLA can)."""

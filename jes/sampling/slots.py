@@ -39,7 +39,8 @@ READ = 4
 end. Fewer at once are more launches, more are more rows that idle."""
 
 STEP = 4
-"""Slots, and room in the ring, come in sizes that differ by this factor."""
+"""When none waits, slots become fewer by this factor: each number of them has a program
+of its own."""
 
 
 class Rows(NamedTuple):
@@ -103,55 +104,41 @@ def decode_in_slots(
         raise ValueError(f"slots={slots}, slice_tokens={slice_tokens}: at least 1")
     if limits is None:
         limits = np.full((len(keys), total), max_new_tokens)
-    model_and_weights = {"model": model, "params": params, "centre": centre}
-    settings = {"eos_ids": eos_ids, "sampling": sampling}
-    before = None
-    if prefix is not None:
-        before = _read_prefix(**model_and_weights, keys=keys, prefix=prefix)
-    given = model_and_weights | settings | {"keys": keys, "before": before}
     limits = np.minimum(limits, max_new_tokens).astype(np.int32)
-    seats = Seats(len(keys), total, min(slots, total))
-    sizes = descending(seats.slots)
-    rooms = descending(max_new_tokens - 1, least=max(slice_tokens, width // 2))
-    room = rooms[-1]
+    given = {"model": model, "params": params, "centre": centre, "keys": keys}
+    before = None if prefix is None else _read_prefix(**given, prefix=prefix)
+    given |= {"before": before, "eos_ids": eos_ids, "sampling": sampling}
+
     fill = eos_ids[0] if eos_ids else 0
     answers = np.full((len(keys), total, max_new_tokens), fill, np.int32)
+    seats = Seats(len(keys), total, min(slots, total))
     rows = None
     while True:
         if seats.ready():
             places, numbers = seats.fill()
-            new = _read(prompts=prompts, limits=limits, numbers=numbers, **given)
+            new = _read(
+                prompts=PromptBatch(*(array[numbers] for array in prompts)),
+                limits=np.take_along_axis(limits, numbers, 1),
+                numbers=numbers,
+                **given,
+            )
             if rows is None:
-                rows = _empty(new, slots=seats.slots, ring=width + room)
+                ring = width + max_new_tokens - 1
+                rows = _empty(new, slots=seats.slots, ring=ring)
             rows = _place(rows, new, places)
             continue
         if not seats.active.any():
             return answers
-        size = seats.slots
-        if not seats.waiting.any():
-            size = min(n for n in sizes if n >= seats.active.max())
-        needed = seats.lengths[seats.taken].max() + slice_tokens - 1
-        grown = min((n for n in rooms if n >= max(needed, room)), default=rooms[0])
-        if (size, grown) != (seats.slots, room):
-            room, order = grown, seats.move(size)
-            rows = _moved(rows, order, ring=width + room)
-        floor = max((n for n in sizes if n < size), default=0)
+        if seats.fewer() < seats.slots:
+            rows = _moved(rows, seats.move(seats.fewer()))
         rows, report = _advance(
             rows=rows,
             hold=seats.hold(),
-            floor=np.int32(0 if seats.waiting.any() else floor),
+            floor=seats.floor(),
             slice_tokens=slice_tokens,
             **given,
         )
         seats.hear(np.asarray(report), answers)
-
-
-def descending(largest: int, least: int = 1) -> list[int]:
-    """The number, and parts of it by factors of `STEP`, as long as they are enough."""
-    sizes = [largest]
-    while sizes[-1] >= STEP and -(-sizes[-1] // STEP) >= least:
-        sizes.append(-(-sizes[-1] // STEP))
-    return sizes
 
 
 class Seats:
@@ -161,10 +148,14 @@ class Seats:
       numbers: int [M, S], of the prompt in each slot; -1 in free ones.
       lengths: int [M, S], tokens that its answer has.
       begun: int [M], how many prompts each member has taken up.
+      sizes: numbers of slots that there may come to be.
     """
 
     def __init__(self, members: int, total: int, slots: int) -> None:
         self.total, self.group = total, -(-slots // READ)
+        self.sizes = [slots]
+        while self.sizes[-1] >= STEP:
+            self.sizes.append(-(-self.sizes[-1] // STEP))
         self.numbers = np.full((members, slots), -1)
         self.lengths = np.zeros((members, slots), int)
         self.begun = np.zeros(members, int)
@@ -215,6 +206,17 @@ class Seats:
             self.begun[member] += len(free)
         return places, numbers
 
+    def fewer(self) -> int:
+        """Slots that are enough from now on: S while a member has prompts that wait."""
+        if self.waiting.any():
+            return self.slots
+        return min(n for n in self.sizes if n >= self.active.max())
+
+    def floor(self) -> np.int32:
+        """For how few active rows of every member to stop a slice."""
+        smaller = [n for n in self.sizes if n < self.slots]
+        return np.int32(0 if self.waiting.any() else max(smaller, default=0))
+
     def move(self, slots: int) -> np.ndarray:
         """Leaves so many slots, those with answers first: int32 [M, slots], which."""
         order = np.argsort(~self.taken, axis=1, kind="stable")[:, :slots]
@@ -251,8 +253,8 @@ def _read_prefix(model: Any, params: Any, centre: Any, keys: Any, prefix: Any) -
 
 @partial(jax.jit, static_argnames=("model", "eos_ids", "sampling"))
 @by_member(
-    own=["params", "keys", "before", "numbers", "limits"],
-    shared=["prompts", "centre"],
+    own=["params", "keys", "before", "prompts", "numbers", "limits"],
+    shared=["centre"],
 )
 def _read(
     model: Any,
@@ -267,17 +269,16 @@ def _read(
     eos_ids: tuple[int, ...],
     sampling: Sampling,
 ) -> Rows:
-    """Reads the prompts of these numbers [M, F], and chooses the first tokens."""
-    tokens, positions = (jnp.asarray(array)[numbers] for array in prompts)
+    """Reads prompts [M, F, T] with these numbers and limits; chooses first tokens."""
+    tokens, positions = map(jnp.asarray, prompts)
     forward = jax.vmap(partial(next_logits, model, centre), in_axes=(0, 0, 0, None, 0))
     logits, cache = forward(params, tokens, positions, None, before)
     row_keys = keys_of_rows(keys, numbers)
     token = choose_tokens(logits, row_keys, jnp.zeros_like(numbers), sampling)
     length = jnp.ones_like(numbers)
-    limit = jnp.take_along_axis(jnp.asarray(limits), numbers, 1)
-    done = is_end(token, eos_ids) | (limit <= 1)
+    done = is_end(token, eos_ids) | (limits <= 1)
     position = positions[..., -1] + 1
-    return Rows(cache, token, length, position, limit, numbers, done)
+    return Rows(cache, token, length, position, limits, numbers, done)
 
 
 @partial(jax.jit, static_argnames=("slots", "ring"))
@@ -312,19 +313,15 @@ def _place(rows: Rows, new: Rows, places: jax.Array) -> Rows:
     )
 
 
-@partial(jax.jit, static_argnames="ring")
+@jax.jit
 @by_member(own=["rows", "order"])
-def _moved(rows: Rows, order: jax.Array, *, ring: int) -> Rows:
-    """The rows in these slots [M, S], and a ring at least as large as it was."""
-    cache, axes, lengths = _one_length(rows.cache)
-
-    def move(cache: Any, order: jax.Array) -> Any:
-        return cache.moved(order, ring)
-
-    cache = jax.vmap(move, in_axes=(axes, 0), out_axes=axes)(cache, order)
-    rest = (jnp.take_along_axis(leaf, order, 1) for leaf in rows[1:])
-    length = jnp.broadcast_to(cache.length, lengths.shape)
-    return Rows(cache._replace(length=length), *rest)
+def _moved(rows: Rows, order: jax.Array) -> Rows:
+    """The rows in these slots [M, S]."""
+    one = rows._replace(cache=rows.cache._replace(length=None))
+    one = jax.tree.map(
+        lambda leaf: jax.vmap(jnp.take, (0, 0, None))(leaf, order, 0), one
+    )
+    return one._replace(cache=one.cache._replace(length=rows.cache.length))
 
 
 @partial(
