@@ -17,7 +17,12 @@ import numpy as np
 from jes.core.drawn import draw_later
 from jes.core.mesh import on_mesh_of
 from jes.core.noise import Noise, PyTree
-from jes.core.population import draw_members, draw_overlays, evaluate
+from jes.core.population import (
+    draw_deviations,
+    draw_members,
+    draw_overlays,
+    evaluate,
+)
 from jes.core.tree import is_quantized, with_dtype
 from jes.errors import InputError
 from jes.io.hosts import exchange
@@ -26,6 +31,7 @@ from jes.sampling.generate import (
     Sampling,
     decode_members,
     trim,
+    unrolled_centre,
     unrolled_members,
 )
 from jes.sampling.likelihood import (
@@ -337,11 +343,15 @@ def _rollout(
     filled = [*questions, *[questions[-1]] * (fill_to - len(questions))]
     model = examiner.model
     dtype = jnp.dtype(examiner.dtype)
+    shared = _Shared(examiner)
 
     def prepared(
         params: PyTree, key: jax.Array, members: jax.Array, noise: Noise | None
     ) -> tuple[PyTree, PyTree]:
         """The members' weights, and None; or how they differ from a centre, and it."""
+        if noise is not None and noise.rank:
+            deviations = _draw_deviations(params, key, members, noise, dtype)
+            return deviations, shared.of(params)
         if is_quantized(params):
             deviations = None
             if noise is not None:
@@ -382,7 +392,7 @@ def _rollout(
         weights, centre = prepared(params, key, members, noise)
         # Layers that draw their noise are one program in a loop: it would take minutes
         # to compile them one by one.
-        by_layer = examiner.draw == "layer" and noise is not None
+        by_layer = examiner.draw == "layer" and noise is not None and not noise.rank
         if weights is None and not is_quantized(params):
             weights, centre = _unrolled(model, len(members), centre), None
         elif weights is not None and not by_layer:
@@ -406,6 +416,23 @@ def _rollout(
     )
 
 
+class _Shared:
+    """The centre as members with noise of low rank use it, made once for all chunks."""
+
+    def __init__(self, examiner: Examiner) -> None:
+        self.examiner = examiner
+        self.made: tuple[PyTree, PyTree] = (None, None)
+
+    def of(self, params: PyTree) -> PyTree:
+        """In the dtype of the answers; where they are generated, layer by layer."""
+        if self.made[0] is not params:
+            centre = with_dtype(params, jnp.dtype(self.examiner.dtype))
+            if self.examiner.mode == "generate":
+                centre = unrolled_centre(self.examiner.model, centre)
+            self.made = params, centre
+        return self.made[1]
+
+
 @jax.jit
 def _sampling_keys(key: jax.Array, members: jax.Array) -> jax.Array:
     """Where answers are sampled, each member draws from a key of its own: [C]."""
@@ -423,6 +450,7 @@ def _unrolled(model: Any, members: int, params: PyTree) -> PyTree:
 _draw = jax.jit(draw_members, static_argnums=(3, 4))
 _draw_later = jax.jit(draw_later, static_argnums=(3, 4))
 _draw_overlays = jax.jit(draw_overlays, static_argnums=3)
+_draw_deviations = jax.jit(draw_deviations, static_argnums=(3, 4))
 
 
 def _score_answers(

@@ -36,6 +36,7 @@ def default() -> ConfigDict:
     config.antithetic = False
     config.noise = "normal"  # or 'table', about normal and faster on CPUs
     config.draw = "member"  # or 'layer': again for each layer and pass, in less memory
+    config.rank = 0  # of the noise of a matrix (2511.16652), such as 1; 0 for full rank
     config.shaping = "zscore"  # or 'centered_rank', 'pair_zscore', 'none'
 
     config.objective = "reward"  # or of `OBJECTIVES`, for ESMA (2602.02605)

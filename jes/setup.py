@@ -88,6 +88,11 @@ def make_evolution(config: ml_collections.ConfigDict) -> Evolution:
                 f"noise={evolution.law!r} is for weights of floats: the noise of codes "
                 "is of integers, and has a law of its own"
             )
+        if evolution.rounding != "none" and evolution.rank:
+            raise ValueError(
+                f"rank={evolution.rank} is for weights of floats: the noise of codes "
+                "is of integers, entry by entry; set rank=0"
+            )
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from error
     return evolution
@@ -232,8 +237,8 @@ def load_trainable(
             else f"{config.model} has floats for weights, which rounding="
             f"{evolution.rounding!r} is not for: set quantize to 'int4', 'int8', 'w8a8'"
         )
-    if quantized and config.draw != "member":
-        raise InputError(f"draw={config.draw!r} is for models of floats")
+    if config.draw != "member" and (quantized or config.rank):
+        raise InputError(f"draw={config.draw!r} is for floats with noise of full rank")
     if quantized:
         warn_of_flips(evolution)
     return pretrained
@@ -401,11 +406,12 @@ def member_shape(setup: Setup, rows: int) -> tuple[Any, ...]:
     """The arguments of `memory.bytes_per_member`, with so many rows at a time."""
     examiner = setup.examiner
     quantized = is_quantized(setup.pretrained.params)
+    noise = setup.evolution.noise
     weights = memory.weight_bytes(
         setup.pretrained.config,
         setup.parameters,
         examiner.dtype,
-        setup.evolution.noise if quantized else None,
+        noise if quantized or noise.rank else None,
         by_layer=examiner.draw == "layer",
     )
     prefix, rest = padded_lengths(examiner, setup.train)
@@ -424,9 +430,11 @@ def budget_for_members(setup: Setup) -> int:
     """Bytes of a device to spend on the members that are held at once."""
     if setup.config.memory_gb:
         return int(setup.config.memory_gb * 1e9)
-    # The centre, its anchor and one update are there too: float32, or a byte a code.
+    # The centre, its anchor and one update are there too: float32, or a byte a code;
+    # and the form of the centre that members with noise of low rank share.
     size = 1 if is_quantized(setup.pretrained.params) else 4
-    return memory.free_bytes() - 3 * size * setup.parameters // model_devices(setup)
+    size *= 4 if setup.evolution.rank else 3
+    return memory.free_bytes() - size * setup.parameters // model_devices(setup)
 
 
 def model_devices(setup: Setup) -> int:

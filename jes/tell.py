@@ -15,6 +15,7 @@ from jes.core.codes import pack
 from jes.core.drift import drift_norm
 from jes.core.fitness import typical_spread
 from jes.core.integer_noise import variance
+from jes.core.low_rank import is_stack
 from jes.core.mesh import mesh_of, model_is_spread, on_mesh_of, replicated
 from jes.core.noise import Noise, PyTree, generation_key
 from jes.core.placement import on_device
@@ -56,6 +57,8 @@ class Evolution:
         with 1/σ folded in; 0 keeps them frozen.
       law: the distribution of the noise, `config.noise`; see `jes.core.noise.LAWS`.
         Ledgers that do not say have 'normal'.
+      rank: of the noise of matrices, `config.rank`; 0 for full rank, which ledgers that
+        do not say have.
     """
 
     population: int
@@ -78,6 +81,7 @@ class Evolution:
     scale_sigma: float = 0.0
     scale_alpha: float = 0.0
     law: str = "normal"
+    rank: int = 0
 
     def at(self, generation: int) -> "Evolution":
         """The settings of a generation: in steps, each of which is compiled anew."""
@@ -99,6 +103,7 @@ class Evolution:
             rounds=2 if self.rounding == "quzo" else 1,
             scale_sigma=self.scale_sigma,
             law=self.law,
+            rank=self.rank,
         )
 
     @property
@@ -239,31 +244,32 @@ def _tell(
     if evolution.rounding != "none" or model_is_spread():
         return moved(params, anchor)
 
-    return _part_by_part(moved, params, anchor)
+    return _part_by_part(moved, params, anchor, whole=evolution.rank > 0)
 
 
 def _part_by_part(
-    moved: Callable, params: PyTree, anchor: PyTree
+    moved: Callable, params: PyTree, anchor: PyTree, *, whole: bool
 ) -> tuple[PyTree, Any]:
     """What `moved` gives; each leaf moves alone, and a large one by parts, in place.
 
     What moves floats looks at one number at a time, and its state only counts. All at
-    once, the updates would take as much memory as the weights.
+    once, the updates would take as much memory as the weights. Matrices stay `whole`
+    where their noise is of low rank; stacks of them do not.
     """
 
     def one(path: tuple[Any, ...], leaf: jax.Array, home: Any) -> jax.Array:
-        count = parts(leaf.shape)
+        count = 1 if whole and not is_stack(path) else parts(leaf.shape)
         if count == 1:
             return jax.tree.leaves(moved(_at(path, leaf), _at(path, home))[0])[0]
         home = None if home is None else on_device(home)
         rows = leaf.shape[0] // count
 
         def move(number: jax.Array, leaf: jax.Array) -> jax.Array:
-            def own(whole: Any) -> Any:
-                if whole is None:
+            def own(array: Any) -> Any:
+                if array is None:
                     return None
                 start = number * rows
-                return _at(path, jax.lax.dynamic_slice_in_dim(whole, start, rows))
+                return _at(path, jax.lax.dynamic_slice_in_dim(array, start, rows))
 
             new, _ = moved(own(leaf), own(home), matrix=number)
             (new,) = jax.tree.leaves(new)

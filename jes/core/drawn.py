@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jes.core.low_rank import has_matrices, is_stack
 from jes.core.mesh import by_member
 from jes.core.noise import LAWS_AT, Noise, PyTree, leaf_key, leaf_noise
 from jes.core.normal import Place, places
@@ -74,13 +75,12 @@ def draw_later(
         direction_key = jax.random.fold_in(key, direction)
 
         def one(path: tuple[Any, ...], leaf: jax.Array) -> Drawn | Own:
-            stacked = path[0].key == "layers"
             scale, matrix = noise.sigma * sign, jnp.int32(0)
-            if leaf.ndim - stacked < 2:
+            if not has_matrices(path, leaf.shape):
                 drawn = leaf_noise(direction_key, path, leaf.shape, noise.law)
                 return Own((leaf.astype(jnp.float32) + scale * drawn).astype(dtype))
             data = jax.random.key_data(leaf_key(direction_key, path))
-            if stacked:
+            if is_stack(path):
                 count = leaf.shape[0]
                 matrix = jnp.arange(count)
                 data = jnp.broadcast_to(data, (count, *data.shape))

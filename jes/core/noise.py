@@ -13,7 +13,8 @@ code of 2509.24372 reseeds for each tensor, which gives equal shapes equal noise
 Noise is never stored; whoever needs it draws it again from the key.
 
 Codes, the integers of quantised weights, have integer noise, matrix by matrix:
-matrix l of a stack has the key fold_in(leaf_key, l), a matrix alone l = 0.
+matrix l of a stack has the key fold_in(leaf_key, l), a matrix alone l = 0. So have
+matrices with noise of low rank; see `jes.core.low_rank` for the keys of its factors.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from jes.core.integer_noise import integer_noise
+from jes.core.low_rank import draw_low_rank, has_matrices
 from jes.core.normal import Place, normal_at, places, standard_normal
 from jes.core.table_normal import table_at, table_normal
 
@@ -65,6 +67,7 @@ class Noise:
     rounds: int = 1
     scale_sigma: float = 0.0
     law: str = "normal"
+    rank: int = 0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.sigma) and self.sigma > 0):
@@ -73,6 +76,8 @@ class Noise:
             raise ValueError(f"scale_sigma cannot be {self.scale_sigma}")
         if self.law not in LAWS:
             raise ValueError(f"noise must be one of {tuple(LAWS)}, not {self.law!r}")
+        if self.rank < 0:
+            raise ValueError(f"rank cannot be negative: {self.rank}")
 
     def check_population(self, population: int) -> None:
         """Raises ValueError where `population` members cannot be drawn."""
@@ -120,12 +125,16 @@ def leaf_noise(
     path: tuple[Any, ...],
     shape: tuple[int, ...],
     law: str = "normal",
+    rank: int = 0,
 ) -> jax.Array:
     """Standard normal float32 noise of one leaf; independent of every other leaf.
 
-    With another law of `LAWS`, noise of that.
+    With another law of `LAWS`, noise of that; with a rank, its matrices in full.
     """
-    return LAWS[law](leaf_key(direction_key, path), shape)
+    key = leaf_key(direction_key, path)
+    if rank and has_matrices(path, shape):
+        return draw_low_rank(key, shape, rank, LAWS[law]).full()
+    return LAWS[law](key, shape)
 
 
 def part_noise(
@@ -164,7 +173,12 @@ def codes_noise(
 
     Returns:
       positions and values, before sign and gate.
+
+    Raises:
+      ValueError: for noise of low rank, which is of floats.
     """
+    if noise.rank:
+        raise ValueError("noise of low rank is for weights of floats, not for codes")
     key = jax.random.fold_in(leaf_key(direction_key, path), matrix)
     return integer_noise(key, size, noise.sigma, noise.rounds)
 
@@ -174,6 +188,7 @@ def perturb(
     key: jax.Array,
     sigma: jax.typing.ArrayLike,
     law: str = "normal",
+    rank: int = 0,
 ) -> PyTree:
     """θ + σε, with ε drawn from `key`, a direction key (2509.24372, Algorithm 1).
 
@@ -182,6 +197,7 @@ def perturb(
       key: typed PRNG key; the same key gives the same ε.
       sigma: scalar, in units of the weights; negative for the antithetic member.
       law: the distribution of ε, see `LAWS`.
+      rank: of the ε of matrices, 0 for full; see `jes.core.low_rank`.
 
     Returns:
       A new pytree with the dtypes of `params`; the sum is taken in float32.
@@ -196,7 +212,7 @@ def perturb(
                 f"{leaf_path(path)} holds {leaf.dtype}: members of a quantised model "
                 "differ from it by `jes.draw_overlays`"
             )
-        noise = leaf_noise(key, path, leaf.shape, law)
+        noise = leaf_noise(key, path, leaf.shape, law, rank)
         return (leaf.astype(jnp.float32) + sigma * noise).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(add, params)
@@ -208,4 +224,4 @@ def perturb_member(
     """The weights of one member of the generation with this generation key."""
     direction, sign = noise.direction(member)
     direction_key = jax.random.fold_in(key, direction)
-    return perturb(params, direction_key, noise.sigma * sign, noise.law)
+    return perturb(params, direction_key, noise.sigma * sign, noise.law, noise.rank)

@@ -10,8 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jes.core.codes import Codes, Overlay, allowed, pick
+from jes.core.low_rank import LowRank, draw_low_rank, has_matrices
 from jes.core.mesh import by_member
-from jes.core.noise import Noise, PyTree, codes_noise, leaf_noise, perturb_member
+from jes.core.noise import (
+    LAWS,
+    Noise,
+    PyTree,
+    codes_noise,
+    leaf_key,
+    leaf_noise,
+    perturb_member,
+)
 from jes.core.tree import is_codes, map_leaves, split
 
 
@@ -117,6 +126,42 @@ def _overlay(
     positions, values = codes_noise(direction_key, path, matrix, codes.size, noise)
     moves = (sign * values[0]).astype(jnp.int16)
     return Overlay(positions, allowed(codes, pick(codes, positions), moves))
+
+
+@by_member(own=["members"], shared=["params", "key"])
+def draw_deviations(
+    params: PyTree, key: jax.Array, members: jax.Array, noise: Noise, dtype: Any
+) -> PyTree:
+    """How a chunk of members with noise of low rank differ from the centre.
+
+    Args:
+      params: the centre θ; only shapes are read.
+      key: the generation key.
+      members: int [C], member numbers.
+      noise: how members differ from it, with a rank.
+      dtype: of the result.
+
+    Returns:
+      The tree of the parameters, σε: a `LowRank` of factors [C, ..., r, I] and
+      [C, ..., r, O] for matrices [..., I, O], and arrays [C, ...] for vectors.
+    """
+
+    def draw(member: jax.Array) -> PyTree:
+        direction, sign = noise.direction(member)
+        direction_key = jax.random.fold_in(key, direction)
+        scale = noise.sigma * sign
+
+        def deviation(path: tuple[Any, ...], leaf: Any) -> Any:
+            if not has_matrices(path, leaf.shape):
+                drawn = leaf_noise(direction_key, path, leaf.shape, noise.law)
+                return (scale * drawn).astype(dtype)
+            own = leaf_key(direction_key, path)
+            low = draw_low_rank(own, leaf.shape, noise.rank, LAWS[noise.law])
+            return LowRank(low.a.astype(dtype), (scale * low.b).astype(dtype))
+
+        return jax.tree_util.tree_map_with_path(deviation, params)
+
+    return jax.vmap(draw)(members)
 
 
 def evaluate(

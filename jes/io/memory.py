@@ -98,8 +98,8 @@ def weight_bytes(
     """Estimate of the bytes of weights that a member has for itself.
 
     Those of floats twice, stacked and by layer; or one layer, where noise is drawn
-    `by_layer`. Of a quantised model, for which `noise` is given, where its codes
-    differ, and the floats of one matrix.
+    `by_layer`; with noise of low rank, its factors twice. Of a quantised model, for
+    which `noise` is given too, where its codes differ, and the floats of one matrix.
     """
     size = jnp.dtype(dtype).itemsize
     if by_layer:
@@ -107,9 +107,21 @@ def weight_bytes(
         return size * max(1, stacked // config.num_hidden_layers)
     if noise is None:
         return 2 * parameters * size
+    if noise.rank:
+        return 2 * noise.rank * _rows_and_columns(config) * size
     few = entries(parameters, noise.sigma, noise.rounds)
     matrix = config.intermediate_size * config.hidden_size
     return 6 * few + 2 * size * matrix
+
+
+def _rows_and_columns(config: Any) -> int:
+    """Of all matrices of a model together: the numbers in a member's factors a rank."""
+    hidden, words = config.hidden_size, config.vocab_size
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads)
+    attention = 4 * hidden + heads * config.head_dim
+    layer = attention + 3 * (hidden + config.intermediate_size)
+    ends = 1 if config.tie_word_embeddings else 2
+    return config.num_hidden_layers * layer + ends * (hidden + words)
 
 
 def rows_of_gradient(

@@ -6,9 +6,11 @@ member is like the centre. A deviation is
 - an array of the shape of the weight, which is added to it;
 - `Drawn`, such an array that is drawn where it is used;
 - `Own`, the member's weight itself;
+- `LowRank`, for a matrix: its product is that of the centre, one for all members, and
+  a thin one;
 - what `jes.models.quantized` takes, for quantised weights.
 
-Axis letters: I inputs, O outputs of a matrix, V words, D hidden.
+Axis letters: I inputs, O outputs of a matrix, r rank, V words, D hidden.
 """
 
 from typing import Any
@@ -18,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jes.core.drawn import Drawn, Own, add, add_rows, not_before, use_blocks
+from jes.core.low_rank import LowRank
 from jes.models.quantized import Quantized, matmul
 
 
@@ -27,22 +30,44 @@ def deviated(weight: jax.Array, noise: Any) -> jax.Array:
         return weight
     if isinstance(noise, Own):
         return noise.weight
-    return add(weight, noise) if isinstance(noise, Drawn) else weight + noise
+    if isinstance(noise, Drawn):
+        return add(weight, noise)
+    if isinstance(noise, LowRank):
+        noise = noise.full().astype(weight.dtype)
+    return weight + noise
 
 
 def times(x: jax.Array, weight: Any, noise: Any) -> jax.Array:
     """x @ weight of a member, [..., I] -> [..., O] in the dtype of x."""
     if isinstance(weight, Quantized):
         return matmul(x, weight, noise)
+    if isinstance(noise, LowRank):
+        shared = x @ weight
+        return shared + thin_product(x, noise.a, noise.b).astype(shared.dtype)
     if isinstance(noise, Drawn):
         noise = not_before(x, noise)
     return x @ deviated(weight, noise)
+
+
+def thin_product(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """(x @ a^T) @ b for factors [r, I] and [r, O], [..., I] -> float32 [..., O]."""
+    f32 = jnp.float32
+    parts = jnp.einsum("...i,ki->...k", x, a, preferred_element_type=f32)
+    return weighted(parts.astype(b.dtype), b)
+
+
+def weighted(parts: jax.Array, rows: jax.Array) -> jax.Array:
+    """Sums of the rows [r, O], by weights: [..., r] -> float32 [..., O]."""
+    return jnp.einsum("...k,ko->...o", parts, rows, preferred_element_type=jnp.float32)
 
 
 def look_up(table: jax.Array, noise: Any, tokens: jax.Array) -> jax.Array:
     """Rows of a member's embedding [V, D]: int [B, T] -> [B, T, D]."""
     if isinstance(noise, Drawn):
         return add_rows(table, noise, tokens)
+    if isinstance(noise, LowRank):
+        own = weighted(jnp.moveaxis(noise.a[:, tokens], 0, -1), noise.b)
+        return table[tokens] + own.astype(table.dtype)
     return deviated(table, noise)[tokens]
 
 
@@ -59,6 +84,9 @@ def word_scores(
         writes a transposed second factor out in full, half a gigabyte a token for
         151936 words.
     """
+    if isinstance(noise, LowRank):
+        a, b = (noise.b, noise.a) if tied else (noise.a, noise.b)
+        return word_scores(x, weight, None, tied=tied) + thin_product(x, a, b)
     equation, words = ("vd,btd->vbt", 0) if tied else ("btd,dv->btv", -1)
 
     def scores(weight: jax.Array) -> jax.Array:

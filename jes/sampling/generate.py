@@ -70,8 +70,8 @@ def decode(
       max_new_tokens: N.
       eos_ids: tokens that end an answer.
       sampling: how the next token is chosen.
-      centre: the parameters that members share, stacked: of a quantised model, or
-        where noise is drawn by layer.
+      centre: the parameters that members share: stacked, of a quantised model or where
+        noise is drawn by layer; or unrolled.
       prefix: one row of tokens that every prompt begins with, left out of `prompts`:
         see `prompts.share`. Each member reads it once.
       limits: int32 [M, B], most tokens of each answer, where that is fewer than N.
@@ -150,7 +150,7 @@ def next_logits(
       tokens, positions, cache, prefix: what `model.apply` takes.
     """
     stack = centre
-    if centre is not None and not model.scan_layers:
+    if centre is not None and "layers" in centre and not model.scan_layers:
         # Never so, but not for the compiler to know: or it would take all layers
         # out of the stack before the first token, and hold them twice.
         impossible = (positions.reshape(-1)[0] < -1).astype(jnp.int32)
@@ -238,6 +238,15 @@ def unrolled_members(model: Any, params: Any) -> Any:
     or of drawing the members, both forms would be held while it runs.
     """
     return jax.vmap(model.unrolled_params)(params)
+
+
+@partial(jax.jit, static_argnums=0)
+def unrolled_centre(model: Any, params: Any) -> Any:
+    """What members share, stacked [L, ...], with one subtree a layer.
+
+    A program of its own, so that no token and no chunk of members copies it again.
+    """
+    return model.unrolled_params(params)
 
 
 def generate(

@@ -66,11 +66,11 @@ def choice_log_likelihoods(
 
     Args:
       model: a decoder.
-      params: stacked parameters with a leading member axis [M, ...]; of a quantised
-        model, how members differ from its `centre`, or None.
+      params: stacked parameters with a leading member axis [M, ...]; with a `centre`,
+        how members differ from it, or None.
       batch: prompts and choices.
       members: M, where `params` is None.
-      centre: of a quantised model, the parameters that members share.
+      centre: the stacked parameters that members share.
 
     Returns:
       float32 [M, R].

@@ -1,5 +1,6 @@
 """The ES estimate of the gradient, by replaying seeds."""
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,7 +10,16 @@ import optax
 
 from jes.core.fitness import METHODS, finite_members, shape_fitness
 from jes.core.integer_noise import entries
-from jes.core.noise import Noise, PyTree, codes_noise, leaf_noise, part_noise
+from jes.core.low_rank import draw_matrix, has_matrices
+from jes.core.noise import (
+    LAWS,
+    Noise,
+    PyTree,
+    codes_noise,
+    leaf_key,
+    leaf_noise,
+    part_noise,
+)
 from jes.core.tree import is_codes, map_leaves
 
 AT_ONCE = 2**19
@@ -34,6 +44,10 @@ def es_gradient(
     Noise is drawn again from the key, one member's noise for one leaf at a time, and
     summed in float32 whatever the dtype of the parameters.
 
+    For matrices with noise of low rank the sum over members is one product of their
+    factors, side by side: A [I, N r] times B [N r, O]. Its order follows from shapes
+    alone.
+
     For `Codes` ε is the integer perturbation δ of 2602.03120 Eq. (3) and (5), of which
     only what is not 0 is drawn: an update of the shape of the codes, in codes.
 
@@ -47,7 +61,7 @@ def es_gradient(
       [N], and returns float32 updates. Members with non-finite fitness count neither
       in the sum nor in N. `matrix`, an int, says that the arrays given are a part of
       what the parameters have there, and which: of codes a matrix of the stack, of
-      floats one of equal parts of the first axis.
+      floats one of equal parts of the first axis (with a rank, of stacks only).
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jes
@@ -89,7 +103,9 @@ def es_gradient(
 
         def estimate(path: tuple[Any, ...], leaf: Any) -> jax.Array:
             if not is_codes(leaf):
-                return _of_floats(path, leaf.shape, key, weights, noise.law, matrix)
+                low = noise.rank and has_matrices(path, leaf.shape)
+                of_floats = _of_factors if low else _of_floats
+                return of_floats(path, leaf.shape, key, weights, noise, matrix)
             shape = leaf.shape[-2:]
             one = partial(_of_codes, path, shape, key, weights, noise)
             if leaf.ndim == 2:
@@ -106,9 +122,11 @@ def _of_floats(
     shape: tuple[int, ...],
     key: jax.Array,
     weights: jax.Array,
-    law: str,
+    noise: Noise,
     part: jax.typing.ArrayLike | None,
 ) -> jax.Array:
+    law = noise.law
+
     def add(direction: jax.Array, total: jax.Array) -> jax.Array:
         direction_key = jax.random.fold_in(key, direction)
         if part is None:
@@ -119,6 +137,49 @@ def _of_floats(
 
     start = jnp.zeros(shape, jnp.float32)
     return jax.lax.fori_loop(0, weights.shape[0], add, start)
+
+
+def _of_factors(
+    path: tuple[Any, ...],
+    shape: tuple[int, ...],
+    key: jax.Array,
+    weights: jax.Array,
+    noise: Noise,
+    part: jax.typing.ArrayLike | None,
+) -> jax.Array:
+    """The estimate for a stack of matrices with noise of low rank, one by one."""
+    *stack, rows, columns = shape
+    count = weights.shape[0]
+    # Factors of so many members at a time that they take no more than the matrix.
+    entries_each = noise.rank * (rows + columns)
+    at_once = min(count, max(1, max(AT_ONCE, rows * columns) // entries_each))
+
+    def draw(direction: jax.Array, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+        own = leaf_key(jax.random.fold_in(key, direction), path)
+        drawn = draw_matrix(own, matrix, (rows, columns), noise.rank, LAWS[noise.law])
+        # Those after the last member count nothing.
+        weight = jnp.where(direction < count, weights[direction], 0)
+        return drawn.a, -weight * drawn.b
+
+    def one(matrix: jax.Array) -> jax.Array:
+        def add(block: jax.Array, total: jax.Array) -> jax.Array:
+            directions = block * at_once + jnp.arange(at_once)
+            a, b = jax.vmap(draw, in_axes=(0, None))(directions, matrix)
+            return total + jnp.matmul(
+                a.reshape(-1, rows).T,
+                b.reshape(-1, columns),
+                precision=jax.lax.Precision.HIGHEST,
+            )
+
+        start = jnp.zeros((rows, columns), jnp.float32)
+        return jax.lax.fori_loop(0, -(-count // at_once), add, start)
+
+    if not stack:
+        return one(jnp.int32(0))
+    numbers = jnp.arange(math.prod(stack))
+    if part is not None:
+        numbers += part * math.prod(stack)
+    return jax.lax.map(one, numbers).reshape(shape)
 
 
 def _of_codes(
