@@ -317,11 +317,11 @@ def _place(rows: Rows, new: Rows, places: jax.Array) -> Rows:
 @by_member(own=["rows", "order"])
 def _moved(rows: Rows, order: jax.Array) -> Rows:
     """The rows in these slots [M, S]."""
-    one = rows._replace(cache=rows.cache._replace(length=None))
-    one = jax.tree.map(
-        lambda leaf: jax.vmap(jnp.take, (0, 0, None))(leaf, order, 0), one
-    )
-    return one._replace(cache=one.cache._replace(length=rows.cache.length))
+    length = rows.cache.length
+    rows = rows._replace(cache=rows.cache._replace(length=None))
+    take = jax.vmap(lambda leaf, order: leaf[order])
+    rows = jax.tree.map(lambda leaf: take(leaf, order), rows)
+    return rows._replace(cache=rows.cache._replace(length=length))
 
 
 @partial(
