@@ -16,7 +16,7 @@ import jes
 from jes import ask as asking
 from jes import train
 from jes.ask import Examiner, ask, examine, prepare
-from jes.bench_rollouts import long_tailed
+from jes.bench.rollouts import long_tailed
 from jes.core.mesh import make_mesh
 from jes.core.noise import Noise
 from jes.core.population import draw_overlays

@@ -12,7 +12,9 @@ from scipy import stats
 from small_run import get_config, outcome, rows
 
 import jes
-from jes import bench, bench_noise, setup, train
+from jes import setup, train
+from jes.bench import laws
+from jes.bench.__main__ import noise_rows
 from jes.core import ledger as ledgers
 from jes.core.mesh import make_mesh, on_mesh_of, replicated
 from jes.core.noise import (
@@ -305,15 +307,15 @@ def test_ledgers_that_do_not_say_have_normal_noise(finished_run: Path) -> None:
 
 
 def test_the_benchmark_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_noise, "SIZE", 1001)
+    monkeypatch.setattr(laws, "SIZE", 1001)
     key = jax.random.key(0)
     for law in LAWS:
         drawn = LAWS[law](key, (1001,))
-        np.testing.assert_array_equal(bench_noise.used("drawn", law)(), drawn)
+        np.testing.assert_array_equal(laws.used("drawn", law)(), drawn)
         own = [LAWS[law](jax.random.fold_in(key, m), (1001,)) for m in (0, 1)]
-        total = bench_noise.used("summed over 2 members", law)()
+        total = laws.used("summed over 2 members", law)()
         np.testing.assert_allclose(total, -0.5 * own[0] - 1.5 * own[1], atol=1e-5)
-    measured = bench.noise_rows(2)
+    measured = noise_rows(2)
     assert len(measured) == 6
     for row in measured:
         assert row.low <= row.ratio <= row.high
