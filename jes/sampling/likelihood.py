@@ -92,7 +92,13 @@ def choice_log_likelihoods(
         chosen = jnp.take_along_axis(log_probabilities, targets, axis=-1)[..., 0]
         return jnp.where(batch.scored, chosen, 0).sum(-1)
 
-    return jax.vmap(score, axis_size=members if params is None else None)(params)
+    if params is None:
+        return jax.vmap(score, axis_size=members)(params)
+    if len(jax.tree.leaves(params)[0]) == 1:
+        # One member's layers are taken from its stack one by one. Of several the whole
+        # stack would be turned first, for a scan over layers of all of them.
+        return score(jax.tree.map(lambda leaf: leaf[0], params))[None]
+    return jax.vmap(score)(params)
 
 
 log_likelihoods = jax.jit(choice_log_likelihoods, static_argnums=(0, 3))
