@@ -34,6 +34,7 @@ from jes.core import ledger as ledgers
 from jes.core.noise import PyTree, generation_key
 from jes.errors import InputError
 from jes.io import checkpoints, command_line, hosts, memory, runs
+from jes.io.compiled import keep_compiled
 from jes.io.interrupts import Stopped, StopRequest, stop_request
 from jes.io.progress import bar, console
 from jes.metacognition.objectives import objective_fitness
@@ -90,6 +91,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     evolution = make_evolution(config)
     if jax.process_count() > 1 and config.method != "es":
         raise InputError(f"method {config.method!r} runs in one process")
+    keep_compiled()
     with hosts.together():
         if not hosts.first():
             follow(config, evolution)

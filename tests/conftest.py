@@ -1,18 +1,10 @@
 """Strictness for all tests: what could hide a mistake is an error."""
 
-import atexit
 import os
 import pathlib
-import shutil
-import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # One folder for the workers and processes of this run, which it takes away again.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jes-compiled-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
 
 import jax
 import pytest
@@ -41,6 +33,6 @@ def finished_run(
 
 
 @pytest.fixture(scope="session")
-def compiled() -> pathlib.Path:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Where processes that tests start keep compiled programs for each other."""
-    return pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    return tmp_path_factory.mktemp("compiled")

@@ -73,10 +73,11 @@ def on_mesh(model: Path, devices: int, model_parallel: int, results: dict) -> No
         run, _, _ = ask._rollout(each, questions)
         found = run(params, key, members, noise=EVOLUTION.noise)
         results[f"log-likelihoods {name}"] = np.asarray(found)[:2]
-        by_layer = dataclasses.replace(each, draw="layer")
-        run, _, _ = ask._rollout(by_layer, questions)
-        found = run(params, key, members, noise=EVOLUTION.noise)
-        results[f"log-likelihoods by layer {name}"] = np.asarray(found)[:2]
+        if (devices, model_parallel) == (2, 2):
+            by_layer = dataclasses.replace(each, draw="layer")
+            run, _, _ = ask._rollout(by_layer, questions)
+            found = run(params, key, members, noise=EVOLUTION.noise)
+            results[f"log-likelihoods by layer {name}"] = np.asarray(found)[:2]
     state = first_state(EVOLUTION, params)
     anchor = keep_anchor(params, "host")
     for generation in range(2):

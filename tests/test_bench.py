@@ -15,7 +15,6 @@ from jes.bench import __main__ as bench
 from jes.bench import memory, prefix, scaling, start
 from jes.bench.cases import Case, generation, random_model, unperturbed
 from jes.bench.timing import compare, row_of, table
-from jes.io.compiled import keep_compiled
 from jes.tell import Evolution
 
 EVOLUTION = Evolution(population=4, sigma=0.3, alpha=0.01)
@@ -119,18 +118,26 @@ def test_memory_of_one_process(tmp_path: Path) -> None:
     assert layer["together"] < member["together"]
 
 
-def test_the_time_to_a_generation_is_that_of_a_run(tmp_path: Path) -> None:
+def test_the_time_to_a_generation_is_that_of_a_run(
+    tmp_path: Path, compiled: Path
+) -> None:
     config = tmp_path / "short.py"
     config.write_text(start.CONFIG)
-    cache = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-    assert start.to_first_generation(config, tmp_path / "run", cache) > 0
+    assert start.to_first_generation(config, tmp_path / "run", compiled) > 0
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert json.loads(metrics.splitlines()[0])["generation"] == 0
 
 
-def test_compiled_programs_are_kept_where_the_user_says(tmp_path: Path) -> None:
-    program = "from jes.io.compiled import keep_compiled; keep_compiled();"
-    program += "import jax; print(jax.config.jax_compilation_cache_dir)"
+@pytest.mark.parametrize("backend", ["tpu", "cpu"])
+def test_compiled_programs_are_kept_for_accelerators(
+    backend: str, tmp_path: Path
+) -> None:
+    program = f"""
+import jax
+jax.default_backend = lambda: {backend!r}
+keep_compiled()
+print(jax.config.jax_compilation_cache_dir)
+"""
 
     def folder(**environment: str) -> str:
         given = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMP")}
@@ -143,15 +150,9 @@ def test_compiled_programs_are_kept_where_the_user_says(tmp_path: Path) -> None:
         )
         return done.stdout.strip()
 
-    kept = str(tmp_path / "jes" / "compiled")
-    assert folder(XDG_CACHE_HOME=str(tmp_path)) == kept
-    assert Path(kept).is_dir()
     assert folder(JAX_COMPILATION_CACHE_DIR="/elsewhere") == "/elsewhere"
+    kept = str(tmp_path / "jes" / "compiled") if backend == "tpu" else "None"
+    assert folder(XDG_CACHE_HOME=str(tmp_path)) == kept
     # A file is where the folder would be: nothing is kept, and nothing fails.
     (tmp_path / "file").touch()
     assert folder(XDG_CACHE_HOME=str(tmp_path / "file")) == "None"
-    keep_compiled()
-    assert (
-        jax.config.jax_compilation_cache_dir
-        == (os.environ["JAX_COMPILATION_CACHE_DIR"])
-    )

@@ -53,9 +53,16 @@ def test_log_likelihoods_are_the_same(
     mesh: str, results: dict[str, np.ndarray]
 ) -> None:
     """Up to the order of sums: some nats, as sums of some 100 float32 products."""
-    for found in (f"log-likelihoods {mesh}", f"log-likelihoods by layer {mesh}"):
-        expected = results["log-likelihoods 1/1"]
-        np.testing.assert_allclose(results[found], expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        results[f"log-likelihoods {mesh}"], results["log-likelihoods 1/1"], rtol=1e-5
+    )
+
+
+def test_noise_is_drawn_in_the_layers_of_a_spread_model(
+    results: dict[str, np.ndarray],
+) -> None:
+    found = results["log-likelihoods by layer 2/2"]
+    np.testing.assert_allclose(found, results["log-likelihoods 1/1"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

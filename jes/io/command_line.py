@@ -13,7 +13,6 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jes.errors import InputError
-from jes.io.compiled import keep_compiled
 from jes.io.hosts import Gone
 from jes.io.interrupts import Stopped
 
@@ -69,7 +68,6 @@ def guarded(command: Callable[[], None], after_os_error: str = "") -> None:
       command: what to run.
       after_os_error: what the user is told after a full disk or the like.
     """
-    keep_compiled()
     try:
         command()
     except Gone as gone:

@@ -7,12 +7,14 @@ import jax
 
 
 def keep_compiled() -> None:
-    """Makes JAX keep them in the user's cache folder, if it is not told a place.
+    """Makes JAX keep what it compiles for an accelerator in the user's cache folder.
 
-    `JAX_COMPILATION_CACHE_DIR` names another folder, `JAX_ENABLE_COMPILATION_CACHE=0`
-    keeps nothing. What took less than a second to compile is not kept.
+    `JAX_COMPILATION_CACHE_DIR` names another folder, also on CPUs, and
+    `JAX_ENABLE_COMPILATION_CACHE=0` keeps nothing. What took less than a second to
+    compile is not kept. On CPUs nothing is unless asked for: there jaxlib (0.10.2) has
+    crashed on writing programs down in a process that had compiled for some minutes.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.default_backend() == "cpu":
         return
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
