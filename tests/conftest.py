@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -12,6 +13,17 @@ import small_run
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Drops what a file of tests has compiled.
+
+    A program takes memory maps of its own, of which a process may have 65,530 (on
+    Linux): with those of all tests, the compiler crashes.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ def keep_compiled() -> None:
 
     `JAX_COMPILATION_CACHE_DIR` names another folder, also on CPUs, and
     `JAX_ENABLE_COMPILATION_CACHE=0` keeps nothing. What took less than a second to
-    compile is not kept. On CPUs nothing is unless asked for: there jaxlib (0.10.2) has
-    crashed on writing programs down in a process that had compiled for some minutes.
+    compile is not kept. On CPUs nothing is unless asked for: such programs are made for
+    one kind of processor, and a home folder may serve machines with several.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.default_backend() == "cpu":
         return
