@@ -135,6 +135,7 @@ def test_compiled_programs_are_kept_for_accelerators(
     program = f"""
 import jax
 jax.default_backend = lambda: {backend!r}
+from jes.io.compiled import keep_compiled
 keep_compiled()
 print(jax.config.jax_compilation_cache_dir)
 """
