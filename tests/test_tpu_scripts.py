@@ -419,8 +419,12 @@ def test_watch_recovers_from_a_preemption(place: Place) -> None:
 
     watch = place.start("watch.sh", "--config.x=a b", SPOT="1")
     place.wait_for(lambda: len(place.rows(bucket)) == 4)
+    # Between two looks: one that is under way may start the run that it sees killed.
+    (place.root / "hold").touch()
+    place.wait_for((place.root / "held").exists)
     place.preempt()
     (place.root / "limit").write_text("8")
+    (place.root / "held").unlink()
     out = place.root / "watch.sh.out"
     place.wait_for(lambda: watch.poll() is not None)
     assert watch.returncode == 0, out.read_text()

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(os.environ["ROOT"])
@@ -27,6 +28,15 @@ def show(path: Path) -> None:
     states = path.read_text().split()
     print(states[0])
     path.write_text(" ".join(states[1:] or states))
+
+
+def hold() -> None:
+    """Waits, while a test asks for it, so that it can act between two looks."""
+    if (ROOT / "hold").exists():
+        (ROOT / "hold").rename(ROOT / "held")
+        until = time.monotonic() + 60
+        while (ROOT / "held").exists() and time.monotonic() < until:
+            time.sleep(0.01)
 
 
 def place(name: str) -> Path:
@@ -90,6 +100,7 @@ def main() -> int:
         file.write(shlex.join(["gcloud", *WORDS]) + "\n")
     match [word for word in WORDS if not word.startswith("-")]:
         case ["compute", "tpus", "queued-resources", "describe", _]:
+            hold()
             show(ROOT / "queued")
         case ["compute", "tpus", "tpu-vm", "describe", _]:
             show(ROOT / "node")
