@@ -343,22 +343,22 @@ def _rollout(
     filled = [*questions, *[questions[-1]] * (fill_to - len(questions))]
     model = examiner.model
     dtype = jnp.dtype(examiner.dtype)
-    shared = _Shared(examiner)
+    centre = _Centre(examiner)
 
     def prepared(
         params: PyTree, key: jax.Array, members: jax.Array, noise: Noise | None
     ) -> tuple[PyTree, PyTree]:
         """The members' weights, and None; or how they differ from a centre, and it."""
-        if noise is not None and noise.rank:
-            deviations = _draw_deviations(params, key, members, noise, dtype)
-            return deviations, shared.of(params)
         if is_quantized(params):
             deviations = None
             if noise is not None:
                 deviations = _draw_overlays(params, key, members, noise)
             return deviations, with_dtype(params, dtype)
         if noise is None:
-            return None, with_dtype(params, dtype)
+            return None, centre.of(params)
+        if noise.rank:
+            deviations = _draw_deviations(params, key, members, noise, dtype)
+            return deviations, centre.of(params)
         if examiner.draw == "member":
             return _draw(params, key, members, noise, dtype), None
         return _draw_later(params, key, members, noise, dtype), params
@@ -370,8 +370,8 @@ def _rollout(
         def rate(
             params: PyTree, key: jax.Array, members: Any, noise: Noise | None = None
         ) -> jax.Array:
-            weights, centre = prepared(params, key, members, noise)
-            return log_likelihoods(model, weights, batch, len(members), centre)
+            weights, shared = prepared(params, key, members, noise)
+            return log_likelihoods(model, weights, batch, len(members), shared)
 
         return (
             rate,
@@ -389,13 +389,11 @@ def _rollout(
     def answer(
         params: PyTree, key: jax.Array, members: jax.Array, noise: Noise | None = None
     ) -> jax.Array:
-        weights, centre = prepared(params, key, members, noise)
+        weights, shared = prepared(params, key, members, noise)
         # Layers that draw their noise are one program in a loop: it would take minutes
         # to compile them one by one.
         by_layer = examiner.draw == "layer" and noise is not None and not noise.rank
-        if weights is None and not is_quantized(params):
-            weights, centre = _unrolled(model, len(members), centre), None
-        elif weights is not None and not by_layer:
+        if weights is not None and not by_layer:
             weights = unrolled_members(model, weights)
         return decoded(
             model if by_layer else model.unrolled(),
@@ -405,7 +403,7 @@ def _rollout(
             max_new_tokens=examiner.max_new_tokens,
             eos_ids=examiner.eos_ids,
             sampling=examiner.sampling,
-            centre=centre,
+            centre=shared,
             prefix=prefix,
         )
 
@@ -416,8 +414,8 @@ def _rollout(
     )
 
 
-class _Shared:
-    """The centre as members with noise of low rank use it, made once for all chunks."""
+class _Centre:
+    """The weights that members share, or that answer themselves, for all chunks."""
 
     def __init__(self, examiner: Examiner) -> None:
         self.examiner = examiner
@@ -438,13 +436,6 @@ def _sampling_keys(key: jax.Array, members: jax.Array) -> jax.Array:
     """Where answers are sampled, each member draws from a key of its own: [C]."""
     sampling_key = jax.random.fold_in(key, zlib.crc32(b"sampling"))
     return jax.vmap(partial(jax.random.fold_in, sampling_key))(members)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _unrolled(model: Any, members: int, params: PyTree) -> PyTree:
-    """The centre, which stays as it is, as the weights of each of some members."""
-    layers = model.unrolled_params(params)
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (members, *x.shape)), layers)
 
 
 _draw = jax.jit(draw_members, static_argnums=(3, 4))

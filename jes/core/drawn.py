@@ -71,8 +71,7 @@ def draw_later(
     """
 
     def draw(member: jax.Array) -> PyTree:
-        direction, sign = noise.direction(member)
-        direction_key = jax.random.fold_in(key, direction)
+        direction_key, sign = noise.direction(key, member)
 
         def one(path: tuple[Any, ...], leaf: jax.Array) -> Drawn | Own:
             scale, matrix = noise.sigma * sign, jnp.int32(0)

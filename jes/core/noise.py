@@ -92,11 +92,19 @@ class Noise:
         """Number of independent noise trees among `population` members."""
         return population // 2 if self.antithetic else population
 
-    def direction(self, member: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The direction of a member, and the sign (float32) it is taken with."""
+    def direction(
+        self, key: jax.Array, member: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The direction key of a member, and the sign (float32) it is taken with.
+
+        Args:
+          key: the generation key.
+          member: its number.
+        """
         if not self.antithetic:
-            return member, jnp.float32(1)
-        return member // 2, (1 - 2 * (member % 2)).astype(jnp.float32)
+            return jax.random.fold_in(key, member), jnp.float32(1)
+        sign = (1 - 2 * (member % 2)).astype(jnp.float32)
+        return jax.random.fold_in(key, member // 2), sign
 
     def direction_weights(self, member_weights: jax.Array) -> jax.Array:
         """Sums members' weights [N] over those that share a direction: [directions]."""
@@ -222,6 +230,5 @@ def perturb_member(
     params: PyTree, key: jax.Array, member: jax.Array, noise: Noise
 ) -> PyTree:
     """The weights of one member of the generation with this generation key."""
-    direction, sign = noise.direction(member)
-    direction_key = jax.random.fold_in(key, direction)
+    direction_key, sign = noise.direction(key, member)
     return perturb(params, direction_key, noise.sigma * sign, noise.law, noise.rank)

@@ -97,8 +97,7 @@ def draw_overlays(
     trained, _ = split(params, scales=noise.scale_sigma > 0)
 
     def draw(member: jax.Array) -> PyTree:
-        direction, sign = noise.direction(member)
-        direction_key = jax.random.fold_in(key, direction)
+        direction_key, sign = noise.direction(key, member)
 
         def deviation(path: tuple[Any, ...], leaf: Any) -> Any:
             if not is_codes(leaf):
@@ -147,8 +146,7 @@ def draw_deviations(
     """
 
     def draw(member: jax.Array) -> PyTree:
-        direction, sign = noise.direction(member)
-        direction_key = jax.random.fold_in(key, direction)
+        direction_key, sign = noise.direction(key, member)
         scale = noise.sigma * sign
 
         def deviation(path: tuple[Any, ...], leaf: Any) -> Any:

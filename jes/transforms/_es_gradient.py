@@ -125,14 +125,11 @@ def _of_floats(
     noise: Noise,
     part: jax.typing.ArrayLike | None,
 ) -> jax.Array:
-    law = noise.law
+    draw = leaf_noise if part is None else partial(part_noise, part=part)
 
     def add(direction: jax.Array, total: jax.Array) -> jax.Array:
         direction_key = jax.random.fold_in(key, direction)
-        if part is None:
-            drawn = leaf_noise(direction_key, path, shape, law)
-        else:
-            drawn = part_noise(direction_key, path, shape, part, law)
+        drawn = draw(direction_key, path, shape, law=noise.law)
         return total - weights[direction] * drawn
 
     start = jnp.zeros(shape, jnp.float32)
