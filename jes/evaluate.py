@@ -13,9 +13,10 @@ from typing import Any
 
 from rich.table import Table
 
-from jes.ask import MODES, Examiner, Score, examine, prepare
+from jes.ask import examine
 from jes.config import DTYPES
 from jes.errors import InputError
+from jes.examiner import MODES, Examiner, prepare
 from jes.export import decay_anchor, evolution_of, load_base, read_ledger
 from jes.io.command_line import at_least, guarded
 from jes.io.metrics import write_json
@@ -23,6 +24,7 @@ from jes.io.progress import console
 from jes.io.runs import recorded
 from jes.models.weights import Pretrained, load
 from jes.record import without_unasked
+from jes.score import Score
 from jes.tasks import TASKS, Task, load_task
 from jes.train import resume
 
@@ -72,7 +74,7 @@ def evaluate(
       tasks: names in `jes.tasks.TASKS`.
       examples: how many held-out examples of each task; 0 for all.
       root, seed: see `jes.tasks.load_task`.
-      mode, dtype: see `jes.ask.Examiner`.
+      mode, dtype: see `jes.examiner.Examiner`.
       batch_size: prompts answered at once.
 
     Returns:
@@ -95,7 +97,7 @@ def make_examiner(pretrained: Pretrained, task: Task, **settings: Any) -> Examin
     Args:
       pretrained: the model.
       task: see `jes.tasks.load_task`.
-      settings: see `jes.ask.Examiner`.
+      settings: see `jes.examiner.Examiner`.
 
     Raises:
       InputError: if the model has no tokenizer.

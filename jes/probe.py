@@ -25,12 +25,13 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from jes.ask import Answered, Examiner, Question, answer_each, padded_lengths, prepare
+from jes.ask import answer_each
 from jes.core.ledger import append_row
 from jes.core.noise import Noise, generation_key
 from jes.core.population import chunks
 from jes.core.tree import is_quantized
 from jes.errors import InputError
+from jes.examiner import Examiner, Question, padded_lengths, prepare
 from jes.io import command_line, memory
 from jes.io.interrupts import Stopped, StopRequest, stop_request
 from jes.io.metrics import keep_rows, read_rows
@@ -40,6 +41,7 @@ from jes.landscape.probe_report import write_report
 from jes.landscape.probes import SIZES
 from jes.models.weights import Pretrained, fingerprint, load
 from jes.sampling.generate import GREEDY, Sampling
+from jes.score import Answered
 from jes.setup import check_settings, make_examiner, one_bucket
 
 

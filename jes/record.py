@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 
 from jes.anchor import distance
-from jes.ask import Score, examine
+from jes.ask import examine
 from jes.core.noise import PyTree
 from jes.errors import InputError
 from jes.io import runs
@@ -20,6 +20,7 @@ from jes.io.metrics import Writer, keep_rows, read_rows, write_json
 from jes.io.plots import training_curves
 from jes.io.progress import console
 from jes.sampling.divergence import divergence
+from jes.score import Score
 from jes.setup import ON_TRAIN, Setup
 
 KL_ROWS = 8

@@ -11,12 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jes.anchor import PLACES
-from jes.ask import Examiner, Question, longest, padded_lengths, prepare
 from jes.config import DTYPES
-from jes.core.mesh import MODEL, POPULATION, make_mesh, mesh_of
+from jes.core.mesh import make_mesh
 from jes.core.tree import is_quantized, with_dtype
 from jes.errors import InputError
-from jes.io import memory
+from jes.examiner import Examiner, Question, longest, padded_lengths, prepare
 from jes.io.progress import console
 from jes.metacognition.objectives import OBJECTIVES
 from jes.models.weights import Pretrained
@@ -357,90 +356,6 @@ def one_bucket(examiner: Examiner, questions: Sequence[Question]) -> Examiner:
         buckets=(bucket(longest(questions), examiner.buckets),),
         parts=(prefix, rest) if prefix else (),
     )
-
-
-def choose_slots(setup: Setup) -> int:
-    """Prompts that a member answers at a time, as set or by the memory; 0 for all."""
-    examiner, config = setup.examiner, setup.config
-    rows = rows_of_member(setup)
-    if examiner.mode == "likelihood" or config.slots >= rows:
-        return 0
-    return config.slots or memory.choose_slots(
-        *member_shape(setup, rows), budget=budget_for_members(setup)
-    )
-
-
-def with_slots(setup: Setup, slots: int) -> Setup:
-    """The set-up with so many slots for members that are trained."""
-    examiner = dataclasses.replace(setup.examiner, slots=slots)
-    return setup._replace(examiner=examiner)
-
-
-def choose_chunk(setup: Setup) -> int:
-    """Members to hold at once on a device: as set, or as many as its memory allows."""
-    config = setup.config
-    mesh = mesh_of(setup.pretrained.params)
-    devices = 1 if mesh is None else mesh.shape[POPULATION]
-    members = -(-config.population // (jax.process_count() * devices))
-    if config.chunk:
-        return min(config.chunk, members)
-    rows = setup.examiner.slots or rows_of_member(setup)
-    return memory.choose_chunk(
-        *member_shape(setup, rows),
-        population=members,
-        budget=budget_for_members(setup),
-    )
-
-
-def rows_of_member(setup: Setup) -> int:
-    """How many rows of tokens a member has in a generation."""
-    rows = setup.config.prompts or len(setup.train)
-    if setup.examiner.mode == "likelihood":
-        rows *= max(len(question.choices) for question in setup.train)
-    if setup.examiner.task.meta is not None:
-        rows *= 2
-    return rows
-
-
-def member_shape(setup: Setup, rows: int) -> tuple[Any, ...]:
-    """The arguments of `memory.bytes_per_member`, with so many rows at a time."""
-    examiner = setup.examiner
-    quantized = is_quantized(setup.pretrained.params)
-    noise = setup.evolution.noise
-    weights = memory.weight_bytes(
-        setup.pretrained.config,
-        setup.parameters,
-        examiner.dtype,
-        noise if quantized or noise.rank else None,
-        by_layer=examiner.draw == "layer",
-    )
-    prefix, rest = padded_lengths(examiner, setup.train)
-    return (
-        setup.pretrained.config,
-        weights // model_devices(setup),
-        examiner.dtype,
-        rows,
-        rest,
-        examiner.max_new_tokens,
-        prefix,
-    )
-
-
-def budget_for_members(setup: Setup) -> int:
-    """Bytes of a device to spend on the members that are held at once."""
-    if setup.config.memory_gb:
-        return int(setup.config.memory_gb * 1e9)
-    # The centre, its anchor and one update are there too: float32, or a byte a code;
-    # and the form of the centre that members with noise of low rank share.
-    size = 1 if is_quantized(setup.pretrained.params) else 4
-    size *= 4 if setup.evolution.rank else 3
-    return memory.free_bytes() - size * setup.parameters // model_devices(setup)
-
-
-def model_devices(setup: Setup) -> int:
-    """How many devices a model is spread over."""
-    mesh = mesh_of(setup.pretrained.params)
-    return 1 if mesh is None else mesh.shape[MODEL]
 
 
 def pick(setup: Setup, generation: int) -> list[Question]:

@@ -28,8 +28,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from jes.anchor import displacement, keep_anchor
-from jes.ask import Score, ask
+from jes.ask import ask
 from jes.baselines import grpo_run, sft_run
+from jes.chunk import choose, with_slots
 from jes.core import ledger as ledgers
 from jes.core.noise import PyTree, generation_key
 from jes.errors import InputError
@@ -40,15 +41,13 @@ from jes.io.progress import bar, console
 from jes.metacognition.objectives import objective_fitness
 from jes.models.weights import fingerprint
 from jes.record import check_length, evaluate, finish, finished, report, writing
+from jes.score import Score
 from jes.setup import (
     Setup,
     check_settings,
-    choose_chunk,
-    choose_slots,
     make_evolution,
     make_setup,
     pick,
-    with_slots,
 )
 from jes.tell import Evolution, drift, first_state, moves_of, replay, tell
 
@@ -114,10 +113,9 @@ def evolve(
     """The run itself, from start or resumption to the summary."""
     setup = make_setup(config, evolution)
     check_same_start(setup)
-    setup = with_slots(setup, choose_slots(setup))
-    resolved = {"chunk": choose_chunk(setup), "slots": setup.examiner.slots}
+    resolved = runs.claim(workdir, config.to_dict(), lambda: choose(setup)._asdict())
     # A folder from before there were slots has none.
-    resolved = {"slots": 0} | runs.claim(workdir, config.to_dict(), resolved)
+    resolved = {"slots": 0} | resolved
     chunk, setup = resolved["chunk"], with_slots(setup, resolved["slots"])
     ledger = open_ledger(setup, workdir / "ledger.jsonl")
     base = keep_anchor(

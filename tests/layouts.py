@@ -20,9 +20,11 @@ import small_run
 from random_checkpoint import QWEN2, write_checkpoint
 
 import jes
-from jes import ask, train
+from jes import train
 from jes.anchor import keep_anchor
+from jes.ask import ask, rollout
 from jes.core.mesh import make_mesh, mesh_of, on_mesh_of
+from jes.examiner import MODES, Examiner, prepare
 from jes.models.weights import Pretrained
 from jes.tell import Evolution, _tell, first_state, tell
 
@@ -36,9 +38,9 @@ EVOLUTION = Evolution(
 )
 
 
-def examiner(pretrained: Pretrained, mode: str) -> ask.Examiner:
+def examiner(pretrained: Pretrained, mode: str) -> Examiner:
     task = jes.tasks.load_task("tiny/max", root="", seed=0, train=12, test=4)
-    return ask.Examiner(
+    return Examiner(
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,
         task=task,
@@ -54,10 +56,10 @@ def on_mesh(model: Path, devices: int, model_parallel: int, results: dict) -> No
     pretrained = jes.load(model, mesh=mesh)
     params, key = pretrained.params, jax.random.key(7)
     name = f"{devices}/{model_parallel}"
-    for mode in ask.MODES:
+    for mode in MODES:
         each = examiner(pretrained, mode)
-        questions = ask.prepare(each, each.task.train)
-        score = ask.ask(
+        questions = prepare(each, each.task.train)
+        score = ask(
             each,
             params,
             key,
@@ -70,12 +72,12 @@ def on_mesh(model: Path, devices: int, model_parallel: int, results: dict) -> No
     # The numbers behind the choices, of the members that `ask` has asked first.
     with on_mesh_of(params) as places:
         members = jnp.arange(places * min(2, -(-POPULATION // places)))
-        run, _, _ = ask._rollout(each, questions)
+        run, _, _ = rollout(each, questions)
         found = run(params, key, members, noise=EVOLUTION.noise)
         results[f"log-likelihoods {name}"] = np.asarray(found)[:2]
         if (devices, model_parallel) == (2, 2):
             by_layer = dataclasses.replace(each, draw="layer")
-            run, _, _ = ask._rollout(by_layer, questions)
+            run, _, _ = rollout(by_layer, questions)
             found = run(params, key, members, noise=EVOLUTION.noise)
             results[f"log-likelihoods by layer {name}"] = np.asarray(found)[:2]
     state = first_state(EVOLUTION, params)

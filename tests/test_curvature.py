@@ -11,9 +11,10 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from small_run import SHAPE
 
 import jes
-from jes.ask import ask, prepare
+from jes.ask import ask
 from jes.core.noise import Noise, perturb_member
 from jes.evaluate import make_examiner
+from jes.examiner import prepare
 from jes.landscape import lanczos, smoothed
 from jes.landscape.curvature import (
     cheap_index,

@@ -11,13 +11,14 @@ from small_run import get_config, outcome
 
 import jes
 from jes import train
-from jes.ask import Examiner, ask, examine, prepare
+from jes.ask import ask, examine
 from jes.core.drawn import Drawn, Own, draw_later
 from jes.core.mesh import make_mesh
 from jes.core.noise import LAWS, LAWS_AT, Noise, PyTree
 from jes.core.normal import Place, bits_at, places
 from jes.core.population import draw_members
 from jes.errors import InputError
+from jes.examiner import Examiner, prepare
 from jes.models.config import ModelConfig
 from jes.models.deviation import deviated
 from jes.models.qwen import Decoder

@@ -14,7 +14,6 @@ import pytest
 
 import jes
 from jes.anchor import displacement, keep_anchor
-from jes.ask import Examiner, Question, prepare
 from jes.baselines.grpo import (
     Batch,
     Grpo,
@@ -28,6 +27,7 @@ from jes.baselines.grpo import (
     rollout,
 )
 from jes.errors import InputError
+from jes.examiner import Examiner, Question, prepare
 from jes.sampling.generate import trim
 from jes.tasks import load_task
 from jes.tasks.task import Reward

@@ -13,13 +13,15 @@ from test_evaluate_export import command
 
 import jes
 from jes import train
-from jes.ask import Examiner, Score, ask, examine, prepare
+from jes.ask import ask, examine
 from jes.core.noise import Noise
 from jes.errors import InputError
+from jes.examiner import Examiner, prepare
 from jes.metacognition import evaluate
 from jes.metacognition.answers import collect
 from jes.metacognition.objectives import CELLS, objective_fitness
 from jes.sampling.prompts import encode
+from jes.score import Score
 from jes.tasks import load_task
 from jes.tasks.task import Reward
 

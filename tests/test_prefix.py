@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import jes
-from jes.ask import Examiner, answer_each, ask, examine, padded_lengths, prepare
+from jes.ask import answer_each, ask, examine
 from jes.core.noise import Noise
 from jes.core.population import draw_overlays
+from jes.examiner import Examiner, padded_lengths, prepare
 from jes.io.memory import bytes_per_member
 from jes.models.config import ModelConfig
 from jes.models.qwen import Decoder

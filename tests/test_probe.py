@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from small_run import rows, run_jobs, write_model
 
 import jes
-from jes.ask import Examiner, answer_each, ask, prepare
+from jes.ask import answer_each, ask
 from jes.core.noise import Noise
+from jes.examiner import Examiner, prepare
 from jes.landscape import settings
 from jes.landscape.probe_report import from_hex
 from jes.landscape.probes import best_of

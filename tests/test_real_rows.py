@@ -14,7 +14,8 @@ import pytest
 from random_checkpoint import QWEN2, write_checkpoint
 
 import jes
-from jes.ask import Examiner, examine, longest, prepare
+from jes.ask import examine
+from jes.examiner import Examiner, longest, prepare
 from jes.forgetting.protocol import forgetting_config
 from jes.models.weights import Pretrained
 from jes.tasks import Example, Task, load_task

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from small_run import get_config, rows
 
 from jes import train
-from jes.ask import Question
 from jes.baselines import sft_run
 from jes.baselines.sft import (
     Batch,
@@ -27,6 +26,7 @@ from jes.baselines.sft import (
     make_optimizer,
 )
 from jes.errors import InputError
+from jes.examiner import Question
 from jes.io import memory
 from jes.io.interrupts import Stopped
 from jes.sampling.generate import generate

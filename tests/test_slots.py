@@ -15,12 +15,13 @@ import small_run
 import jes
 from jes import ask as asking
 from jes import train
-from jes.ask import Examiner, ask, examine, prepare
+from jes.ask import ask, examine
 from jes.bench.rollouts import long_tailed
 from jes.core.mesh import make_mesh
 from jes.core.noise import Noise
 from jes.core.population import draw_overlays
 from jes.errors import InputError
+from jes.examiner import Examiner, prepare
 from jes.io import memory
 from jes.models.cache import PADDING, Cache
 from jes.models.config import ModelConfig

@@ -14,7 +14,6 @@ from small_run import get_config, outcome, rows
 import jes
 from jes import setup, train
 from jes.bench import laws
-from jes.bench.__main__ import noise_rows
 from jes.core import ledger as ledgers
 from jes.core.mesh import make_mesh, on_mesh_of, replicated
 from jes.core.noise import (
@@ -315,7 +314,7 @@ def test_the_benchmark_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) ->
         own = [LAWS[law](jax.random.fold_in(key, m), (1001,)) for m in (0, 1)]
         total = laws.used("summed over 2 members", law)()
         np.testing.assert_allclose(total, -0.5 * own[0] - 1.5 * own[1], atol=1e-5)
-    measured = noise_rows(2)
+    measured = laws.rows(2)
     assert len(measured) == 6
     for row in measured:
         assert row.low <= row.ratio <= row.high

@@ -53,7 +53,7 @@ def learn(
     settings = method.make_settings(setup)
     resolved = {"microbatch": settings.microbatch}
     # As it was at the start: in another one sums are of another order.
-    resolved |= runs.claim(workdir, config.to_dict(), resolved)
+    resolved |= runs.claim(workdir, config.to_dict(), resolved.copy)
     settings = dataclasses.replace(settings, **resolved)
     folder = workdir / "checkpoints"
     newest = max(checkpoints.saved(folder), default=0)

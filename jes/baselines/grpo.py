@@ -23,13 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jes.ask import Examiner, Question, Score, mean_score, rewards_of
 from jes.baselines.gradient import check_finite, mean_gradient
 from jes.core.noise import PyTree
 from jes.core.placement import on_device
 from jes.errors import InputError
+from jes.examiner import Examiner, Question
 from jes.sampling.generate import Sampling, decode_members, trim, unrolled_members
 from jes.sampling.prompts import pad
+from jes.score import Score, mean_score, rewards_of
 
 MOST_NATS = 20.0
 """Log-ratios are cut off here: exp(89) is infinite in float32, and one infinite token

@@ -30,13 +30,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jes.ask import Examiner, Question, rewards_of
 from jes.baselines.gradient import check_finite, mean_gradient
 from jes.core.noise import PyTree
 from jes.core.tree import with_dtype
 from jes.errors import InputError
+from jes.examiner import Examiner, Question
 from jes.sampling.generate import generate
 from jes.sampling.prompts import encode, pad
+from jes.score import rewards_of
 
 LOSSES = ("answer", "all")
 CLIP_NORM = 1.0

@@ -8,14 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jes.ask import Examiner, Question, ask, examine
-from jes.core.noise import generation_key
+from jes.ask import ask, examine
+from jes.core.noise import Noise, generation_key
+from jes.examiner import Examiner, Question
 from jes.io import memory
 from jes.models.config import ModelConfig
 from jes.models.qwen import Decoder
 from jes.models.weights import Pretrained, load
 from jes.tasks.task import Reward, Task
 from jes.tell import Evolution, first_state, tell
+
+MEMBERS = 16
+"""Of a generation that is timed."""
 
 
 class Case(NamedTuple):
@@ -79,7 +83,9 @@ def generation(
     examiner, questions = examination(case, mode, draw)
     params = jax.tree.map(jnp.array, case.pretrained.params)
     state = first_state(evolution, params)
-    chunk = chunk or fitting(case, evolution.population, examiner.dtype)
+    chunk = chunk or fitting(
+        case, evolution.noise, evolution.population, examiner.dtype
+    )
     key = generation_key(jax.random.key(0), 0)
 
     def run() -> Any:
@@ -101,13 +107,13 @@ def generation(
     return run
 
 
-def fitting(case: Case, members: int, dtype: Any) -> int:
+def fitting(case: Case, noise: Noise, members: int, dtype: Any) -> int:
     """How many of the members to hold at once."""
     config, params = case.pretrained.config, case.pretrained.params
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     return memory.choose_chunk(
         config,
-        memory.weight_bytes(config, parameters, dtype),
+        memory.weight_bytes(config, parameters, dtype, noise if noise.rank else None),
         dtype,
         case.rows,
         case.prompt,
@@ -115,6 +121,11 @@ def fitting(case: Case, members: int, dtype: Any) -> int:
         population=members,
         budget=memory.free_bytes(),
     )
+
+
+def settings(members: int, law: str) -> Evolution:
+    """Of the generations that are timed, which leave the weights as they are."""
+    return Evolution(population=members, sigma=1e-3, alpha=0.0, law=law)
 
 
 def unperturbed(case: Case, mode: str = "generate") -> Callable[[], Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jes.bench.timing import Row, compare
 from jes.core.normal import standard_normal
 from jes.core.table_normal import table_normal
 
@@ -56,3 +57,18 @@ def used(use: str, law: str) -> Callable[[], Any]:
     key, centre = jax.random.key(0), jnp.zeros(SIZE)
     run = jax.jit(lambda key, centre: USES[use](LAWS[law], key, centre))
     return lambda: run(key, centre)
+
+
+def rows(repeats: int) -> list[Row]:
+    """What the table saves, over jax's normal numbers and over the fused ones."""
+    return [
+        compare(
+            f"{law} / table noise, {use}",
+            goal,
+            used(use, law),
+            used(use, "table"),
+            repeats,
+        )
+        for law, goal in (("jax.random.normal", ">= 1.8"), ("normal", ""))
+        for use in USES
+    ]

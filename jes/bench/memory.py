@@ -14,42 +14,25 @@ prompts are random tokens; no base weights are kept beside (anchor 'none'). With
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jes.ask import DRAWS, MODES
 from jes.bench.cases import Case, generation, random_model, unperturbed
 from jes.bench.timing import Row, row_of
 from jes.config import DTYPES
 from jes.core.tree import is_quantized
 from jes.errors import InputError
+from jes.examiner import DRAWS, MODES
 from jes.io import command_line, memory
 from jes.io.progress import console
 from jes.models.weights import Pretrained, load
 from jes.quantize import load_base
 from jes.tell import Evolution
-
-
-def resident(peak: bool = False) -> int:
-    """Bytes of this process in memory, now or at most since `forget_peak`."""
-    field = "VmHWM" if peak else "VmRSS"
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
-def forget_peak() -> None:
-    """Lets the peak begin anew."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(args: argparse.Namespace) -> dict[str, int]:
@@ -65,12 +48,9 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
     del base, case  # a copy is trained
     jax.clear_caches()  # the programs that have loaded and copied it
     jax.block_until_ready(run())
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or what was freed would be there already
-    forget_peak()
-    before = resident()
+    before = memory.start_of_growth()
     jax.block_until_ready(run())
-    grown = resident(peak=True) - before
+    grown = memory.resident(peak=True) - before
     arrays = sum(array.nbytes for array in jax.live_arrays())
     found = {"arrays": arrays, "grown": grown, "together": arrays + grown}
     return found | {"compiled": largest_program(arrays)}

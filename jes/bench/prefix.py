@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jes.models.weights import Pretrained
+from jes.bench.timing import Row, compare
+from jes.models.weights import Pretrained, load
 from jes.sampling.generate import decode_members, unrolled_members
 from jes.sampling.prompts import share
 
@@ -39,3 +40,19 @@ def reading(
         eos_ids=(),
         prefix=prefix,
     )
+
+
+def rows(repeats: int) -> list[Row]:
+    """What a shared beginning saves."""
+    tiny = load("tiny")
+    prompts = texts(tiny.config.vocab_size)
+    lengths = f"{PROMPTS} prompts x ({COMMON} + {OWN}) tokens"
+    return [
+        compare(
+            f"prompts read in full / what they share once: tiny, {lengths}",
+            ">= 5",
+            reading(tiny, prompts, parts=()),
+            reading(tiny, prompts),
+            repeats,
+        )
+    ]

@@ -12,8 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jes.bench.cases import larger_model
+from jes.bench.timing import Row, compare
 from jes.io import memory
-from jes.models.weights import Pretrained
+from jes.models.weights import Pretrained, load
 from jes.sampling.generate import decode_members, unrolled_members
 from jes.sampling.prompts import PromptBatch, pad
 from jes.sampling.slots import decode_in_slots
@@ -102,4 +104,17 @@ def _in_chunks(
     run = partial(decode, model, weights, prompts, **settings)
     return lambda: [
         run(key, limits=some) for key, some in zip(keys, limits, strict=True)
+    ]
+
+
+def rows(repeats: int) -> list[Row]:
+    """What slots save where a few answers are far longer than most."""
+    return [
+        compare(
+            f"plain loop / slots: {name}, {DESCRIPTION}",
+            ">= 2",
+            *rollouts(model),
+            repeats,
+        )
+        for name, model in (("tiny", load("tiny")), ("4.5M", larger_model()))
     ]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jes.bench.timing import Row, compare
 from jes.core.codes import Codes, pack
 from jes.core.integer_noise import dense_noise
 from jes.core.noise import generation_key, leaf_key
@@ -134,3 +135,18 @@ def dense_update(sigma: float) -> Callable[[], Any]:
 def rewards(members: int) -> jax.Array:
     """Of all members."""
     return jax.random.normal(jax.random.key(3), (members,))
+
+
+def rows(repeats: int) -> list[Row]:
+    """What sparse noise saves, of 50 members."""
+    dense, sparse, out = 2, 100, []
+    for sigma, goal in SIGMAS.items():
+        name = f"dense / sparse noise of codes, sigma = {sigma}"
+        first = dense_estimate(sigma, dense)
+        second = sparse_estimate(sigma, sparse)
+        out.append(compare(name, goal, first, second, repeats, dense / sparse))
+    for sigma in (0.001, 0.01):
+        name = f"seed-replay update / dense-noise update, sigma = {sigma}"
+        first, second = replayed_update(sigma), dense_update(sigma)
+        out.append(compare(name, "<= 0.5", first, second, repeats))
+    return out

@@ -19,6 +19,7 @@ from jes.core.low_rank import has_matrices, is_stack
 from jes.core.mesh import by_member
 from jes.core.noise import LAWS_AT, Noise, PyTree, leaf_key, leaf_noise
 from jes.core.normal import Place, places
+from jes.core.placement import not_before
 
 BLOCKS = 16
 """Of an embedding: one has about as many weights as a layer then."""
@@ -42,6 +43,10 @@ class Drawn:
     matrix: jax.Array
     law: str = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
+
+    def after(self, x: jax.Array) -> "Drawn":
+        """The same, but not to be drawn before `x` is there."""
+        return dataclasses.replace(self, key=not_before(x, self.key))
 
 
 @jax.tree_util.register_dataclass
@@ -130,15 +135,6 @@ def use_blocks(
         return use(_sum(block, drawn, place))
 
     return jax.lax.map(one, jnp.arange(count))
-
-
-def not_before(x: jax.Array, drawn: Drawn) -> Drawn:
-    """The same, but not to be drawn before `x` is there.
-
-    Or a compiler draws all noise of a model before the first token, and keeps it.
-    """
-    impossible = (x[(0,) * x.ndim] < -jnp.inf).astype(jnp.uint32)
-    return dataclasses.replace(drawn, key=drawn.key ^ impossible)
 
 
 def _sum(weight: jax.Array, drawn: Drawn, place: Place) -> jax.Array:

@@ -1,6 +1,7 @@
-"""Arrays in the memory of the host, for programs on the device."""
+"""Where a program has arrays, and from when on."""
 
 import jax
+import jax.numpy as jnp
 
 
 def on_device(leaf: jax.Array) -> jax.Array:
@@ -12,3 +13,18 @@ def on_device(leaf: jax.Array) -> jax.Array:
     if jax.typeof(leaf).memory_space == jax.memory.Space.Host:
         return jax.device_put(leaf, jax.memory.Space.Device)
     return leaf
+
+
+def not_before(x: jax.Array, bits: jax.Array) -> jax.Array:
+    """The same integers, but nothing can be made of them before `x` is there.
+
+    For what is made of them in each layer for a moment. A compiler would make it for
+    all layers at once, before the first token, and keep it over all tokens. (A barrier
+    does not help: the one for CPUs takes it out too early.)
+
+    Args:
+      x: floats [...], at least one.
+      bits: integers [...].
+    """
+    impossible = x[(0,) * x.ndim] < -jnp.inf
+    return bits ^ impossible.astype(bits.dtype)

@@ -1,8 +1,12 @@
 """How much memory there is, and how much a member of the population takes."""
 
 import ctypes
+import gc
 import os
 import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -53,6 +57,55 @@ def free_bytes() -> int:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         free //= jax.local_device_count()  # which share it
     return int(SHARE * free)
+
+
+def growth(work: Callable[[], Any], devices: int = 1) -> int | None:
+    """By how much the memory in use on a device grows while `work` runs, at its peak.
+
+    Beyond what was there before, and what a first run of it leaves there for others.
+
+    Args:
+      work: gives arrays.
+      devices: how many it keeps busy.
+
+    Returns:
+      Bytes. On accelerators a bound, as their peak is that of all the time before too;
+      without one a second run is measured, because the first one compiles. None where
+      the system does not say.
+    """
+    jax.block_until_ready(work())
+    found = [device.memory_stats() or {} for device in jax.local_devices()]
+    if all("peak_bytes_in_use" in stats for stats in found):
+        return max(x["peak_bytes_in_use"] - x["bytes_in_use"] for x in found)
+    try:
+        before = start_of_growth()
+        jax.block_until_ready(work())
+        return (resident(peak=True) - before) // devices
+    except OSError:
+        return None
+
+
+def start_of_growth() -> int:
+    """Lets the peak of this process begin anew: the bytes of it in memory now.
+
+    Raises:
+      OSError: anywhere but on Linux.
+    """
+    gc.collect()
+    time.sleep(0.1)  # a thread of the runtime may be about to free a result
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)  # or what was freed would be there already
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident()
+
+
+def resident(peak: bool = False) -> int:
+    """Bytes of this process in memory, now or at most since `start_of_growth`."""
+    field = "VmHWM" if peak else "VmRSS"
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
 
 
 def bytes_per_member(

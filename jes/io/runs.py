@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -113,26 +113,27 @@ def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def claim(
-    workdir: Path, config: Mapping[str, Any], resolved: dict[str, Any]
+    workdir: Path, config: Mapping[str, Any], resolve: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     """Makes the folder this run's, or finds that it is so already: see `check`.
 
     Args:
       workdir: the run folder, which exists.
       config: all settings.
-      resolved: what was chosen by the program where the settings leave it open.
+      resolve: chooses what the settings leave open.
 
     Returns:
-      `resolved` as the run was started with, or as it is now where the settings that
-      it follows from have changed.
+      What it chose when the run was started, or now where the settings that it follows
+      from have changed.
     """
     record = check(workdir, config)
     if record is None:
-        record = {"config": {}, "resolved": resolved, "versions": versions()}
+        record = {"config": {}, "versions": versions()}
     # What is newer than the folder was as it is by default.
     before, now = plain(default().to_dict()) | record["config"], plain(config)
-    if any(before.get(name) != now.get(name) for name in MEMORY):
-        record["resolved"] = resolved
+    changed = any(before.get(name) != now.get(name) for name in MEMORY)
+    if changed or "resolved" not in record:
+        record["resolved"] = resolve()
     write_json(workdir / "config.json", {**record, "config": now})
     return record["resolved"]
 

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jes.ask import Examiner, Question, rewards_of
 from jes.core.noise import Noise, PyTree
 from jes.core.population import draw_members
+from jes.examiner import Examiner, Question
 from jes.sampling.generate import decode_members, trim, unrolled_members
 from jes.sampling.likelihood import ChoiceBatch, log_likelihoods, pad_choices
 from jes.sampling.prompts import pad
+from jes.score import rewards_of
 
 OBJECTIVES = ("reward", "surrogate")
 

@@ -36,12 +36,12 @@ from jax.flatten_util import ravel_pytree
 from ml_collections import config_flags
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-from jes.ask import Examiner, Question, prepare
 from jes.baselines.gradient import largest_divisor, mean_gradient
 from jes.core.ledger import append_row
 from jes.core.noise import Noise, PyTree, generation_key
 from jes.core.tree import is_quantized
 from jes.errors import InputError
+from jes.examiner import Examiner, Question, prepare
 from jes.io import command_line, memory
 from jes.io.metrics import keep_rows, read_rows, write_json
 from jes.io.progress import console
@@ -394,7 +394,7 @@ def study(config: ml_collections.ConfigDict, workdir: Path, run: Path | None) ->
     check(config)
     if run is not None:
         load_run(run)  # a mistake is found before the work
-    claim(workdir, config.to_dict(), {})
+    claim(workdir, config.to_dict(), dict)
     reports = []
     for number in range(len(config.models)):
         subject = make_subject(config, number, workdir)

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from jes.ask import Examiner, Question
 from jes.baselines.gradient import mean_gradient
 from jes.core.noise import PyTree
 from jes.errors import InputError
+from jes.examiner import Examiner, Question
 from jes.landscape.curvature import hvp
 from jes.sampling.likelihood import ChoiceBatch, choice_log_likelihoods, pad_choices
 from jes.sampling.prompts import encode

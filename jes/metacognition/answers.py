@@ -9,14 +9,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jes.ask import Examiner, Question, rewards_of
 from jes.core.noise import PyTree
 from jes.core.tree import with_dtype
 from jes.errors import InputError
+from jes.examiner import Examiner, Question
 from jes.metacognition.signal_detection import bootstrap, counts, d_prime, report
 from jes.sampling.generate import generate
 from jes.sampling.likelihood import log_likelihoods, pad_choices
 from jes.sampling.prompts import encode
+from jes.score import rewards_of
 from jes.tasks.task import Example
 
 

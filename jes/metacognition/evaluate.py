@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from jes.ask import prepare
 from jes.config import DTYPES
 from jes.errors import InputError
 from jes.evaluate import load_model, make_examiner
+from jes.examiner import prepare
 from jes.io.command_line import at_least, guarded
 from jes.io.metrics import write_json
 from jes.io.progress import console

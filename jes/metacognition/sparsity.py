@@ -35,13 +35,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jes.ask import Examiner, prepare
 from jes.config import DTYPES
 from jes.core.ledger import append_row
 from jes.core.noise import PyTree
 from jes.core.tree import is_quantized
 from jes.errors import InputError
 from jes.evaluate import load_model, make_examiner
+from jes.examiner import Examiner, prepare
 from jes.export import load_base, read_ledger
 from jes.io.command_line import at_least, guarded
 from jes.io.metrics import finite, keep_rows, read_rows

@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jes.core.drawn import Drawn, Own, add, add_rows, not_before, use_blocks
+from jes.core.drawn import Drawn, Own, add, add_rows, use_blocks
 from jes.core.low_rank import LowRank
 from jes.models.quantized import Quantized, matmul
 
@@ -50,7 +50,7 @@ def times(x: jax.Array, weight: Any, noise: Any) -> jax.Array:
         shared = x @ weight
         return shared + thin_product(x, noise.a, noise.b).astype(shared.dtype)
     if isinstance(noise, Drawn):
-        noise = not_before(x, noise)
+        noise = noise.after(x)
     return x @ deviated(weight, noise)
 
 
@@ -125,7 +125,7 @@ def word_scores(
         return jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
 
     if isinstance(noise, Drawn):
-        blocks = use_blocks(weight, not_before(x, noise), 0 if tied else 1, scores)
+        blocks = use_blocks(weight, noise.after(x), 0 if tied else 1, scores)
         logits = jnp.concatenate(blocks, words)
     else:
         logits = scores(deviated(weight, noise))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jes.core.codes import Codes, Overlay, moved
+from jes.core.placement import not_before
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +90,10 @@ def _by_row(weight: Quantized) -> Any:
 
 def matmul(x: jax.Array, weight: Quantized, noise: Any = None) -> jax.Array:
     """x @ weight, [..., I] -> [..., O] in the dtype of x."""
-    weight = dataclasses.replace(weight, codes=_once_there(x, weight.codes))
+    data = not_before(x, weight.codes.data)
+    weight = dataclasses.replace(
+        weight, codes=dataclasses.replace(weight.codes, data=data)
+    )
     if not weight.int8_activations:
         return x @ dequantize(weight, noise, x.dtype)
     codes = moved(weight.codes, _overlay(noise))
@@ -97,16 +101,6 @@ def matmul(x: jax.Array, weight: Quantized, noise: Any = None) -> jax.Array:
     products = jnp.matmul(rounded, codes, preferred_element_type=jnp.int32)
     scales = member_scales(weight, noise).reshape((1,) * (x.ndim - 1) + (-1,))
     return (products.astype(jnp.float32) * token_scales * scales).astype(x.dtype)
-
-
-def _once_there(x: jax.Array, codes: Codes) -> Codes:
-    """The codes as they are, but not to be touched before the input is there.
-
-    Or a compiler makes floats of all matrices of a model at once, and keeps them over
-    all tokens. (A barrier does not help: the one for CPUs takes it out too early.)
-    """
-    impossible = (x[(0,) * x.ndim] < -jnp.inf).astype(codes.data.dtype)
-    return dataclasses.replace(codes, data=codes.data ^ impossible)
 
 
 def round_tokens(x: jax.Array) -> tuple[jax.Array, jax.Array]:

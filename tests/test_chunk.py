@@ -1,0 +1,203 @@
+"""Members and prompts that are held at once: by an estimate, and by what is taken."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import small_run
+
+from jes import train
+from jes.chunk import (
+    LEAST,
+    Held,
+    budget_for_members,
+    choose,
+    fitting,
+    member_shape,
+    rows_of_member,
+)
+from jes.io import memory
+from jes.io.runs import claim as claim_run
+from jes.setup import Setup, make_evolution, make_setup
+
+
+def make(model: Path, **changes: Any) -> Setup:
+    """A set-up of a small run that leaves the chunk open."""
+    config = small_run.get_config(str(model))
+    config.chunk, config.prompts, config.population = 0, 4, 12
+    config.devices = 1
+    config.update(changes)
+    return make_setup(config, make_evolution(config))
+
+
+def estimate(setup: Setup) -> int:
+    """Of what a member takes with all its prompts at once."""
+    return memory.bytes_per_member(*member_shape(setup, rows_of_member(setup)))
+
+
+def with_memory(setup: Setup, members: float) -> Setup:
+    """With as much memory as the estimate of so many members."""
+    setup.config.memory_gb = members * estimate(setup) / 1e9
+    return setup
+
+
+class Taken:
+    """Stands in for what a member takes, and notes how often that was measured."""
+
+    def __init__(self) -> None:
+        self.bytes: float | None = 0.0
+        self.times = 0
+
+    def growth(self, work: Callable[[], Any], devices: int) -> int | None:
+        self.times += 1
+        assert devices == 1
+        return None if self.bytes is None else int(self.bytes)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
+    made = Taken()
+    monkeypatch.setattr(memory, "growth", made.growth)
+    return made
+
+
+@pytest.fixture
+def counted() -> None:
+    """Skips a test where the system does not say what is in use."""
+    if not Path("/proc/self/clear_refs").exists() or jax.devices()[0].memory_stats():
+        pytest.skip("for a CPU, on Linux")
+
+
+@pytest.mark.usefixtures("counted")
+def test_growth_is_what_a_program_takes() -> None:
+    x = jnp.ones(10_000_000)
+    grown = memory.growth(lambda: x + 1)
+    assert grown is not None
+    assert grown == pytest.approx(x.nbytes, rel=0.05)
+
+
+@pytest.mark.usefixtures("counted")
+def test_what_is_there_for_all_is_not_counted() -> None:
+    kept: list[jax.Array] = []
+
+    def work() -> jax.Array:
+        if not kept:
+            kept.append(jnp.ones(10_000_000))
+        return kept[0] + 1
+
+    assert memory.growth(work) == pytest.approx(4e7, rel=0.05)
+    assert memory.growth(work, devices=2) == pytest.approx(2e7, rel=0.05)
+
+
+def test_growth_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the counters of its allocator, of the device that takes most."""
+
+    class Device:
+        def __init__(self, peak: int) -> None:
+            self.peak = peak
+
+        def memory_stats(self) -> dict[str, int]:
+            return {"bytes_in_use": 100, "peak_bytes_in_use": self.peak}
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(150), Device(170)])
+    ran = []
+    assert memory.growth(lambda: ran.append(1)) == 70
+    assert ran == [1]
+
+
+def test_growth_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> int:
+        raise FileNotFoundError("/proc/self/clear_refs")
+
+    monkeypatch.setattr(memory, "start_of_growth", nowhere)
+    assert memory.growth(lambda: jnp.ones(3)) is None
+
+
+@pytest.mark.parametrize(
+    ("takes", "expected"),
+    [(1.0, 4), (2.0, 2), (0.5, 6), (0.0, 12), (9.0, 1), (None, 4)],
+)
+def test_the_chunk_is_what_fits_by_measure(
+    small_model: Path, taken: Taken, takes: float | None, expected: int
+) -> None:
+    # 4.5 members by the estimate; chunks of one size: 3 times 4, 2 times 6.
+    setup = with_memory(make(small_model, slots=4), 4.5)
+    assert fitting(setup, budget_for_members(setup)).chunk == 4
+    taken.bytes = None if takes is None else takes * estimate(setup)
+    assert choose(setup) == Held(expected, 0)
+    assert taken.times == 1
+    assert LEAST * 12 < 4.5  # nothing taken counts as that: all of them
+
+
+def test_the_estimate_is_enough_where_there_is_room(
+    small_model: Path, taken: Taken
+) -> None:
+    assert choose(with_memory(make(small_model), 25)) == Held(12, 0)
+    # As is what was set.
+    assert choose(with_memory(make(small_model, slots=4, chunk=3), 1.1)) == Held(3, 0)
+    assert choose(with_memory(make(small_model, slots=9, chunk=50), 1)) == Held(12, 0)
+    assert not taken.times
+
+
+def test_slots_follow_what_a_member_takes(small_model: Path, taken: Taken) -> None:
+    setup = with_memory(make(small_model, prompts=64, chunk=1), 1.5)
+    taken.bytes = estimate(setup)
+    assert choose(setup) == Held(1, 0)
+    taken.bytes = 2 * estimate(setup)
+    assert choose(setup) == Held(1, 16)
+    assert taken.times == 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"rank": 1}, {"draw": "layer"}, {"slots": 2}])
+def test_a_real_member(small_model: Path, changes: dict[str, Any]) -> None:
+    """As it is measured: the answer is a whole number of chunks that fit."""
+    setup = with_memory(make(small_model, **changes), 3.5)
+    held = choose(setup)
+    assert held.slots == changes.get("slots", held.slots)
+    assert held.chunk in (1, 2, 3, 4, 6, 12)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_run_measures_once(
+    devices: int, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = make(small_model, prompts=48, population=4, devices=devices)
+    setup = with_memory(setup, 1.1)
+    measured = []
+
+    def growth(work: Callable[[], Any], busy: int) -> int:
+        assert busy == devices
+        measured.append(work().shape)
+        return 1
+
+    def claim() -> dict[str, Any]:
+        settings = setup.config.to_dict()
+        return claim_run(tmp_path, settings, lambda: choose(setup)._asdict())
+
+    monkeypatch.setattr(memory, "growth", growth)
+    expected = {"chunk": 2, "slots": 0}
+    assert claim() == expected
+    assert measured == [(devices, 48, setup.examiner.max_new_tokens)]
+    # The run goes on, also for longer.
+    setup.config.generations += 1
+    assert claim() == expected
+    assert len(measured) == 1
+    # Other settings of memory are chosen for anew.
+    setup.config.chunk = 1
+    assert claim() == expected | {"chunk": 1}
+    assert len(measured) == 2
+
+
+def test_a_run_holds_what_is_chosen(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "choose", lambda setup: Held(1, 20))
+    config = small_run.get_config(str(small_model))
+    config.generations = 1
+    train.run(config, tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["resolved"] == {"chunk": 1, "slots": 20}
