@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from jes.baselines.quzo import stochastic_rounding
 from jes.core.codes import pack
@@ -16,7 +17,14 @@ from jes.core.drift import drift_norm
 from jes.core.fitness import typical_spread
 from jes.core.integer_noise import variance
 from jes.core.low_rank import is_stack
-from jes.core.mesh import mesh_of, model_is_spread, on_mesh_of, replicated
+from jes.core.mesh import (
+    POPULATION,
+    mesh_of,
+    model_is_spread,
+    on_mesh_of,
+    places,
+    replicated,
+)
 from jes.core.noise import Noise, PyTree, generation_key
 from jes.core.placement import on_device
 from jes.core.tree import is_codes, map_leaves, merge, split, structure
@@ -201,6 +209,8 @@ def tell(
     key: jax.Array,
     fitness: jax.typing.ArrayLike,
     anchor: PyTree = None,
+    *,
+    share: bool = False,
 ) -> tuple[PyTree, Any]:
     """One update of the centre; on a mesh, every device computes what it holds of it.
 
@@ -211,6 +221,8 @@ def tell(
       key: the generation key.
       fitness: float32 [N], raw rewards.
       anchor: the base weights, where there is a decay; see `jes.keep_anchor`.
+      share: on a mesh, the devices that hold the same large array of floats each move
+        a part of it, and send it to the others; the bits are the same.
 
     Returns:
       New parameters and optimizer state. What is frozen is the same array as before.
@@ -220,13 +232,14 @@ def tell(
     if anchor is not None:
         anchor, _ = split(anchor, scales)
     with on_mesh_of(params):
-        trained, state = _tell(evolution, trained, state, key, fitness, anchor)
+        trained, state = _tell(evolution, share, trained, state, key, fitness, anchor)
     return merge(trained, frozen), state
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def _tell(
     evolution: Evolution,
+    share: bool,
     params: PyTree,
     state: Any,
     key: jax.Array,
@@ -244,17 +257,21 @@ def _tell(
     if evolution.rounding != "none" or model_is_spread():
         return moved(params, anchor)
 
-    return _part_by_part(moved, params, anchor, whole=evolution.rank > 0)
+    devices = places() if share else 1
+    return _part_by_part(
+        moved, params, anchor, whole=evolution.rank > 0, devices=devices
+    )
 
 
 def _part_by_part(
-    moved: Callable, params: PyTree, anchor: PyTree, *, whole: bool
+    moved: Callable, params: PyTree, anchor: PyTree, *, whole: bool, devices: int
 ) -> tuple[PyTree, Any]:
     """What `moved` gives; each leaf moves alone, and a large one by parts, in place.
 
     What moves floats looks at one number at a time, and its state only counts. All at
     once, the updates would take as much memory as the weights. Matrices stay `whole`
-    where their noise is of low rank; stacks of them do not.
+    where their noise is of low rank; stacks of them do not. Of several `devices` each
+    moves every so-manieth part.
     """
 
     def one(path: tuple[Any, ...], leaf: jax.Array, home: Any) -> jax.Array:
@@ -264,7 +281,7 @@ def _part_by_part(
         home = None if home is None else on_device(home)
         rows = leaf.shape[0] // count
 
-        def move(number: jax.Array, leaf: jax.Array) -> jax.Array:
+        def new_part(number: jax.Array, leaf: jax.Array) -> jax.Array:
             def own(array: Any) -> Any:
                 if array is None:
                     return None
@@ -273,9 +290,35 @@ def _part_by_part(
 
             new, _ = moved(own(leaf), own(home), matrix=number)
             (new,) = jax.tree.leaves(new)
+            return new
+
+        def put(leaf: jax.Array, new: jax.Array, number: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(leaf, new, number * rows, 0)
 
-        return jax.lax.fori_loop(0, count, move, leaf)
+        def move(number: jax.Array, leaf: jax.Array) -> jax.Array:
+            return put(leaf, new_part(number, leaf), number)
+
+        if devices == 1:
+            return jax.lax.fori_loop(0, count, move, leaf)
+
+        def move_some(turn: jax.Array, leaf: jax.Array) -> jax.Array:
+            def number(device: jax.Array) -> jax.Array:
+                return jnp.minimum(turn * devices + device, count - 1)
+
+            mine = new_part(number(jax.lax.axis_index(POPULATION)), leaf)
+            new = jax.lax.all_gather(mine, POPULATION)
+            return jax.lax.fori_loop(
+                0, devices, lambda i, leaf: put(leaf, new[i], number(i)), leaf
+            )
+
+        turns = -(-count // devices)
+        everywhere = PartitionSpec()
+        return jax.shard_map(
+            lambda leaf: jax.lax.fori_loop(0, turns, move_some, leaf),
+            in_specs=everywhere,
+            out_specs=everywhere,
+            check_vma=False,
+        )(leaf)
 
     if anchor is None:
         anchor = jax.tree.map(lambda leaf: None, params)
@@ -320,6 +363,8 @@ def replay(
     fitness: Iterable[jax.typing.ArrayLike],
     start: int = 0,
     anchor: PyTree = None,
+    *,
+    share: bool = False,
 ) -> tuple[PyTree, Any]:
     """The updates of generations `start`, `start + 1`, ... from their fitness alone.
 
@@ -329,12 +374,13 @@ def replay(
       root: the run's root key.
       fitness: a float32 [N] a generation.
       anchor: the base weights, where there is a decay.
+      share: as for `tell`.
     """
     for generation, values in enumerate(fitness, start):
         key = generation_key(root, generation)
         values = jnp.asarray(values)
         now = evolution.at(generation)
-        params, state = tell(now, params, state, key, values, anchor)
+        params, state = tell(now, params, state, key, values, anchor, share=share)
     return params, state
 
 

@@ -136,7 +136,8 @@ def evolve(
         try:
             params = setup.pretrained.params
             evaluate(setup, 0, params, base, writer, stop)
-            state = resume(evolution, params, anchor, ledger, folder)
+            share = config.share_update
+            state = resume(evolution, params, anchor, ledger, folder, share=share)
             if state.generation:
                 console.print(f"going on after {state.generation} generations")
             for generation in range(state.generation, config.generations):
@@ -178,7 +179,13 @@ def follow(config: ml_collections.ConfigDict, evolution: Evolution) -> None:
     fitness = [np.array(row, np.float32) for row in start["fitness"]]
     root = jax.random.key(config.seed)
     params, optimizer = replay(
-        evolution, params, first_state(evolution, params), root, fitness, 0, anchor
+        evolution,
+        params,
+        first_state(evolution, params),
+        root,
+        fitness,
+        anchor=anchor,
+        share=config.share_update,
     )
     state = State(len(fitness), len(fitness), params, optimizer)
     with stop_request() as stop:
@@ -230,7 +237,13 @@ def advance(
     scores = scores._replace(reward=earned)
     fitness = make_fitness(setup, scores, generation)
     params, optimizer = tell(
-        evolution, state.params, state.optimizer, key, fitness, anchor
+        evolution,
+        state.params,
+        state.optimizer,
+        key,
+        fitness,
+        anchor,
+        share=setup.config.share_update,
     )
     return State(generation + 1, state.saved, params, optimizer), scores, fitness
 
@@ -277,6 +290,8 @@ def resume(
     anchor: PyTree,
     ledger: ledgers.Ledger,
     folder: Path,
+    *,
+    share: bool = False,
 ) -> State:
     """The state that the ledger says the run has reached.
 
@@ -286,6 +301,7 @@ def resume(
       anchor: a copy of them, where there is a decay.
       ledger: what happened.
       folder: of the run's checkpoints, to start from the newest that can be read.
+      share: as for `tell`.
     """
     optimizer = first_state(evolution, params)
     saved, done = 0, len(ledger.fitness)
@@ -296,7 +312,14 @@ def resume(
         saved, (params, optimizer) = restored
     root = jax.random.key(ledger.header["seed"])
     params, optimizer = replay(
-        evolution, params, optimizer, root, ledger.fitness[saved:], saved, anchor
+        evolution,
+        params,
+        optimizer,
+        root,
+        ledger.fitness[saved:],
+        saved,
+        anchor,
+        share=share,
     )
     return State(done, saved, params, optimizer)
 

@@ -89,7 +89,7 @@ def test_runs_are_the_same(folder: Path) -> None:
     outcomes: dict[str, Any] = json.loads((folder / "outcomes.json").read_text())
     one = outcomes["one"]
     assert outcomes["four"] == one
-    assert outcomes["moved"] == one  # begun on one device, ended on four
+    assert outcomes["moved"] == one  # begun on one device, ended on four that share it
     assert outcomes["split"]["fitness"] == one["fitness"]
 
 

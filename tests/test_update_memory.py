@@ -1,5 +1,7 @@
 """Updates are made in place, a matrix at a time."""
 
+import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -7,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh
 
 import jes
+from jes.anchor import keep_anchor
 from jes.core.codes import pack
+from jes.core.mesh import make_mesh, mesh_of, on_mesh_of, replicated
 from jes.core.noise import PyTree
 from jes.tell import Evolution, first_state, make_optimizer, parts, tell
 
@@ -110,6 +115,18 @@ def floats(seed: int, layers: int = 4) -> PyTree:
     )
 
 
+def small_floats(seed: int) -> PyTree:
+    """Matrices, of which a stack and one alone, and vectors."""
+    rng = np.random.default_rng(seed)
+    shapes = {"up": (3, 8, 6), "bias": (3, 7), "scale": (9,)}
+    drawn = {name: jnp.float32(rng.normal(size=shapes[name])) for name in shapes}
+    return {
+        "embed": {"embedding": jnp.float32(rng.normal(size=(12, 8)))},
+        "layers": {"up": {"kernel": drawn["up"], "bias": drawn["bias"]}},
+        "final_norm": {"scale": drawn["scale"]},
+    }
+
+
 @pytest.mark.parametrize("law", ["normal", "table"])
 @pytest.mark.parametrize("decay", [{}, DECAY])
 def test_floats_that_move_in_parts_are_those_that_move_at_once(
@@ -134,6 +151,57 @@ def test_floats_that_move_in_parts_are_those_that_move_at_once(
     expected = whole(params, state)
     found = tell(evolution, params, state, key, fitness, anchor)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_what_devices_share_is_what_each_would_compute(
+    rank: int, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, with parts that two devices share evenly, and three that not."""
+    monkeypatch.setattr("jes.tell.PART", 16)
+    evolution = evolution_of(rank=rank, **DECAY)
+    key, fitness = jes.generation_key(jax.random.key(0), 0), jnp.arange(4.0) ** 2
+
+    def moved(mesh: Mesh | None, share: bool) -> PyTree:
+        params = replicated(small_floats(0), mesh)
+        anchor = keep_anchor(replicated(small_floats(1), mesh), place)
+        state = first_state(evolution, params)
+        for _ in range(2):
+            params, state = tell(
+                evolution, params, state, key, fitness, anchor, share=share
+            )
+        assert mesh_of(params) == mesh
+        return params
+
+    expected = moved(None, share=False)
+    jax.tree.map(np.testing.assert_array_equal, moved(None, share=True), expected)
+    mesh = make_mesh(1, jax.devices()[:2])
+    for share in (False, True):
+        found = moved(mesh, share)
+        for leaf, right in zip(
+            jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+        ):
+            for shard in leaf.addressable_shards:
+                np.testing.assert_array_equal(shard.data, right)
+
+
+def test_devices_that_share_send_what_they_have_moved() -> None:
+    """Each draws a half of the noise; without sharing nothing is sent."""
+    evolution, mesh = evolution_of(), make_mesh(1, jax.devices()[:2])
+    params = {"layers": replicated(jnp.ones((4, 1024, 1024)), mesh)}
+    state = first_state(evolution, params)
+
+    def compiled(share: bool) -> Any:
+        with on_mesh_of(params):
+            program = jax.jit(partial(tell, share=share), static_argnums=0).lower(
+                evolution, params, state, jax.random.key(0), jnp.ones(4)
+            )
+            return program.compile().as_text()
+
+    assert "all-gather" not in compiled(share=False)
+    gathers = re.findall(r"= f32\[([0-9,]+)\]\S* all-gather\(", compiled(share=True))
+    assert gathers == ["2,1,1024,1024"]
 
 
 @pytest.mark.parametrize("law", ["normal", "table"])

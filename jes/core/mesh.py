@@ -127,3 +127,8 @@ def model_is_spread() -> bool:
     """Whether what is traced here runs on a mesh with more than one 'model' device."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.shape.get(MODEL, 1) > 1
+
+
+def places() -> int:
+    """How many devices members are spread over, where this is traced."""
+    return jax.sharding.get_abstract_mesh().shape.get(POPULATION, 1)

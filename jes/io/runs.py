@@ -24,7 +24,14 @@ MEMORY = (
     "devices",
     "model_parallel",
 )
-MAY_CHANGE = ("generations", "eval_every", "eval_batch", "checkpoint_every", *MEMORY)
+MAY_CHANGE = (
+    "generations",
+    "eval_every",
+    "eval_batch",
+    "checkpoint_every",
+    "share_update",
+    *MEMORY,
+)
 """Settings that a run may be continued with other values of: they decide when it
 looks, how long it goes on, how much memory it takes and on what devices, not what it
 computes (beyond the order of sums, for the last)."""
