@@ -72,10 +72,11 @@ def test_against_a_plain_reading(base: jes.Pretrained, answers: Answers) -> None
     answers = Answers(answers.prompts[:4], answers.answers[:4])
     tuned = noisy(base.params, 0.05)
     sampled, full, lengths = [], [], []
+    apply = jax.jit(base.model.apply)
     for prompt, answer in zip(*answers, strict=True):
         tokens = jnp.array([prompt + answer])
         logs = [
-            jax.nn.log_softmax(base.model.apply({"params": p}, tokens)[0][0])
+            jax.nn.log_softmax(apply({"params": p}, tokens)[0][0])
             for p in (base.params, tuned)
         ]
         at = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)

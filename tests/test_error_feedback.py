@@ -1,6 +1,7 @@
 """Error feedback, kept and replayed (2602.03120): vectors, equivalences, variants."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -350,6 +351,7 @@ def test_the_optimum_of_a_grid() -> None:
     assert solve("replay", 100) == solve("residual", 100) < 0.8 * start
 
 
+@partial(jax.jit, static_argnums=0)
 def grid_rewards(
     evolution: Evolution, params: PyTree, key: jax.Array, target: np.ndarray
 ) -> jax.Array:

@@ -39,6 +39,7 @@ def small_config(model: Path) -> ConfigDict:
     config = get_config(str(model))
     config.eval_tasks = ("tiny/sort", "tiny/max")
     config.buckets = (16, 24)
+    config.devices = 1
     config.generations = 4
     config.eval_every = 2
     config.kl_prompts = 3

@@ -48,7 +48,7 @@ def full_forward(params: dict, prompt: list[int], new: int) -> list[int]:
     """Greedy answer without padding, batch or cache: the readable reference."""
     tokens = list(prompt)
     for _ in range(new):
-        logits, _ = MODEL.apply({"params": params}, jnp.array([tokens]))
+        logits, _ = jax.jit(MODEL.apply)({"params": params}, jnp.array([tokens]))
         tokens.append(int(logits[0, -1].argmax()))
     return tokens[len(prompt) :]
 
