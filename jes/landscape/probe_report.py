@@ -254,7 +254,8 @@ def figure(found: Sequence[dict[str, Any]], task: str) -> Figure:
         color = f"C{number}"
         rows = [one for one in found if one["model"] == model and one["sigma"] != SHAM]
         for one, style in zip(rows, ("-", "--", ":", "-.") * len(rows), strict=False):
-            label = f"{labels[model]}, sigma {one['sigma']:g}"
+            # Colours are those of the other panels.
+            known = {} if number else {"label": f"sigma {one['sigma']:g}"}
             points = 100 * np.array(one["best"])
             best.errorbar(
                 one["sizes"],
@@ -263,7 +264,7 @@ def figure(found: Sequence[dict[str, Any]], task: str) -> Figure:
                 color=color,
                 linestyle=style,
                 capsize=2,
-                label=label,
+                **known,
             )
             if points[-1] > 0:
                 relative.plot(
@@ -304,6 +305,9 @@ def figure(found: Sequence[dict[str, Any]], task: str) -> Figure:
     )
     relative.axhline(0.9, color="0.7", linewidth=0.8)
     tidy(best, f"best of N on the pool, {task}", "N", "gain, points; bars 1.96 SE")
+    bottom, top = best.get_ylim()
+    best.set_ylim(bottom, top + 0.15 * (top - bottom))  # for the legend
+    best.legend(frameon=False, fontsize="x-small", loc="upper center", ncols=2)
     tidy(relative, "the same, relative to the largest N", "N", "share")
     tidy(share, "perturbations that improve; bars 95 %", "sigma", "%")
     tidy(mean, "mean gain; bars 95 %", "sigma", "points")

@@ -450,7 +450,7 @@ def dimensions(reports: Sequence[Mapping[str, Any]]) -> Figure:
         label = f"{one['model']}, {one['parameters']:,} weights"
         axes.errorbar(value, at, xerr=error, fmt="o", capsize=2, label=label)
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xscale("log")
     axes.set(xlabel="(tr H)² / tr H²; what is not finite is not drawn")
     axes.spines[["top", "right"]].set_visible(False)

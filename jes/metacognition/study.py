@@ -26,6 +26,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from ml_collections import config_flags
 
 from jes.errors import InputError
@@ -230,6 +231,7 @@ def figure(
             y = at + 0.16 * (i - (len(tasks) - 1) / 2)
             axes.errorbar(mean, y, xerr=error, fmt="o", capsize=2, label=task)
         axes.set_title(title, fontsize="medium")
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.set_yticks(at, [label(*row).replace("`", "") for row in ways])
         axes.spines[["top", "right"]].set_visible(False)
     axes.invert_yaxis()
