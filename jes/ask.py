@@ -15,25 +15,13 @@ import numpy as np
 from jes.core.drawn import draw_later
 from jes.core.mesh import on_mesh_of
 from jes.core.noise import Noise, PyTree
-from jes.core.population import (
-    draw_deviations,
-    draw_members,
-    draw_overlays,
-    evaluate,
-)
+from jes.core.population import draw_deviations, draw_members, draw_overlays, evaluate
 from jes.core.tree import is_quantized, with_dtype
 from jes.errors import InputError
-from jes.examiner import Examiner, Question, longest_text, shared_prompt
+from jes.examiner import Examiner, Question, longest_text, split_prompts
 from jes.io.hosts import exchange
-from jes.sampling.generate import (
-    decode_members,
-    unrolled_centre,
-    unrolled_members,
-)
-from jes.sampling.likelihood import (
-    log_likelihoods,
-    pad_choices,
-)
+from jes.sampling.generate import decode_members, unrolled_centre, unrolled_members
+from jes.sampling.likelihood import log_likelihoods, pad_choices
 from jes.sampling.prompts import batches
 from jes.sampling.slots import decode_in_slots
 from jes.score import (
@@ -216,7 +204,7 @@ def rollout(
             partial(judge_likelihoods, examiner, questions, batch),
         )
 
-    prefix, padded = shared_prompt(examiner, filled)
+    prefix, padded = split_prompts(examiner, filled)
     decoded: Callable[..., Any] = decode_members
     if 0 < examiner.slots < len(padded.tokens):
         decoded = partial(

@@ -97,8 +97,8 @@ def default() -> ConfigDict:
     # members over the rest.
     config.devices = 0  # 0 for all
     config.model_parallel = 1
-    # Devices that each hold the whole model move a part of it and send it round,
-    # instead of drawing all noise each. Hosts still send scores alone.
+    # Devices that each hold a whole model of floats move a part of it and send it
+    # round, instead of drawing all noise each. Hosts still send scores alone.
     config.share_update = False
 
     # Evaluation on held-out examples, before, every so many generations, and after.

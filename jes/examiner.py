@@ -128,11 +128,11 @@ def padded_lengths(
         batch = pad_choices(prompts, choices, examiner.buckets, examiner.parts)
         prefix, rest = batch.prefix, batch.rows
     else:
-        prefix, rest = shared_prompt(examiner, questions)
+        prefix, rest = split_prompts(examiner, questions)
     return 0 if prefix is None else prefix.tokens.shape[1], rest.tokens.shape[1]
 
 
-def shared_prompt(
+def split_prompts(
     examiner: Examiner, questions: Sequence[Question]
 ) -> tuple[PromptBatch | None, PromptBatch]:
     """What the prompts have in common, and the rest of all first, then all second."""

@@ -152,6 +152,12 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
         raise InputError(f"dtype must be one of {DTYPES}, not {config.dtype!r}")
     if config.slots and (config.method != "es" or config.mode != "generate"):
         raise InputError("slots are for method 'es' and mode 'generate'")
+    if config.share_update and (
+        config.method != "es" or config.rounding != "none" or config.model_parallel > 1
+    ):
+        raise InputError(
+            "share_update is for method 'es', rounding 'none' and model_parallel=1"
+        )
     if not config.buckets or any(
         not isinstance(bucket, int) or bucket < 1 for bucket in config.buckets
     ):

@@ -22,7 +22,7 @@ from jes.core.mesh import (
     mesh_of,
     model_is_spread,
     on_mesh_of,
-    places,
+    population_devices,
     replicated,
 )
 from jes.core.noise import Noise, PyTree, generation_key
@@ -222,7 +222,8 @@ def tell(
       fitness: float32 [N], raw rewards.
       anchor: the base weights, where there is a decay; see `jes.keep_anchor`.
       share: on a mesh, the devices that hold the same large array of floats each move
-        a part of it, and send it to the others; the bits are the same.
+        a part of it, and send it to the others; the bits are the same. They hold a part
+        a device beside it. Codes, and models spread over 'model', are not shared so.
 
     Returns:
       New parameters and optimizer state. What is frozen is the same array as before.
@@ -257,7 +258,7 @@ def _tell(
     if evolution.rounding != "none" or model_is_spread():
         return moved(params, anchor)
 
-    devices = places() if share else 1
+    devices = population_devices() if share else 1
     return _part_by_part(
         moved, params, anchor, whole=evolution.rank > 0, devices=devices
     )
@@ -270,8 +271,8 @@ def _part_by_part(
 
     What moves floats looks at one number at a time, and its state only counts. All at
     once, the updates would take as much memory as the weights. Matrices stay `whole`
-    where their noise is of low rank; stacks of them do not. Of several `devices` each
-    moves every so-manieth part.
+    where their noise is of low rank; stacks of them do not. Several `devices` each
+    move a part at a time, and hold what all of them have moved.
     """
 
     def one(path: tuple[Any, ...], leaf: jax.Array, home: Any) -> jax.Array:

@@ -42,13 +42,7 @@ from jes.metacognition.objectives import objective_fitness
 from jes.models.weights import fingerprint
 from jes.record import check_length, evaluate, finish, finished, report, writing
 from jes.score import Score
-from jes.setup import (
-    Setup,
-    check_settings,
-    make_evolution,
-    make_setup,
-    pick,
-)
+from jes.setup import Setup, check_settings, make_evolution, make_setup, pick
 from jes.tell import Evolution, drift, first_state, moves_of, replay, tell
 
 

@@ -15,7 +15,7 @@ import jes
 from jes.anchor import keep_anchor
 from jes.core.codes import pack
 from jes.core.mesh import make_mesh, mesh_of, on_mesh_of, replicated
-from jes.core.noise import PyTree
+from jes.core.noise import PyTree, part_noise
 from jes.tell import Evolution, first_state, make_optimizer, parts, tell
 
 REPLAY = {"rounding": "replay", "window": 3}
@@ -186,22 +186,54 @@ def test_what_devices_share_is_what_each_would_compute(
                 np.testing.assert_array_equal(shard.data, right)
 
 
-def test_devices_that_share_send_what_they_have_moved() -> None:
-    """Each draws a half of the noise; without sharing nothing is sent."""
-    evolution, mesh = evolution_of(), make_mesh(1, jax.devices()[:2])
-    params = {"layers": replicated(jnp.ones((4, 1024, 1024)), mesh)}
+def on_two(layers: int) -> PyTree:
+    """A stack on two devices."""
+    mesh = make_mesh(1, jax.devices()[:2])
+    return {"layers": replicated(jnp.ones((layers, 1024, 1024)), mesh)}
+
+
+def compiled(evolution: Evolution, params: PyTree, share: bool) -> Any:
+    """The program of an update that is given its weights away."""
     state = first_state(evolution, params)
+    update = jax.jit(partial(tell, share=share), static_argnums=0, donate_argnums=1)
+    with on_mesh_of(params):
+        key, fitness = jax.random.key(0), jnp.ones(4)
+        return update.lower(evolution, params, state, key, fitness).compile()
 
-    def compiled(share: bool) -> Any:
-        with on_mesh_of(params):
-            program = jax.jit(partial(tell, share=share), static_argnums=0).lower(
-                evolution, params, state, jax.random.key(0), jnp.ones(4)
-            )
-            return program.compile().as_text()
 
-    assert "all-gather" not in compiled(share=False)
-    gathers = re.findall(r"= f32\[([0-9,]+)\]\S* all-gather\(", compiled(share=True))
+def test_devices_that_share_send_what_they_have_moved() -> None:
+    """And hold a part of each device for a while; without sharing nothing is sent."""
+    evolution = evolution_of()
+    assert "all-gather" not in compiled(evolution, on_two(4), share=False).as_text()
+    shared = compiled(evolution, on_two(4), share=True).as_text()
+    gathers = re.findall(r"= f32\[([0-9,]+)\]\S* all-gather\(", shared)
     assert gathers == ["2,1,1024,1024"]
+
+    def beside(layers: int) -> int:
+        found = compiled(evolution, on_two(layers), share=True).memory_analysis()
+        new = found.output_size_in_bytes - found.alias_size_in_bytes
+        return new + found.temp_size_in_bytes
+
+    assert beside(8) < beside(2) + 1000
+    assert beside(8) < 2 * (2 + 3) * 4 * 1024 * 1024  # both devices are in one process
+
+
+def test_devices_that_share_draw_each_part_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[int] = []
+
+    def counted(*args: Any, part: jax.Array, **settings: Any) -> jax.Array:
+        jax.debug.callback(lambda number: drawn.append(int(number)), part)
+        return part_noise(*args, part=part, **settings)
+
+    monkeypatch.setattr("jes.transforms._es_gradient.part_noise", counted)
+    evolution, params = evolution_of(sigma=0.123), on_two(3)  # compiled here alone
+    state = first_state(evolution, params)
+    tell(evolution, params, state, jax.random.key(0), jnp.arange(4.0), share=True)
+    jax.effects_barrier()
+    # Of four members; the third part has a device to spare, which draws it too.
+    assert sorted(drawn) == [0] * 4 + [1] * 4 + [2] * 8
 
 
 @pytest.mark.parametrize("law", ["normal", "table"])

@@ -129,6 +129,6 @@ def model_is_spread() -> bool:
     return not mesh.empty and mesh.shape.get(MODEL, 1) > 1
 
 
-def places() -> int:
+def population_devices() -> int:
     """How many devices members are spread over, where this is traced."""
     return jax.sharding.get_abstract_mesh().shape.get(POPULATION, 1)

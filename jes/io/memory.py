@@ -60,7 +60,7 @@ def free_bytes() -> int:
 
 
 def growth(work: Callable[[], Any], devices: int = 1) -> int | None:
-    """By how much the memory in use on a device grows while `work` runs, at its peak.
+    """By how much memory in use grows while `work` runs, at its peak, on each device.
 
     Beyond what was there before, and what a first run of it leaves there for others.
 
@@ -69,20 +69,39 @@ def growth(work: Callable[[], Any], devices: int = 1) -> int | None:
       devices: how many it keeps busy.
 
     Returns:
-      Bytes. On accelerators a bound, as their peak is that of all the time before too;
-      without one a second run is measured, because the first one compiles. None where
-      the system does not say.
+      Bytes; without an accelerator those of a second run, because the first compiles.
+      None where the system does not say: an accelerator knows the highest peak since
+      the start alone, which may lie before.
     """
+    before = allocated()
     jax.block_until_ready(work())
-    found = [device.memory_stats() or {} for device in jax.local_devices()]
-    if all("peak_bytes_in_use" in stats for stats in found):
-        return max(x["peak_bytes_in_use"] - x["bytes_in_use"] for x in found)
+    if before:
+        pairs = zip(before, allocated(), strict=True)
+        rises = [peak - now for (was, _), (peak, now) in pairs if peak > was]
+        return max(rises, default=None)
+    if jax.default_backend() != "cpu":
+        return None
     try:
-        before = start_of_growth()
+        start = start_of_growth()
         jax.block_until_ready(work())
-        return (resident(peak=True) - before) // devices
+        return (resident(peak=True) - start) // devices
     except OSError:
         return None
+
+
+def allocated() -> list[tuple[int, int]]:
+    """Bytes on each accelerator at most so far, and now; nothing where none says it."""
+    found = [device.memory_stats() or {} for device in jax.local_devices()]
+    if not all("peak_bytes_in_use" in stats for stats in found):
+        return []
+    # What running programs have for themselves is in use, or reserved beside it.
+    return [
+        (
+            stats["peak_bytes_in_use"] + stats.get("peak_bytes_reserved", 0),
+            stats["bytes_in_use"] + stats.get("bytes_reserved", 0),
+        )
+        for stats in found
+    ]
 
 
 def start_of_growth() -> int:
