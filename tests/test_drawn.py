@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_decoder import decoder, weights_of
 from small_run import get_config, outcome
 
 import jes
@@ -19,23 +20,12 @@ from jes.core.normal import Place, bits_at, places
 from jes.core.population import draw_members
 from jes.errors import InputError
 from jes.examiner import Examiner, prepare
-from jes.models.config import ModelConfig
 from jes.models.deviation import deviated
 from jes.models.qwen import Decoder
 from jes.sampling.generate import decode_members, unrolled_members
 from jes.sampling.likelihood import log_likelihoods, pad_choices
 from jes.sampling.prompts import pad
 
-SHAPE = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
 KEY = jax.random.key(5)
 MEMBERS = jnp.array([0, 1, 6])
 PROMPTS = [[3, 4, 5, 6], [7, 8], [9, 10, 11]]
@@ -44,11 +34,9 @@ drawn_members = jax.jit(draw_members, static_argnums=(3, 4))
 drawn_later = jax.jit(draw_later, static_argnums=(3, 4))
 
 
-def decoder(**changes: object) -> tuple[Decoder, PyTree]:
-    model = Decoder(ModelConfig.from_hf(SHAPE | changes))
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    # Initial weights answer with one token for ever; these do not.
-    return model, jes.perturb(params, jax.random.key(1), 0.3)
+def decoder_of(**changes: object) -> tuple[Decoder, PyTree]:
+    model = decoder(**{"num_hidden_layers": 3, "vocab_size": 48} | changes)
+    return model, weights_of(model)
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -126,7 +114,7 @@ def test_members_are_those_of_the_default(law: str, dtype: str) -> None:
 )
 def test_likelihoods_are_those_of_members(changes: dict) -> None:
     """With a number of words that no number of blocks divides, too."""
-    model, params = decoder(**changes)
+    model, params = decoder_of(**changes)
     settings = params, KEY, MEMBERS, Noise(sigma=0.1), jnp.dtype("float32")
     batch = pad_choices(PROMPTS, [[[1], [2, 3]]] * 3, (16,))
     np.testing.assert_allclose(
@@ -137,7 +125,7 @@ def test_likelihoods_are_those_of_members(changes: dict) -> None:
 
 
 def test_answers_are_those_of_members() -> None:
-    model, params = decoder(num_hidden_layers=2)
+    model, params = decoder_of(num_hidden_layers=2)
     settings = params, KEY, MEMBERS, Noise(sigma=0.1), jnp.dtype("float32")
     members = unrolled_members(model, drawn_members(*settings))
     given = pad(PROMPTS, (8,)), jax.random.split(KEY, 3)
@@ -189,7 +177,9 @@ def test_members_earn_the_same(
 
 def test_one_layer_is_there_at_a_time() -> None:
     """What the compiler sets aside, over what it does for the centre alone."""
-    model, params = decoder(num_hidden_layers=24, hidden_size=64, intermediate_size=512)
+    model, params = decoder_of(
+        num_hidden_layers=24, hidden_size=64, intermediate_size=512
+    )
     batch = pad_choices(PROMPTS, [[[1], [2]]] * 3, (16,))
     settings = params, KEY, MEMBERS, Noise(sigma=0.1), jnp.dtype("float32")
     later = drawn_later(*settings)

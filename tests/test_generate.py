@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_decoder import decoder, weights_of
 
 import jes
-from jes.models.config import ModelConfig
-from jes.models.qwen import Decoder
 from jes.sampling.generate import (
     GREEDY,
     Sampling,
@@ -20,28 +19,14 @@ from jes.sampling.generate import (
 from jes.sampling.likelihood import choice_log_likelihoods, pad_choices
 from jes.sampling.prompts import encode, pad
 
-CONFIG = ModelConfig.from_hf(
-    {
-        "architectures": ["Qwen2ForCausalLM"],
-        "vocab_size": 50,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    }
-)
-MODEL = Decoder(CONFIG)
+MODEL = decoder()
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 50, n).tolist() for n in (3, 9, 1, 6, 6, 12, 2)]
 
 
 @pytest.fixture(scope="module")
 def params() -> dict:
-    drawn = MODEL.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    # Initial weights answer with one token for ever; these do not.
-    return jes.perturb(drawn, jax.random.key(1), 0.3)
+    return weights_of(MODEL)
 
 
 def full_forward(params: dict, prompt: list[int], new: int) -> list[int]:

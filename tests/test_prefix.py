@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_decoder import decoder, weights_of
 
 import jes
 from jes.ask import answer_each, ask, examine
@@ -14,28 +15,13 @@ from jes.core.noise import Noise
 from jes.core.population import draw_overlays
 from jes.examiner import Examiner, padded_lengths, prepare
 from jes.io.memory import bytes_per_member
-from jes.models.config import ModelConfig
-from jes.models.qwen import Decoder
 from jes.quantize import quantize
 from jes.sampling.generate import decode_members, unrolled_members
 from jes.sampling.likelihood import log_likelihoods, pad_choices
 from jes.sampling.prompts import batches, pad, share
 from jes.tasks.task import Reward, Task
 
-MODEL = Decoder(
-    ModelConfig.from_hf(
-        {
-            "architectures": ["Qwen2ForCausalLM"],
-            "vocab_size": 50,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-        }
-    )
-)
+MODEL = decoder()
 RNG = np.random.default_rng(0)
 SHOTS = RNG.integers(0, 50, 37).tolist()
 """Of which 32 are shared, in multiples of 8."""
@@ -46,9 +32,7 @@ ANSWERED = {"max_new_tokens": 6, "eos_ids": (7,)}
 
 @pytest.fixture(scope="module")
 def params() -> dict:
-    drawn = MODEL.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    # Initial weights answer with one token for ever; these do not.
-    return jes.perturb(drawn, jax.random.key(1), 0.3)
+    return weights_of(MODEL)
 
 
 def test_share_splits_prompts() -> None:

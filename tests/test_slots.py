@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_run
+from small_decoder import decoder, weights_of
 
 import jes
 from jes import ask as asking
@@ -24,8 +25,6 @@ from jes.errors import InputError
 from jes.examiner import Examiner, prepare
 from jes.io import memory
 from jes.models.cache import PADDING, Cache
-from jes.models.config import ModelConfig
-from jes.models.qwen import Decoder
 from jes.quantize import quantize
 from jes.sampling import slots as slots_file
 from jes.sampling.generate import Sampling, decode_members, trim, unrolled_members
@@ -34,33 +33,13 @@ from jes.sampling.slots import Seats, decode_in_slots
 from jes.setup import check_settings
 from jes.tasks.task import Reward, Task
 
-MODEL = Decoder(
-    ModelConfig.from_hf(
-        {
-            "architectures": ["Qwen2ForCausalLM"],
-            "vocab_size": 50,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-        }
-    )
-)
+MODEL = decoder()
 RNG = np.random.default_rng(0)
 SHOTS = RNG.integers(0, 50, 33).tolist()
 PROMPTS = [RNG.integers(0, 50, n).tolist() for n in RNG.integers(1, 9, 23)]
 LONGEST = 40
 LIMITS = np.stack([long_tailed(23, 4, 10, seed) for seed in range(2)])
 KEYS = jax.random.split(jax.random.key(5), 2)
-
-
-def random_params(model: Decoder) -> dict:
-    init = jax.jit(model.init)
-    drawn = init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    # Initial weights answer with one token for ever; these do not.
-    return jax.jit(jes.perturb)(drawn, jax.random.key(1), 0.3)
 
 
 def members_of(params: dict, count: int, sigma: float = 0.05) -> dict:
@@ -71,7 +50,7 @@ def members_of(params: dict, count: int, sigma: float = 0.05) -> dict:
 
 @pytest.fixture(scope="module")
 def weights() -> dict:
-    return unrolled_members(MODEL, members_of(random_params(MODEL), 2))
+    return unrolled_members(MODEL, members_of(weights_of(MODEL), 2))
 
 
 def both(*args: Any, slots: int, slice_tokens: int, **settings: Any) -> tuple:
@@ -146,9 +125,8 @@ def test_one_program_for_all_that_waits(
 
 def test_a_prefix_and_a_quantised_centre() -> None:
     """Read once per member; members differ from a centre of codes, or not at all."""
-    config = dataclasses.replace(MODEL.config, num_hidden_layers=1)
-    model = Decoder(config)
-    params = random_params(model)
+    model = decoder(num_hidden_layers=1)
+    params = weights_of(model)
     prefix, rest = share([SHOTS + prompt for prompt in PROMPTS], (8, 16, 32, 48))
     assert prefix is not None
     centre = quantize(params, bits=4, group_size=16)
