@@ -22,7 +22,7 @@ scaling     log-log slopes of a generation's time over N, prompts, tokens, weigh
 No answer ends early but in 'rollouts'. Medians, with the quartiles of the ratio over
 the repeats, which take turns. Beside the ratio of times on the clock stands that of
 processor time, which other work on the machine disturbs less; it says nothing of
-accelerators. All rows together take about half an hour on two cores.
+accelerators. All rows together take about 40 minutes on two cores.
 """
 
 import argparse
@@ -44,6 +44,7 @@ from jes.bench import (
 from jes.bench.timing import Row, table
 from jes.errors import InputError
 from jes.io import command_line
+from jes.io import memory as memory_of
 from jes.io.metrics import write_json
 from jes.io.progress import console
 from jes.io.runs import versions
@@ -79,6 +80,7 @@ def main() -> None:
         unknown = ", ".join(name for name in names if name not in ROWS)
         if unknown:
             raise InputError(f"no such rows: {unknown}; there are {', '.join(ROWS)}")
+        memory_of.give_back_freed_blocks()  # as a run does
         measured: list[Row] = []
         for name in names:
             console.print(f"measuring {name} ...")
