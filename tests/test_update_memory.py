@@ -11,11 +11,13 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-import jes
+import jes.config
 from jes.anchor import keep_anchor
 from jes.core.codes import pack
 from jes.core.mesh import make_mesh, mesh_of, on_mesh_of, replicated
 from jes.core.noise import PyTree, part_noise
+from jes.errors import InputError
+from jes.setup import check_settings
 from jes.tell import Evolution, first_state, make_optimizer, parts, tell
 
 REPLAY = {"rounding": "replay", "window": 3}
@@ -256,3 +258,15 @@ def test_an_update_of_floats_takes_no_more_memory_for_more_layers(law: str) -> N
     one_part = 4 * 6000 * 400 // 2
     assert beside(8) < beside(2) + 1000
     assert beside(8) < 5 * one_part
+
+
+@pytest.mark.parametrize(
+    "other", [{"rounding": "naive"}, {"model_parallel": 2}, {"method": "grpo"}]
+)
+def test_settings_that_share_nothing(other: dict[str, Any]) -> None:
+    config = jes.config.default()
+    config.share_update = True
+    check_settings(config)
+    config.update(other)
+    with pytest.raises(InputError, match="share_update is for method 'es', rounding"):
+        check_settings(config)
