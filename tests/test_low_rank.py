@@ -588,3 +588,8 @@ def test_the_benchmark_measures_what_it_says(
     measured = bench_low_rank.decoding_rows("random", pretrained, 1)
     assert len(measured) == 2
     assert all(row.ratio > 0 for row in measured)
+    row = bench_low_rank.memory_row("random", pretrained)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(pretrained.params)) / 1e6
+    # Whole members differ from shared ones by their weights, but for thin factors.
+    saved = row.numerator - row.denominator
+    assert saved == pytest.approx((bench_low_rank.POPULATION - 1) * weights, rel=0.3)

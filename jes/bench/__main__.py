@@ -10,7 +10,7 @@ pytorch     tokens per second over the published way of 2509.24372: perturb in p
 rollouts    answers of long-tailed lengths: the plain loop over slots;
 prefix      reading prompts in full over reading what they share once;
 low_rank    decoding with noise of low rank: its throughput over the model's own, and a
-            generation's time over that with noise of full rank;
+            generation's time, and the memory, over those with noise of full rank;
 rounding    quantised ES: noise drawn entry by entry over drawn sparsely, an update by
             seed replay over one with dense noise;
 noise       ten million exact normal numbers over as many from the table;

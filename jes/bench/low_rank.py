@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jes.bench.cases import Case, generation, larger_model
-from jes.bench.timing import Row, compare
+from jes.bench.timing import Row, compare, row_of
 from jes.core.noise import Noise
-from jes.core.population import draw_deviations
+from jes.core.population import draw_deviations, draw_members
 from jes.models.weights import Pretrained, load
 from jes.sampling.generate import decode_members, unrolled_centre, unrolled_members
 from jes.sampling.prompts import pad
@@ -84,6 +84,7 @@ def rows(repeats: int) -> list[Row]:
     return [
         *(row for rows in decoding for row in rows),
         *(generation_row(*model, repeats) for model in models.items()),
+        *(memory_row(*model) for model in models.items()),
     ]
 
 
@@ -113,3 +114,38 @@ def generation_row(name: str, model: Pretrained, repeats: int) -> Row:
     shape = f"{name}, {POPULATION} members x {PROMPTS} prompts"
     what = f"generation, noise of full rank / rank 1: {shape}, {PROMPT} + {NEW} tokens"
     return compare(what, "", run(0), run(1), repeats)
+
+
+def memory_row(name: str, model: Pretrained) -> Row:
+    """What decoding takes with all members held, by the compiler's analysis."""
+    sides = [held(model, rank) / 1e6 for rank in (0, 1)]
+    shape = f"{name}, {POPULATION} members x {PROMPTS} prompts, {PROMPT} + {NEW} tokens"
+    what = f"memory of decoding, noise of full rank / rank 1: {shape}"
+    return row_of(what, "", np.array([sides[0] / sides[1]]), sides, "MB")
+
+
+def held(pretrained: Pretrained, rank: int) -> int:
+    """Bytes of all members, of the centre if they share it, and of the program."""
+    model, params = pretrained.model, pretrained.params
+    noise, numbers = Noise(sigma=SIGMA, rank=rank), jnp.arange(POPULATION)
+    draw = draw_deviations if rank else draw_members
+
+    def drawn(key: jax.Array) -> Any:
+        return unrolled_members(model, draw(params, key, numbers, noise, "float32"))
+
+    key = jax.random.key(0)
+    program = decode_members.lower(
+        model.unrolled(),
+        jax.eval_shape(drawn, key),
+        pad(texts(pretrained), (PROMPT,)),
+        jax.random.split(key, POPULATION),
+        max_new_tokens=NEW,
+        eos_ids=(),
+        centre=unrolled_centre(model, params) if rank else None,
+    ).compile()
+    found: Any = program.memory_analysis()
+    return (
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        + found.temp_size_in_bytes
+    )
