@@ -343,12 +343,12 @@ COMMON = list(range(3, 51))
 PROMPTS = [[*COMMON, 8, 9, 10], [*COMMON, 11], [*COMMON, 12, 13]]
 
 
+@pytest.mark.parametrize("rank", [1, 3])
 def test_members_of_the_model_are_the_materialised_ones(
-    pretrained: Pretrained,
+    pretrained: Pretrained, rank: int
 ) -> None:
     """Logits of whole texts and of cached tokens, answers and likelihoods."""
     model, params = pretrained.model, pretrained.params
-    rank = 1 if pretrained.config.tie_word_embeddings else 3
     noise, members = jes.Noise(sigma=0.05, rank=rank), jnp.arange(3)
     own = draw_deviations(params, KEY, members, noise, "float32")
     full = draw_members(params, KEY, members, noise, "float32")
