@@ -44,7 +44,7 @@ from jes.bench import (
 from jes.bench.timing import Row, table
 from jes.errors import InputError
 from jes.io import command_line
-from jes.io import memory as memory_of
+from jes.io.memory import give_back_freed_blocks
 from jes.io.metrics import write_json
 from jes.io.progress import console
 from jes.io.runs import versions
@@ -80,7 +80,7 @@ def main() -> None:
         unknown = ", ".join(name for name in names if name not in ROWS)
         if unknown:
             raise InputError(f"no such rows: {unknown}; there are {', '.join(ROWS)}")
-        memory_of.give_back_freed_blocks()  # as a run does
+        give_back_freed_blocks()  # as a run does
         measured: list[Row] = []
         for name in names:
             console.print(f"measuring {name} ...")

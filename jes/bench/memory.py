@@ -47,10 +47,9 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
         run = generation(case, evolution, chunk=1, mode=args.mode, draw=args.draw)
     del base, case  # a copy is trained
     jax.clear_caches()  # the programs that have loaded and copied it
-    jax.block_until_ready(run())
-    before = memory.start_of_growth()
-    jax.block_until_ready(run())
-    grown = memory.resident(peak=True) - before
+    grown = memory.growth(run)
+    if grown is None:
+        raise InputError("this system does not say how much memory a program takes")
     arrays = sum(array.nbytes for array in jax.live_arrays())
     found = {"arrays": arrays, "grown": grown, "together": arrays + grown}
     return found | {"compiled": largest_program(arrays)}
