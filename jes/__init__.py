@@ -1,7 +1,7 @@
 """Evolution strategies for language models, in JAX: the table of contents."""
 
 from jes import landscape, metacognition
-from jes.anchor import distance, keep_anchor
+from jes.core.anchor import distance, keep_anchor
 from jes.core.codes import pack as pack_codes
 from jes.core.codes import unpack as unpack_codes
 from jes.core.drift import coefficient_for_norm, drift_norm

@@ -13,18 +13,18 @@ from typing import Any
 
 from rich.table import Table
 
-from jes.ask import examine
 from jes.config import DTYPES
 from jes.errors import InputError
-from jes.examiner import MODES, Examiner, prepare
 from jes.export import decay_anchor, evolution_of, load_base, read_ledger
 from jes.io.command_line import at_least, guarded
+from jes.io.console import console
 from jes.io.metrics import write_json
-from jes.io.progress import console
 from jes.io.runs import recorded
 from jes.models.weights import Pretrained, load
+from jes.questions import MODES, Evaluation, prepare
 from jes.record import without_unasked
-from jes.score import Score
+from jes.rollout import examine
+from jes.scoring import Score
 from jes.tasks import TASKS, Task, load_task
 from jes.train import resume
 
@@ -74,7 +74,7 @@ def evaluate(
       tasks: names in `jes.tasks.TASKS`.
       examples: how many held-out examples of each task; 0 for all.
       root, seed: see `jes.tasks.load_task`.
-      mode, dtype: see `jes.examiner.Examiner`.
+      mode, dtype: see `jes.questions.Evaluation`.
       batch_size: prompts answered at once.
 
     Returns:
@@ -83,28 +83,28 @@ def evaluate(
     scores = {}
     for name in tasks:
         task = load_task(name, root=root, seed=seed, test=examples)
-        examiner = make_examiner(pretrained, task, mode=mode, dtype=dtype)
-        questions = prepare(examiner, examiner.task.test)
+        evaluation = make_evaluation(pretrained, task, mode=mode, dtype=dtype)
+        questions = prepare(evaluation, evaluation.task.test)
         scores[name] = examine(
-            examiner, pretrained.params, questions, batch_size=batch_size
+            evaluation, pretrained.params, questions, batch_size=batch_size
         )
     return scores
 
 
-def make_examiner(pretrained: Pretrained, task: Task, **settings: Any) -> Examiner:
+def make_evaluation(pretrained: Pretrained, task: Task, **settings: Any) -> Evaluation:
     """How a model is examined on a task.
 
     Args:
       pretrained: the model.
       task: see `jes.tasks.load_task`.
-      settings: see `jes.examiner.Examiner`.
+      settings: see `jes.questions.Evaluation`.
 
     Raises:
       InputError: if the model has no tokenizer.
     """
     if pretrained.tokenizer is None:
         raise InputError("the model folder has no tokenizer, which tasks need")
-    return Examiner(
+    return Evaluation(
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,
         task=task,

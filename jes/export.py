@@ -15,15 +15,15 @@ from typing import Any
 import jax
 
 from jes import quantize
-from jes.anchor import keep_anchor
 from jes.config import DTYPES
 from jes.core import ledger as ledgers
+from jes.core.anchor import keep_anchor
 from jes.errors import InputError
 from jes.io import runs
 from jes.io.command_line import at_least, guarded
-from jes.io.progress import console
+from jes.io.console import console
 from jes.models.weights import Pretrained, fingerprint
-from jes.tell import Evolution, first_state, replay
+from jes.update import Evolution, first_state, replay
 
 
 def rebuild(

@@ -25,24 +25,24 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from jes.ask import answer_each
 from jes.core.ledger import append_row
 from jes.core.noise import Noise, generation_key
 from jes.core.population import chunks
 from jes.core.tree import is_quantized
 from jes.errors import InputError
-from jes.examiner import Examiner, Question, padded_lengths, prepare
+from jes.experiment import check_settings, make_evaluation, one_bucket
 from jes.io import command_line, memory
+from jes.io.console import console
 from jes.io.interrupts import Stopped, StopRequest, stop_request
 from jes.io.metrics import keep_rows, read_rows
-from jes.io.progress import console
 from jes.io.runs import alone, claim_results
 from jes.landscape.probe_report import write_report
 from jes.landscape.probes import SIZES
 from jes.models.weights import Pretrained, fingerprint, load
+from jes.questions import Evaluation, Question, padded_lengths, prepare
+from jes.rollout import answer_each
 from jes.sampling.generate import GREEDY, Sampling
-from jes.score import Answered
-from jes.setup import check_settings, make_examiner, one_bucket
+from jes.scoring import Answered
 
 
 class Batch(NamedTuple):
@@ -107,17 +107,17 @@ def load_floats(name: str) -> Pretrained:
 
 
 def pool_of(
-    config: ml_collections.ConfigDict, examiner: Examiner
-) -> tuple[Examiner, list[Question]]:
+    config: ml_collections.ConfigDict, evaluation: Evaluation
+) -> tuple[Evaluation, list[Question]]:
     """The prompts of the pool and then the fresh ones, the same for all models.
 
     Returns:
-      The examiner with the one prompt length that holds them all, and the questions.
+      The evaluation with the one prompt length that holds them all, and the questions.
 
     Raises:
       InputError: if the task has too few training examples.
     """
-    examples, probe = examiner.task.train, config.probe
+    examples, probe = evaluation.task.train, config.probe
     wanted = probe.pool + probe.fresh
     if wanted > len(examples):
         raise InputError(
@@ -126,8 +126,8 @@ def pool_of(
         )
     rng = np.random.default_rng(probe.pool_seed)
     chosen = rng.choice(len(examples), wanted, replace=False)
-    questions = prepare(examiner, [examples[i] for i in chosen])
-    return one_bucket(examiner, questions), questions
+    questions = prepare(evaluation, [examples[i] for i in chosen])
+    return one_bucket(evaluation, questions), questions
 
 
 def probe_model(
@@ -147,14 +147,14 @@ def probe_model(
       stop: asked before every batch of prompts.
     """
     pretrained = load_floats(name)
-    examiner = make_examiner(
+    evaluation = make_evaluation(
         config,
         pretrained,
         config.task,
         mode=config.mode,
         max_new_tokens=config.max_new_tokens,
     )
-    examiner, questions = pool_of(config, examiner)
+    evaluation, questions = pool_of(config, evaluation)
     claim_results(
         path.parent, {**settings, f"model {name}": fingerprint(pretrained.params)}
     )
@@ -164,7 +164,7 @@ def probe_model(
         if row["model"] == name
     }
     # The model itself is always asked: the others are compared with what it says.
-    ((_, itself),) = answers_of(config, examiner, pretrained, questions, MODEL, stop)
+    ((_, itself),) = answers_of(config, evaluation, pretrained, questions, MODEL, stop)
     for batch in (MODEL, *plan(config.probe)):
         missing = [
             candidate
@@ -174,7 +174,7 @@ def probe_model(
         if not missing:
             continue
         asked = answers_of(
-            config, examiner, pretrained, questions, batch, stop, missing
+            config, evaluation, pretrained, questions, batch, stop, missing
         )
         for candidate, answered in asked:
             other = (answered.said != itself.said).any(-1).mean()
@@ -201,7 +201,7 @@ def describe(batch: Batch) -> str:
 
 def answers_of(
     config: ml_collections.ConfigDict,
-    examiner: Examiner,
+    evaluation: Evaluation,
     pretrained: Pretrained,
     questions: list[Question],
     batch: Batch,
@@ -213,28 +213,28 @@ def answers_of(
     sampling = GREEDY
     if batch.number == SHAM:
         sampling = Sampling(temperature=config.probe.sham_temperature)
-    examiner = dataclasses.replace(examiner, sampling=sampling)
+    evaluation = dataclasses.replace(evaluation, sampling=sampling)
     key = generation_key(jax.random.key(config.seed), batch.number + BEFORE)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(pretrained.params))
     rows = min(len(questions), config.eval_batch)
-    if examiner.mode == "likelihood":
+    if evaluation.mode == "likelihood":
         rows *= max(len(question.choices) for question in questions)
     held = 0 if config.memory_gb else 4 * parameters
-    prefix, rest = padded_lengths(examiner, questions)
+    prefix, rest = padded_lengths(evaluation, questions)
     chunk = config.chunk or memory.choose_chunk(
         pretrained.config,
-        memory.weight_bytes(pretrained.config, parameters, examiner.dtype),
-        examiner.dtype,
+        memory.weight_bytes(pretrained.config, parameters, evaluation.dtype),
+        evaluation.dtype,
         rows,
         rest,
-        examiner.max_new_tokens,
+        evaluation.max_new_tokens,
         prefix,
         population=len(candidates),
         budget=(int(config.memory_gb * 1e9) or memory.free_bytes()) - held,
     )
     for members in chunks(np.asarray(candidates), min(chunk, len(candidates))):
         answered = answer_each(
-            examiner,
+            evaluation,
             pretrained.params,
             key,
             questions,

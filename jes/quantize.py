@@ -29,13 +29,13 @@ from jes.core.codes import BITS, Codes, pack
 from jes.core.tree import is_quantized, with_dtype
 from jes.errors import InputError
 from jes.io.command_line import guarded
-from jes.io.progress import console
+from jes.io.console import console
 from jes.models import compressed_tensors, gptq
 from jes.models.hub import locate
 from jes.models.layout import is_kernel
 from jes.models.partition import place
 from jes.models.quantized import Quantized, dequantize
-from jes.models.shards import weight_files
+from jes.models.safetensors_files import weight_files
 from jes.models.weights import Pretrained, load
 
 FORMS: dict[str, Any] = {

@@ -10,18 +10,18 @@ from typing import Any
 
 import ml_collections
 
-from jes.anchor import distance
-from jes.ask import examine
+from jes.core.anchor import distance
 from jes.core.noise import PyTree
 from jes.errors import InputError
+from jes.experiment import ON_TRAIN, Experiment
 from jes.io import runs
+from jes.io.console import console
 from jes.io.interrupts import StopRequest
 from jes.io.metrics import Writer, keep_rows, read_rows, write_json
 from jes.io.plots import training_curves
-from jes.io.progress import console
-from jes.sampling.divergence import divergence
-from jes.score import Score
-from jes.setup import ON_TRAIN, Setup
+from jes.rollout import examine
+from jes.sampling.kl import divergence
+from jes.scoring import Score
 
 KL_ROWS = 8
 """Answers whose logits, of base and tuned model, are held at once for the KL."""
@@ -43,7 +43,7 @@ def writing(workdir: Path, done: int) -> Iterator[Writer]:
 
 
 def evaluate(
-    setup: Setup,
+    experiment: Experiment,
     generation: int,
     params: PyTree,
     base: PyTree,
@@ -55,7 +55,7 @@ def evaluate(
     What a run before this one has done for this generation is not done again.
 
     Args:
-      setup: of the run.
+      experiment: of the run.
       generation: how many generations led to `params`.
       params: the centre.
       base: the anchor; None if none is kept.
@@ -64,14 +64,14 @@ def evaluate(
     """
     rows = read_rows(writer.workdir / "evaluations.jsonl")
     have = {row["task"] for row in rows if row["generation"] == generation}
-    for name, (examiner, questions) in setup.evaluations.items():
+    for name, (evaluation, questions) in experiment.evaluations.items():
         if name in have:
             continue
         score = examine(
-            examiner,
+            evaluation,
             params,
             questions,
-            batch_size=setup.config.eval_batch,
+            batch_size=experiment.config.eval_batch,
             before_batch=stop.check,
         )
         row = {
@@ -87,7 +87,7 @@ def evaluate(
         )
     rows = read_rows(writer.workdir / "distances.jsonl")
     if base is not None and generation not in {row["generation"] for row in rows}:
-        row = distance_row(setup, params, base, stop)
+        row = distance_row(experiment, params, base, stop)
         writer.write("distances", generation, {"generation": generation, **row})
 
 
@@ -105,7 +105,7 @@ def without_unasked(score: Score) -> dict[str, Any]:
 
 
 def distance_row(
-    setup: Setup, params: PyTree, base: PyTree, stop: StopRequest
+    experiment: Experiment, params: PyTree, base: PyTree, stop: StopRequest
 ) -> dict[str, Any]:
     """One row of `distances.jsonl`: ‖θ - θ_0‖, where it lies, and KL(base || θ)."""
     far = distance(params, base)
@@ -117,32 +117,32 @@ def distance_row(
         **{f"norm/{kind}": norm for kind, norm in far.norms.items()},
         **{f"moved/{kind}": share for kind, share in far.moved_shares.items()},
     }
-    for name, answers in setup.base_answers.items():
+    for name, answers in experiment.base_answers.items():
         stop.check()
-        examiner, _ = setup.evaluations[name]
+        evaluation, _ = experiment.evaluations[name]
         kl = divergence(
-            setup.pretrained.model,
+            experiment.pretrained.model,
             base,
             params,
             answers,
-            batch_size=min(setup.config.eval_batch, KL_ROWS),
-            buckets=setup.config.buckets,
-            dtype=examiner.dtype,
+            batch_size=min(experiment.config.eval_batch, KL_ROWS),
+            buckets=experiment.config.buckets,
+            dtype=evaluation.dtype,
         )
         row |= {f"kl/{name}/{key}": value for key, value in kl._asdict().items()}
     return row
 
 
 def finish(
-    setup: Setup, generations: int, params: PyTree, workdir: Path
+    experiment: Experiment, generations: int, params: PyTree, workdir: Path
 ) -> dict[str, Any]:
     """Saves the model and the curves, and writes the summary last."""
-    trained = dataclasses.replace(setup.pretrained, params=params)
+    trained = dataclasses.replace(experiment.pretrained, params=params)
     # In the precision that the members answered in, so that it answers as evaluated.
-    trained.save(workdir / "model", dtype=setup.config.dtype)
+    trained.save(workdir / "model", dtype=experiment.config.dtype)
     rows = read_rows(workdir / "evaluations.jsonl")
     evaluations = {}
-    for name in setup.evaluations:
+    for name in experiment.evaluations:
         of_task = {row["generation"]: row for row in rows if row["task"] == name}
         evaluations[name] = {
             "before": of_task[0]["accuracy"],
@@ -156,7 +156,7 @@ def finish(
     summary = {
         "evaluations": evaluations,
         "generations": generations,
-        "answers": setup.answers_a_generation * generations,
+        "answers": experiment.answers_a_generation * generations,
         "seconds": sum(row["seconds"] for row in metrics),
         "tokens": sum(row["tokens"] for row in metrics),
         "displacement_norm": metrics[-1]["displacement_norm"] if metrics else None,

@@ -27,23 +27,29 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from jes.anchor import displacement, keep_anchor
-from jes.ask import ask
 from jes.baselines import grpo_run, sft_run
 from jes.chunk import choose, with_slots
 from jes.core import ledger as ledgers
+from jes.core.anchor import displacement, keep_anchor
 from jes.core.noise import PyTree, generation_key
 from jes.errors import InputError
+from jes.experiment import (
+    Experiment,
+    check_settings,
+    make_evolution,
+    make_experiment,
+    pick,
+)
 from jes.io import checkpoints, command_line, hosts, memory, runs
 from jes.io.compiled import keep_compiled
+from jes.io.console import bar, console
 from jes.io.interrupts import Stopped, StopRequest, stop_request
-from jes.io.progress import bar, console
 from jes.metacognition.objectives import objective_fitness
 from jes.models.weights import fingerprint
 from jes.record import check_length, evaluate, finish, finished, report, writing
-from jes.score import Score
-from jes.setup import Setup, check_settings, make_evolution, make_setup, pick
-from jes.tell import Evolution, drift, first_state, moves_of, replay, tell
+from jes.rollout import ask
+from jes.scoring import Score
+from jes.update import Evolution, drift, first_state, moves_of, replay, tell
 
 
 class State(NamedTuple):
@@ -105,15 +111,19 @@ def evolve(
     config: ml_collections.ConfigDict, evolution: Evolution, workdir: Path
 ) -> dict[str, Any]:
     """The run itself, from start or resumption to the summary."""
-    setup = make_setup(config, evolution)
-    check_same_start(setup)
-    resolved = runs.claim(workdir, config.to_dict(), lambda: choose(setup)._asdict())
+    experiment = make_experiment(config, evolution)
+    check_same_start(experiment)
+    resolved = runs.claim(
+        workdir, config.to_dict(), lambda: choose(experiment)._asdict()
+    )
     # A folder from before there were slots has none.
     resolved = {"slots": 0} | resolved
-    chunk, setup = resolved["chunk"], with_slots(setup, resolved["slots"])
-    ledger = open_ledger(setup, workdir / "ledger.jsonl")
+    chunk, experiment = resolved["chunk"], with_slots(experiment, resolved["slots"])
+    ledger = open_ledger(experiment, workdir / "ledger.jsonl")
     base = keep_anchor(
-        setup.pretrained.params, evolution.anchor, setup.pretrained.stored_dtype
+        experiment.pretrained.params,
+        evolution.anchor,
+        experiment.pretrained.stored_dtype,
     )
     anchor = None if evolution.decay == "none" else base
     folder = workdir / "checkpoints"
@@ -128,24 +138,24 @@ def evolve(
     ):
         state = State(done, done, None, None)  # nothing yet that a stop would lose
         try:
-            params = setup.pretrained.params
-            evaluate(setup, 0, params, base, writer, stop)
+            params = experiment.pretrained.params
+            evaluate(experiment, 0, params, base, writer, stop)
             share = config.share_update
             state = resume(evolution, params, anchor, ledger, folder, share=share)
             if state.generation:
                 console.print(f"going on after {state.generation} generations")
             for generation in range(state.generation, config.generations):
                 if generation % config.eval_every == 0:
-                    evaluate(setup, generation, state.params, base, writer, stop)
+                    evaluate(experiment, generation, state.params, base, writer, stop)
                 began = time.perf_counter()
-                state, scores, fitness = advance(setup, state, chunk, anchor, stop)
-                row = metrics_row(setup, scores, state, base, began)
+                state, scores, fitness = advance(experiment, state, chunk, anchor, stop)
+                row = metrics_row(experiment, scores, state, base, began)
                 writer.write("metrics", generation, row)
                 ledgers.append_generation(ledger.path, generation, fitness)
                 progress.update(generation + 1, row)
                 if state.generation % config.checkpoint_every == 0:
                     state = save(folder, state)
-            evaluate(setup, state.generation, state.params, base, writer, stop)
+            evaluate(experiment, state.generation, state.params, base, writer, stop)
         except Stopped:
             if state.generation > state.saved:
                 state = save(folder, state)
@@ -156,19 +166,19 @@ def evolve(
             raise
     seal(ledger, state)
     hosts.check_same("come to other weights", lambda: fingerprint(state.params))
-    return finish(setup, state.generation, state.params, workdir)
+    return finish(experiment, state.generation, state.params, workdir)
 
 
 def follow(config: ml_collections.ConfigDict, evolution: Evolution) -> None:
     """The run in any process but the first: the same updates, written nowhere."""
-    setup = make_setup(config, evolution)
-    check_same_start(setup)
-    params = setup.pretrained.params
+    experiment = make_experiment(config, evolution)
+    check_same_start(experiment)
+    params = experiment.pretrained.params
     start = json.loads(hosts.from_first(bytes))
-    setup = with_slots(setup, start["slots"])
+    experiment = with_slots(experiment, start["slots"])
     anchor = None
     if evolution.decay != "none":
-        stored = setup.pretrained.stored_dtype
+        stored = experiment.pretrained.stored_dtype
         anchor = keep_anchor(params, evolution.anchor, stored)
     fitness = [np.array(row, np.float32) for row in start["fitness"]]
     root = jax.random.key(config.seed)
@@ -184,28 +194,28 @@ def follow(config: ml_collections.ConfigDict, evolution: Evolution) -> None:
     state = State(len(fitness), len(fitness), params, optimizer)
     with stop_request() as stop:
         while state.generation < config.generations:
-            state, _, _ = advance(setup, state, start["chunk"], anchor, stop)
+            state, _, _ = advance(experiment, state, start["chunk"], anchor, stop)
     reached = fingerprint(state.params)
     hosts.check_same("come to other weights", lambda: reached)
     console.print(f"process {jax.process_index()} has come to the weights {reached}")
 
 
-def check_same_start(setup: Setup) -> None:
+def check_same_start(experiment: Experiment) -> None:
     """Raises InputError if processes have not the same settings and base model."""
 
     def start() -> str:
-        return setup.config.to_json() + fingerprint(setup.pretrained.params)
+        return experiment.config.to_json() + fingerprint(experiment.pretrained.params)
 
     hosts.check_same("other settings, or another base model,", start)
 
 
 def advance(
-    setup: Setup, state: State, chunk: int, anchor: PyTree, stop: StopRequest
+    experiment: Experiment, state: State, chunk: int, anchor: PyTree, stop: StopRequest
 ) -> tuple[State, Score, np.ndarray]:
     """One generation: ask, then tell.
 
     Args:
-      setup: of the run.
+      experiment: of the run.
       state: before it; its weights are given away.
       chunk: members held in memory at once, on each device.
       anchor: the base weights, where there is a decay.
@@ -215,21 +225,21 @@ def advance(
       The state after it, the members' scores, and their fitness float32 [N].
     """
     generation = state.generation
-    evolution = setup.evolution.at(generation)
-    key = generation_key(jax.random.key(setup.config.seed), generation)
+    evolution = experiment.evolution.at(generation)
+    key = generation_key(jax.random.key(experiment.config.seed), generation)
     scores = ask(
-        setup.examiner,
+        experiment.evaluation,
         state.params,
         key,
-        pick(setup, generation),
+        pick(experiment, generation),
         noise=evolution.noise,
         population=evolution.population,
         chunk=chunk,
         before_chunk=stop.check,
     )
-    earned = objective_fitness(setup.config.objective, scores)
+    earned = objective_fitness(experiment.config.objective, scores)
     scores = scores._replace(reward=earned)
-    fitness = make_fitness(setup, scores, generation)
+    fitness = make_fitness(experiment, scores, generation)
     params, optimizer = tell(
         evolution,
         state.params,
@@ -237,7 +247,7 @@ def advance(
         key,
         fitness,
         anchor,
-        share=setup.config.share_update,
+        share=experiment.config.share_update,
     )
     return State(generation + 1, state.saved, params, optimizer), scores, fitness
 
@@ -246,35 +256,35 @@ METHODS = {"es": evolve, "grpo": grpo_run.learn, "sft": sft_run.learn}
 """How `config.method` is run: function of (config, evolution, workdir)."""
 
 
-def ledger_header(setup: Setup, base: str) -> dict[str, Any]:
+def ledger_header(experiment: Experiment, base: str) -> dict[str, Any]:
     """What a replay needs to know."""
     return {
-        "model": setup.config.model,
-        "quantize": setup.config.quantize,
-        "group_size": setup.config.group_size,
+        "model": experiment.config.model,
+        "quantize": experiment.config.quantize,
+        "group_size": experiment.config.group_size,
         "base": base,
-        "seed": setup.config.seed,
-        "evolution": dataclasses.asdict(setup.evolution),
-        "dtype": setup.config.dtype,
-        "parameters": setup.parameters,
+        "seed": experiment.config.seed,
+        "evolution": dataclasses.asdict(experiment.evolution),
+        "dtype": experiment.config.dtype,
+        "parameters": experiment.parameters,
         "versions": runs.versions(),
     }
 
 
-def open_ledger(setup: Setup, path: Path) -> ledgers.Ledger:
+def open_ledger(experiment: Experiment, path: Path) -> ledgers.Ledger:
     """The run's ledger, started if there is none, of this base model."""
-    base = fingerprint(setup.pretrained.params)
+    base = fingerprint(experiment.pretrained.params)
     if not path.exists():
-        ledgers.create(path, ledger_header(setup, base))
+        ledgers.create(path, ledger_header(experiment, base))
     try:
         ledger = ledgers.repair(path)
     except ValueError as error:
         raise InputError(str(error)) from error
     if ledger.header["base"] != base:
         raise InputError(
-            f"{path} starts from other weights than those of {setup.config.model}"
+            f"{path} starts from other weights than those of {experiment.config.model}"
         )
-    check_length(path.parent, len(ledger.fitness), setup.config.generations)
+    check_length(path.parent, len(ledger.fitness), experiment.config.generations)
     return ledger
 
 
@@ -318,7 +328,7 @@ def resume(
     return State(done, saved, params, optimizer)
 
 
-def make_fitness(setup: Setup, scores: Score, generation: int) -> np.ndarray:
+def make_fitness(experiment: Experiment, scores: Score, generation: int) -> np.ndarray:
     """Rewards as float32 [N], what the ledger keeps.
 
     Raises:
@@ -330,8 +340,8 @@ def make_fitness(setup: Setup, scores: Score, generation: int) -> np.ndarray:
             f"generation {generation}: no member has a finite reward; the weights have "
             "diverged (a smaller sigma or alpha helps), or the reward is at fault"
         )
-    if setup.config.shuffle_fitness:
-        rng = np.random.default_rng([setup.config.seed, generation, 1])
+    if experiment.config.shuffle_fitness:
+        rng = np.random.default_rng([experiment.config.seed, generation, 1])
         fitness = rng.permutation(fitness)
     return fitness
 
@@ -344,7 +354,7 @@ def seal(ledger: ledgers.Ledger, state: State) -> None:
 
 
 def metrics_row(
-    setup: Setup, scores: Score, state: State, base: PyTree, began: float
+    experiment: Experiment, scores: Score, state: State, base: PyTree, began: float
 ) -> dict[str, Any]:
     """One row of `metrics.jsonl`; `generation` counts from 0."""
     counted = np.isfinite(scores.reward)
@@ -364,9 +374,9 @@ def metrics_row(
         "truncated": float(np.mean(scores.truncated[counted])),
         "displacement_norm": moved,
         "displacement_norm_drift": drift(
-            setup.evolution, setup.parameters, state.generation
+            experiment.evolution, experiment.parameters, state.generation
         ),
-        **flips(state.optimizer, setup.parameters),
+        **flips(state.optimizer, experiment.parameters),
         "tokens": int(np.sum(scores.tokens)),
         "tokens_per_second": float(np.sum(scores.tokens) / seconds),
         "seconds": seconds,

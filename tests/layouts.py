@@ -21,12 +21,12 @@ from random_checkpoint import QWEN2, write_checkpoint
 
 import jes
 from jes import train
-from jes.anchor import keep_anchor
-from jes.ask import ask, rollout
+from jes.core.anchor import keep_anchor
 from jes.core.mesh import make_mesh, mesh_of, on_mesh_of
-from jes.examiner import MODES, Examiner, prepare
 from jes.models.weights import Pretrained
-from jes.tell import Evolution, _tell, first_state, tell
+from jes.questions import MODES, Evaluation, prepare
+from jes.rollout import ask, rollout
+from jes.update import Evolution, _tell, first_state, tell
 
 SHAPE = small_run.SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}
 MESHES = [(1, 1), (4, 1), (8, 1), (2, 2), (8, 4)]
@@ -38,9 +38,9 @@ EVOLUTION = Evolution(
 )
 
 
-def examiner(pretrained: Pretrained, mode: str) -> Examiner:
+def evaluation(pretrained: Pretrained, mode: str) -> Evaluation:
     task = jes.tasks.load_task("tiny/max", root="", seed=0, train=12, test=4)
-    return Examiner(
+    return Evaluation(
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,
         task=task,
@@ -57,7 +57,7 @@ def on_mesh(model: Path, devices: int, model_parallel: int, results: dict) -> No
     params, key = pretrained.params, jax.random.key(7)
     name = f"{devices}/{model_parallel}"
     for mode in MODES:
-        each = examiner(pretrained, mode)
+        each = evaluation(pretrained, mode)
         questions = prepare(each, each.task.train)
         score = ask(
             each,
@@ -140,7 +140,7 @@ def main() -> None:
         "split": run(model, folder / "split", devices=4, model_parallel=2),
     }
     # Its arrays are small: parts of them are to be, too.
-    jes.tell.PART = 64
+    jes.update.PART = 64
     outcomes["moved"] = run(model, folder / "moved", devices=4, share_update=True)
     (folder / "outcomes.json").write_text(json.dumps(outcomes))
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from random_checkpoint import write_checkpoint
 
-from jes.models.shards import open_tensors
+from jes.models.safetensors_files import open_tensors
 
 GOLDENS = Path(__file__).parent / "goldens"
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from jes.models.config import ModelConfig
 from jes.models.layout import tensor_shapes
-from jes.models.shards import FLOATS, Tensor, write_tensors
+from jes.models.safetensors_files import FLOATS, Tensor, write_tensors
 from jes.models.weights import COPIED, MAX_SHARD_BYTES
 
 QWEN2 = {

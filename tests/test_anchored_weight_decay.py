@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import jes
-from jes.anchor import PLACES
+from jes.core.anchor import PLACES
 
 ALPHA = 5e-4
 

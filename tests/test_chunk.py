@@ -11,7 +11,6 @@ import pytest
 import small_run
 
 from jes import train
-from jes.ask import ask
 from jes.chunk import (
     Held,
     budget_for_members,
@@ -20,31 +19,34 @@ from jes.chunk import (
     member_shape,
     rows_of_member,
 )
-from jes.examiner import Examiner
+from jes.experiment import Experiment, make_evolution, make_experiment
 from jes.io import memory
 from jes.io.runs import claim as claim_run
-from jes.score import Score
-from jes.setup import Setup, make_evolution, make_setup
+from jes.questions import Evaluation
+from jes.rollout import ask
+from jes.scoring import Score
 
 
-def make(model: Path, **changes: Any) -> Setup:
+def make(model: Path, **changes: Any) -> Experiment:
     """A set-up of a small run that leaves the chunk open."""
     config = small_run.get_config(str(model))
     config.chunk, config.prompts, config.population = 0, 4, 12
     config.devices = 1
     config.update(changes)
-    return make_setup(config, make_evolution(config))
+    return make_experiment(config, make_evolution(config))
 
 
-def estimate(setup: Setup) -> int:
+def estimate(experiment: Experiment) -> int:
     """Of what a member takes with all its prompts at once."""
-    return memory.bytes_per_member(*member_shape(setup, rows_of_member(setup)))
+    return memory.bytes_per_member(
+        *member_shape(experiment, rows_of_member(experiment))
+    )
 
 
-def with_memory(setup: Setup, members: float) -> Setup:
+def with_memory(experiment: Experiment, members: float) -> Experiment:
     """With as much memory as the estimate of so many members."""
-    setup.config.memory_gb = members * estimate(setup) / 1e9
-    return setup
+    experiment.config.memory_gb = members * estimate(experiment) / 1e9
+    return experiment
 
 
 class Taken:
@@ -139,10 +141,10 @@ def test_the_chunk_is_what_fits_by_measure(
 ) -> None:
     # 4.5 members by the estimate; chunks of one size: 3 times 4, 2 times 6. What seems
     # to take nothing is taken to be half of it: 9, or 2 times 6.
-    setup = with_memory(make(small_model, slots=4), 4.5)
-    assert fitting(setup, budget_for_members(setup)).chunk == 4
-    taken.bytes = None if takes is None else takes * estimate(setup)
-    assert choose(setup) == Held(expected, 0)
+    experiment = with_memory(make(small_model, slots=4), 4.5)
+    assert fitting(experiment, budget_for_members(experiment)).chunk == 4
+    taken.bytes = None if takes is None else takes * estimate(experiment)
+    assert choose(experiment) == Held(expected, 0)
     assert taken.times == 1
 
 
@@ -157,29 +159,29 @@ def test_the_estimate_is_enough_where_there_is_room(
 
 
 def test_slots_follow_what_a_member_takes(small_model: Path, taken: Taken) -> None:
-    setup = with_memory(make(small_model, prompts=64, chunk=1), 1.5)
-    taken.bytes = estimate(setup)
-    assert choose(setup) == Held(1, 0)
-    taken.bytes = 2 * estimate(setup)
-    assert choose(setup) == Held(1, 16)
+    experiment = with_memory(make(small_model, prompts=64, chunk=1), 1.5)
+    taken.bytes = estimate(experiment)
+    assert choose(experiment) == Held(1, 0)
+    taken.bytes = 2 * estimate(experiment)
+    assert choose(experiment) == Held(1, 16)
     assert taken.times == 2
 
 
 def test_where_one_member_hardly_fits_it_is_tried(
     small_model: Path, taken: Taken
 ) -> None:
-    setup = with_memory(make(small_model, slots=4), 1.5)
-    assert fitting(setup, budget_for_members(setup)).chunk == 1
-    taken.bytes = 0.5 * estimate(setup)
-    assert choose(setup) == Held(3, 0)
+    experiment = with_memory(make(small_model, slots=4), 1.5)
+    assert fitting(experiment, budget_for_members(experiment)).chunk == 1
+    taken.bytes = 0.5 * estimate(experiment)
+    assert choose(experiment) == Held(3, 0)
     assert taken.times == 1
 
 
 def test_slots_leave_room_for_the_members_that_are_set(small_model: Path) -> None:
-    setup = make(small_model, prompts=64, chunk=4)
-    budget = 2 * estimate(setup)
-    assert fitting(setup, 2 * budget) == Held(4, 0)
-    assert fitting(setup, budget) == Held(4, 16)
+    experiment = make(small_model, prompts=64, chunk=4)
+    budget = 2 * estimate(experiment)
+    assert fitting(experiment, 2 * budget) == Held(4, 0)
+    assert fitting(experiment, budget) == Held(4, 16)
 
 
 @pytest.mark.usefixtures("counted")
@@ -188,29 +190,29 @@ def test_a_real_member(
     small_model: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measured, not stood in for: what is held of them fits."""
-    setup = with_memory(make(small_model, **changes), 3.5)
+    experiment = with_memory(make(small_model, **changes), 3.5)
     found = []
 
     def noted(work: Callable[[], Any], devices: int) -> int | None:
-        assert work().shape == (1, 4, setup.examiner.max_new_tokens)
+        assert work().shape == (1, 4, experiment.evaluation.max_new_tokens)
         found.append(growth(work, devices))
         return found[0]
 
     growth = memory.growth
     monkeypatch.setattr(memory, "growth", noted)
-    held = choose(setup)
+    held = choose(experiment)
     assert held.slots == changes.get("slots", 0)
     (taken,) = found
     assert taken is not None
-    assert held.chunk * taken <= budget_for_members(setup)
+    assert held.chunk * taken <= budget_for_members(experiment)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_run_measures_once(
     devices: int, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup = make(small_model, prompts=48, population=4, devices=devices)
-    setup = with_memory(setup, 1.1)
+    experiment = make(small_model, prompts=48, population=4, devices=devices)
+    experiment = with_memory(experiment, 1.1)
     measured = []
 
     def growth(work: Callable[[], Any], busy: int) -> int:
@@ -219,19 +221,19 @@ def test_a_run_measures_once(
         return 1
 
     def claim() -> dict[str, Any]:
-        settings = setup.config.to_dict()
-        return claim_run(tmp_path, settings, lambda: choose(setup)._asdict())
+        settings = experiment.config.to_dict()
+        return claim_run(tmp_path, settings, lambda: choose(experiment)._asdict())
 
     monkeypatch.setattr(memory, "growth", growth)
     expected = {"chunk": 2, "slots": 0}
     assert claim() == expected
-    assert measured == [(devices, 48, setup.examiner.max_new_tokens)]
+    assert measured == [(devices, 48, experiment.evaluation.max_new_tokens)]
     # The run goes on, also for longer.
-    setup.config.generations += 1
+    experiment.config.generations += 1
     assert claim() == expected
     assert len(measured) == 1
     # Other settings of memory are chosen for anew.
-    setup.config.chunk = 1
+    experiment.config.chunk = 1
     assert claim() == expected | {"chunk": 1}
     assert len(measured) == 2
 
@@ -239,13 +241,13 @@ def test_a_run_measures_once(
 def test_a_run_holds_what_is_chosen(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def noted(examiner: Examiner, *args: Any, chunk: int, **settings: Any) -> Score:
-        asked.append((chunk, examiner.slots))
-        return ask(examiner, *args, chunk=chunk, **settings)
+    def noted(evaluation: Evaluation, *args: Any, chunk: int, **settings: Any) -> Score:
+        asked.append((chunk, evaluation.slots))
+        return ask(evaluation, *args, chunk=chunk, **settings)
 
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(train, "ask", noted)
-    monkeypatch.setattr(train, "choose", lambda setup: Held(1, 20))
+    monkeypatch.setattr(train, "choose", lambda experiment: Held(1, 20))
     config = small_run.get_config(str(small_model))
     config.generations = 1
     train.run(config, tmp_path)

@@ -11,10 +11,8 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from small_run import SHAPE
 
 import jes
-from jes.ask import ask
 from jes.core.noise import Noise, perturb_member
-from jes.evaluate import make_examiner
-from jes.examiner import prepare
+from jes.evaluate import make_evaluation
 from jes.landscape import lanczos, smoothed
 from jes.landscape.curvature import (
     cheap_index,
@@ -35,6 +33,8 @@ from jes.landscape.surrogate import (
 )
 from jes.models.config import ModelConfig
 from jes.models.qwen import Decoder
+from jes.questions import prepare
+from jes.rollout import ask
 from jes.tasks import load_task
 
 # A quadratic loss x'Hx/2, which smoothing moves but does not bend.
@@ -325,7 +325,7 @@ def test_a_vector_in_the_subspace_is_seen() -> None:
 
 @pytest.fixture(scope="module")
 def nano() -> tuple[Any, Any, Any, Any, Any]:
-    """A random decoder, its weights, an examiner, questions and references."""
+    """A random decoder, its weights, an evaluation, questions and references."""
     tiny = jes.load("tiny")
     shape = dict(tiny.hf_config) | SHAPE
     shape |= {"hidden_size": 8, "intermediate_size": 12}
@@ -335,9 +335,9 @@ def nano() -> tuple[Any, Any, Any, Any, Any]:
     # From 0.02 the logits hardly differ from 0, and all curvature is that of the head.
     drawn = jes.perturb(params["params"], key, 0.3)
     task = load_task("tiny/min", train=4, test=2)
-    examiner = make_examiner(tiny, task)
-    questions = prepare(examiner, task.train)
-    return model, drawn, examiner, questions, reference_batch(examiner, questions)
+    evaluation = make_evaluation(tiny, task)
+    questions = prepare(evaluation, task.train)
+    return model, drawn, evaluation, questions, reference_batch(evaluation, questions)
 
 
 def test_a_nano_models_hessian_is_the_same_by_all_ways(nano: Any) -> None:
@@ -422,8 +422,8 @@ def tiny() -> tuple[Any, Any]:
     """The model, and the references of eight examples."""
     pretrained = jes.load("tiny")
     task = load_task("tiny/min", train=8, test=2)
-    examiner = make_examiner(pretrained, task)
-    return pretrained, reference_batch(examiner, prepare(examiner, task.train))
+    evaluation = make_evaluation(pretrained, task)
+    return pretrained, reference_batch(evaluation, prepare(evaluation, task.train))
 
 
 def test_products_are_differences_of_gradients(tiny: Any) -> None:
@@ -467,10 +467,10 @@ def test_members_get_what_asking_gives_them(nano: Any) -> None:
     """Prompt by prompt; the mean is the fitness that `ask` has."""
     tiny = jes.load("tiny")
     task = load_task("tiny/max", train=6, test=2)
-    examiner = make_examiner(tiny, task)
-    likely = make_examiner(tiny, task, mode="likelihood")
+    evaluation = make_evaluation(tiny, task)
+    likely = make_evaluation(tiny, task, mode="likelihood")
     key, noise = jax.random.key(4), Noise(sigma=0.03, antithetic=True)
-    for each in (examiner, likely):
+    for each in (evaluation, likely):
         questions = prepare(each, task.train)
         batch = reference_batch(each, questions)
         members = np.arange(4)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jes
-from jes.anchor import MOVED, displacement, kind_of
-from jes.sampling.divergence import Answers, divergence, sample_answers
+from jes.core.anchor import MOVED, displacement, kind_of
+from jes.sampling.kl import Answers, divergence, sample_answers
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,16 @@ from small_run import get_config, outcome
 
 import jes
 from jes import train
-from jes.ask import ask, examine
-from jes.core.drawn import Drawn, Own, draw_later
+from jes.core.lazy_noise import LazyNoise, Own, draw_later
 from jes.core.mesh import make_mesh
 from jes.core.noise import LAWS, LAWS_AT, Noise, PyTree
 from jes.core.normal import Place, bits_at, places
 from jes.core.population import draw_members
 from jes.errors import InputError
-from jes.examiner import Examiner, prepare
-from jes.models.deviation import deviated
+from jes.models.member_layers import deviated
 from jes.models.qwen import Decoder
+from jes.questions import Evaluation, prepare
+from jes.rollout import ask, examine
 from jes.sampling.generate import decode_members, unrolled_members
 from jes.sampling.likelihood import log_likelihoods, pad_choices
 from jes.sampling.prompts import pad
@@ -85,14 +85,16 @@ def test_members_are_those_of_the_default(law: str, dtype: str) -> None:
     noise = Noise(sigma=0.02, antithetic=True, law=law)
     settings = params, KEY, MEMBERS, noise, jnp.dtype(dtype)
     expected, later = drawn_members(*settings), drawn_later(*settings)
-    kinds = jax.tree.map(type, later, is_leaf=lambda x: isinstance(x, Drawn | Own))
+    kinds = jax.tree.map(type, later, is_leaf=lambda x: isinstance(x, LazyNoise | Own))
     assert (
-        kinds["embed"]["embedding"] is kinds["layers"]["mlp"]["up"]["kernel"] is Drawn
+        kinds["embed"]["embedding"]
+        is kinds["layers"]["mlp"]["up"]["kernel"]
+        is LazyNoise
     )
     assert kinds["layers"]["attention"]["q"]["bias"] is Own
     assert kinds["final_norm"]["scale"] is Own
 
-    def full(path: tuple, weight: jax.Array, noise: Drawn | Own) -> jax.Array:
+    def full(path: tuple, weight: jax.Array, noise: LazyNoise | Own) -> jax.Array:
         stacked = path[0].key == "layers"
         one = jax.vmap(deviated) if stacked else deviated
         return jax.vmap(lambda noise: one(weight, noise))(noise)
@@ -139,11 +141,11 @@ def test_answers_are_those_of_members() -> None:
 
 
 @pytest.fixture(scope="module")
-def examiners() -> dict[str, Examiner]:
+def evaluations() -> dict[str, Evaluation]:
     pretrained = jes.load("tiny")
     task = jes.tasks.load_task("tiny/max", root="", seed=0, train=8, test=4)
     return {
-        draw: Examiner(
+        draw: Evaluation(
             model=pretrained.model,
             tokenizer=pretrained.tokenizer,
             task=task,
@@ -159,11 +161,11 @@ def examiners() -> dict[str, Examiner]:
     ("mode", "devices"), [("generate", 1), ("likelihood", 1), ("likelihood", 2)]
 )
 def test_members_earn_the_same(
-    mode: str, devices: int, examiners: dict[str, Examiner]
+    mode: str, devices: int, evaluations: dict[str, Evaluation]
 ) -> None:
     params = jes.load("tiny", mesh=make_mesh(1, jax.devices()[:devices])).params
     scores = []
-    for each in examiners.values():
+    for each in evaluations.values():
         each = dataclasses.replace(each, mode=mode)
         asked = prepare(each, each.task.train)
         settings = {"noise": Noise(sigma=0.03), "population": 5, "chunk": 2}

@@ -14,7 +14,7 @@ import jes
 from jes.core.codes import pack, unpack
 from jes.core.noise import PyTree
 from jes.core.tree import is_codes, values_of
-from jes.tell import Evolution, drift, first_state, flip_rate, moves_of, tell
+from jes.update import Evolution, drift, first_state, flip_rate, moves_of, tell
 
 ROOT = jax.random.key(5)
 

@@ -8,9 +8,9 @@ import optax
 import pytest
 
 import jes
-from jes.anchor import displacement
+from jes.core.anchor import displacement
 from jes.core.noise import PyTree
-from jes.tell import Evolution, drift, replay
+from jes.update import Evolution, drift, replay
 
 D = 20
 CURVATURE = jnp.linspace(0.5, 2.0, D)
@@ -181,7 +181,7 @@ def test_pure_noise_walks_as_the_law_says() -> None:
 
 
 def make_state(evolution: Evolution, params: PyTree) -> PyTree:
-    from jes.tell import make_optimizer
+    from jes.update import make_optimizer
 
     return make_optimizer(evolution).init(params)
 

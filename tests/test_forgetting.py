@@ -29,7 +29,7 @@ from jes.forgetting.report import (
 )
 from jes.forgetting.systematic import displacements, reach, systematic
 from jes.models.weights import fingerprint
-from jes.tell import drift
+from jes.update import drift
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -13,7 +13,6 @@ import optax
 import pytest
 
 import jes
-from jes.anchor import displacement, keep_anchor
 from jes.baselines.grpo import (
     Batch,
     Grpo,
@@ -26,8 +25,9 @@ from jes.baselines.grpo import (
     make_optimizer,
     rollout,
 )
+from jes.core.anchor import displacement, keep_anchor
 from jes.errors import InputError
-from jes.examiner import Examiner, Question, prepare
+from jes.questions import Evaluation, Question, prepare
 from jes.sampling.generate import trim
 from jes.tasks import load_task
 from jes.tasks.task import Reward
@@ -39,8 +39,10 @@ logs_of = jax.jit(log_probabilities, static_argnums=0)
 SETTINGS = Grpo(prompts=6, group=4, minibatch=24, learning_rate=1e-3)
 
 
-def make_examiner(pretrained: jes.Pretrained, name: str, **settings: Any) -> Examiner:
-    return Examiner(
+def make_evaluation(
+    pretrained: jes.Pretrained, name: str, **settings: Any
+) -> Evaluation:
+    return Evaluation(
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,
         task=load_task(name, root="", seed=0, train=64, test=16),
@@ -51,8 +53,8 @@ def make_examiner(pretrained: jes.Pretrained, name: str, **settings: Any) -> Exa
 
 
 @pytest.fixture(scope="module")
-def examiner(small_model: Path) -> Examiner:
-    return make_examiner(jes.load(small_model), "tiny/reverse")
+def evaluation(small_model: Path) -> Evaluation:
+    return make_evaluation(jes.load(small_model), "tiny/reverse")
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +63,13 @@ def params(small_model: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def questions(examiner: Examiner) -> list[Question]:
-    return prepare(examiner, examiner.task.train)[:6]
+def questions(evaluation: Evaluation) -> list[Question]:
+    return prepare(evaluation, evaluation.task.train)[:6]
 
 
 @pytest.fixture(scope="module")
-def batch(examiner: Examiner, params: dict, questions: list[Question]) -> Batch:
-    sampled = rollout(examiner, params, questions, jax.random.key(0), SETTINGS).batch
+def batch(evaluation: Evaluation, params: dict, questions: list[Question]) -> Batch:
+    sampled = rollout(evaluation, params, questions, jax.random.key(0), SETTINGS).batch
     drawn = np.random.default_rng(0).standard_normal(24).astype(np.float32)
     return sampled._replace(advantages=drawn)
 
@@ -93,16 +95,16 @@ def test_advantages_compare_within_a_group() -> None:
 
 
 def test_rollout_lays_out_what_was_answered_and_rewards_it(
-    examiner: Examiner, params: dict, questions: list[Question]
+    evaluation: Evaluation, params: dict, questions: list[Question]
 ) -> None:
     # An end token that random weights do choose now and then.
-    examiner = dataclasses.replace(examiner, eos_ids=tuple(range(20)))
+    evaluation = dataclasses.replace(evaluation, eos_ids=tuple(range(20)))
     got = rollout(
-        examiner, params, questions, jax.random.key(0), SETTINGS, batch_size=10
+        evaluation, params, questions, jax.random.key(0), SETTINGS, batch_size=10
     )
     tokens, positions, answered, _ = got.batch
-    room = examiner.max_new_tokens
-    answers = trim(tokens[:, -room:], examiner.eos_ids)
+    room = evaluation.max_new_tokens
+    answers = trim(tokens[:, -room:], evaluation.eos_ids)
     for row, answer in enumerate(answers):
         question = questions[row // 4]
         length = len(question.prompt)
@@ -111,8 +113,8 @@ def test_rollout_lays_out_what_was_answered_and_rewards_it(
         assert positions[row].tolist() == expected
         chosen = min(len(answer) + 1, room)
         assert answered[row].tolist() == [i < chosen for i in range(room)]
-        text = examiner.tokenizer.decode(answer)
-        value = examiner.task.reward(question.example, text).value
+        text = evaluation.tokenizer.decode(answer)
+        value = evaluation.task.reward(question.example, text).value
         assert got.rewards[row // 4, row % 4] == value
     assert len({tuple(answer) for answer in answers}) > 12
     assert 0 < np.mean([len(answer) == room for answer in answers]) < 1
@@ -123,14 +125,14 @@ def test_rollout_lays_out_what_was_answered_and_rewards_it(
 
 
 def test_rollout_survives_rewards_that_are_not_finite(
-    examiner: Examiner, params: dict, questions: list[Question]
+    evaluation: Evaluation, params: dict, questions: list[Question]
 ) -> None:
     def reward(example: Any, text: str) -> Reward:
         return Reward(np.nan if "a" in text else len(text), False, False, False)
 
-    task = dataclasses.replace(examiner.task, reward=reward)
-    examiner = dataclasses.replace(examiner, task=task)
-    got = rollout(examiner, params, questions, jax.random.key(0), SETTINGS)
+    task = dataclasses.replace(evaluation.task, reward=reward)
+    evaluation = dataclasses.replace(evaluation, task=task)
+    got = rollout(evaluation, params, questions, jax.random.key(0), SETTINGS)
     finite = np.isfinite(got.rewards)
     assert 0 < finite.sum() < finite.size
     assert got.score.reward == got.rewards[finite].mean()
@@ -139,9 +141,9 @@ def test_rollout_survives_rewards_that_are_not_finite(
 
 
 def test_log_probabilities_are_those_of_cached_steps(
-    examiner: Examiner, params: dict, batch: Batch
+    evaluation: Evaluation, params: dict, batch: Batch
 ) -> None:
-    model, room = examiner.model, examiner.max_new_tokens
+    model, room = evaluation.model, evaluation.max_new_tokens
     prompt, answer = batch.tokens[:, :-room], batch.tokens[:, -room:]
     run = jax.jit(partial(model.apply, last=1))
     variables = {"params": params}
@@ -162,13 +164,13 @@ def test_log_probabilities_are_those_of_cached_steps(
 
 
 def test_the_sampler_draws_from_these_probabilities(
-    examiner: Examiner, params: dict, questions: list[Question]
+    evaluation: Evaluation, params: dict, questions: list[Question]
 ) -> None:
     settings = Grpo(prompts=1, group=4000, minibatch=4000, temperature=1.5)
-    examiner = dataclasses.replace(examiner, max_new_tokens=1)
+    evaluation = dataclasses.replace(evaluation, max_new_tokens=1)
     key = jax.random.key(1)
-    got = rollout(examiner, params, questions[:1], key, settings, batch_size=4000)
-    logs = np.asarray(logs_of(examiner.model, params, got.batch, 1.5))
+    got = rollout(evaluation, params, questions[:1], key, settings, batch_size=4000)
+    logs = np.asarray(logs_of(evaluation.model, params, got.batch, 1.5))
     first, index, seen = np.unique(
         got.batch.tokens[:, -1], return_index=True, return_counts=True
     )
@@ -296,17 +298,17 @@ def test_clipping_stops_what_has_gone_far_enough(
 
 
 def test_the_first_gradient_is_reinforce_with_group_advantages(
-    examiner: Examiner, params: dict, batch: Batch
+    evaluation: Evaluation, params: dict, batch: Batch
 ) -> None:
     settings = dataclasses.replace(SETTINGS, kl=0)
 
     def reinforce(params: dict) -> jax.Array:
-        logs = log_probabilities(examiner.model, params, batch)
+        logs = log_probabilities(evaluation.model, params, batch)
         per_answer = logs.sum(-1) / batch.answered.sum(-1)
         return -(per_answer * batch.advantages).mean()
 
-    old = logs_of(examiner.model, params, batch)
-    (_, metrics), gradient = slopes(settings, examiner.model, params, batch, old, old)
+    old = logs_of(evaluation.model, params, batch)
+    (_, metrics), gradient = slopes(settings, evaluation.model, params, batch, old, old)
     chex.assert_trees_all_close(
         gradient, jax.jit(jax.grad(reinforce))(params), atol=1e-6
     )
@@ -317,11 +319,11 @@ def test_the_first_gradient_is_reinforce_with_group_advantages(
 
 
 def test_improve_takes_the_steps_that_it_says(
-    examiner: Examiner, params: dict, batch: Batch
+    evaluation: Evaluation, params: dict, batch: Batch
 ) -> None:
     """Two epochs of three minibatches, against the same steps written out."""
     settings = dataclasses.replace(SETTINGS, minibatch=8, epochs=2, kl=0.1)
-    model, key = examiner.model, jax.random.key(4)
+    model, key = evaluation.model, jax.random.key(4)
     optimizer = make_optimizer(settings)
     update = jax.jit(optimizer.update)
     expected, state = params, optimizer.init(params)
@@ -348,7 +350,7 @@ def test_improve_takes_the_steps_that_it_says(
 
 
 def test_microbatches_add_up_to_the_minibatch(
-    examiner: Examiner, params: dict, batch: Batch
+    evaluation: Evaluation, params: dict, batch: Batch
 ) -> None:
     """The same gradient, from less memory."""
     steps = {}
@@ -357,7 +359,7 @@ def test_microbatches_add_up_to_the_minibatch(
         mine = jax.tree.map(jnp.array, params)
         state = make_optimizer(settings).init(mine)
         _, state, metrics = improve(
-            settings, examiner.model, mine, state, params, batch, jax.random.key(4)
+            settings, evaluation.model, mine, state, params, batch, jax.random.key(4)
         )
         steps[held] = (state[1][0].mu, metrics)
     chex.assert_trees_all_close(steps[0][0], steps[4][0], rtol=1e-4, atol=1e-8)
@@ -367,13 +369,13 @@ def test_microbatches_add_up_to_the_minibatch(
 
 @pytest.mark.parametrize("place", ["host", "bfloat16"])
 def test_the_reference_may_be_kept_elsewhere(
-    examiner: Examiner, batch: Batch, params: dict, place: str
+    evaluation: Evaluation, batch: Batch, params: dict, place: str
 ) -> None:
     mine = jax.tree.map(jnp.array, params)
     state = make_optimizer(SETTINGS).init(mine)
     *_, metrics = improve(
         SETTINGS,
-        examiner.model,
+        evaluation.model,
         mine,
         state,
         keep_anchor(params, place),
@@ -385,44 +387,44 @@ def test_the_reference_may_be_kept_elsewhere(
 
 
 def test_the_reference_may_be_kept_in_the_precision_of_its_files(
-    examiner: Examiner, batch: Batch, params: dict
+    evaluation: Evaluation, batch: Batch, params: dict
 ) -> None:
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     mine = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded)
     state = make_optimizer(SETTINGS).init(mine)
     *_, metrics = improve(
-        SETTINGS, examiner.model, mine, state, rounded, batch, jax.random.key(0)
+        SETTINGS, evaluation.model, mine, state, rounded, batch, jax.random.key(0)
     )
     assert metrics["kl"] < 1e-12  # one minibatch: still the base model
 
 
 def test_nothing_is_learned_from_groups_that_tie(
-    examiner: Examiner, batch: Batch, params: dict
+    evaluation: Evaluation, batch: Batch, params: dict
 ) -> None:
     tied = batch._replace(advantages=np.zeros(24, np.float32))
     mine = jax.tree.map(jnp.array, params)
     state = make_optimizer(SETTINGS).init(mine)
     got, *_ = improve(
-        SETTINGS, examiner.model, mine, state, params, tied, jax.random.key(0)
+        SETTINGS, evaluation.model, mine, state, params, tied, jax.random.key(0)
     )
     chex.assert_trees_all_equal(got, params)
 
 
 def test_reward_rises() -> None:
     pretrained = jes.load("tiny")
-    examiner = make_examiner(pretrained, "tiny/min")
+    evaluation = make_evaluation(pretrained, "tiny/min")
     settings = Grpo(prompts=16, group=16, minibatch=128, learning_rate=3e-4)
     params, base = pretrained.params, keep_anchor(pretrained.params)
     state = make_optimizer(settings).init(params)
-    questions = prepare(examiner, examiner.task.train)
+    questions = prepare(evaluation, evaluation.task.train)
     rewards = []
     for i in range(8):
         key = jax.random.key(i)
         chosen = questions[16 * (i % 4) :][:16]
-        sampled = rollout(examiner, params, chosen, key, settings)
+        sampled = rollout(evaluation, params, chosen, key, settings)
         rewards.append(sampled.score.reward)
         params, state, _ = improve(
-            settings, examiner.model, params, state, base, sampled.batch, key
+            settings, evaluation.model, params, state, base, sampled.batch, key
         )
     # 256 answers of 16 prompts: the mean is known to 0.06 or so.
     assert np.mean(rewards[:2]) < 0.3
@@ -430,12 +432,14 @@ def test_reward_rises() -> None:
 
 
 def test_diverged_weights_are_reported(
-    examiner: Examiner, batch: Batch, params: dict
+    evaluation: Evaluation, batch: Batch, params: dict
 ) -> None:
     mine = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
     state = make_optimizer(SETTINGS).init(mine)
     with pytest.raises(InputError, match="learning_rate"):
-        improve(SETTINGS, examiner.model, mine, state, params, batch, jax.random.key(0))
+        improve(
+            SETTINGS, evaluation.model, mine, state, params, batch, jax.random.key(0)
+        )
 
 
 @pytest.mark.parametrize(
@@ -464,17 +468,17 @@ def test_settings_are_checked(settings: dict) -> None:
 
 
 def test_a_minibatch_must_divide_the_answers(
-    examiner: Examiner, batch: Batch, params: dict
+    evaluation: Evaluation, batch: Batch, params: dict
 ) -> None:
     settings = Grpo(prompts=5, group=2, minibatch=10)
     with pytest.raises(InputError, match="10 does not divide 24"):
-        improve(settings, examiner.model, params, None, params, batch, None)
+        improve(settings, evaluation.model, params, None, params, batch, None)
 
 
 def test_answers_are_generated(
-    examiner: Examiner, params: dict, questions: list[Question]
+    evaluation: Evaluation, params: dict, questions: list[Question]
 ) -> None:
     task = load_task("tiny/min", root="", seed=0, train=8, test=8)
-    examiner = dataclasses.replace(examiner, task=task, mode="likelihood")
+    evaluation = dataclasses.replace(evaluation, task=task, mode="likelihood")
     with pytest.raises(InputError, match="generate"):
-        rollout(examiner, params, questions, jax.random.key(0), SETTINGS)
+        rollout(evaluation, params, questions, jax.random.key(0), SETTINGS)

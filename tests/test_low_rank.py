@@ -15,7 +15,7 @@ from random_checkpoint import QWEN2, QWEN3, write_checkpoint
 from small_run import SHAPE, get_config, outcome, rows
 
 import jes
-from jes import setup, train
+from jes import experiment, train
 from jes.bench import low_rank as bench_low_rank
 from jes.config import default
 from jes.core import ledger as ledgers
@@ -37,7 +37,7 @@ from jes.models.weights import Pretrained, fingerprint
 from jes.sampling.generate import decode_members, unrolled_centre, unrolled_members
 from jes.sampling.likelihood import log_likelihoods, pad_choices
 from jes.sampling.prompts import share
-from jes.tell import Evolution, drift, first_state, tell
+from jes.update import Evolution, drift, first_state, tell
 
 KEY = jax.random.key(11)
 ROWS, COLUMNS = 6, 5
@@ -435,13 +435,13 @@ def test_members_on_other_devices_are_the_same() -> None:
 
 def test_settings_that_no_run_can_have(small_model: Path) -> None:
     config = get_config(str(small_model))
-    assert setup.make_evolution(config).noise.rank == 0
+    assert experiment.make_evolution(config).noise.rank == 0
     config.rank = -1
     with pytest.raises(InputError, match="rank cannot be negative: -1"):
-        setup.make_evolution(config)
+        experiment.make_evolution(config)
     config.rank, config.rounding = 1, "replay"
     with pytest.raises(InputError, match="rank=1 is for weights of floats"):
-        setup.make_evolution(config)
+        experiment.make_evolution(config)
     codes = {"w": pack(jnp.full((4, 6), 8), bits=4)}
     noise = jes.Noise(sigma=0.1, rank=1)
     with pytest.raises(ValueError, match="low rank is for weights of floats"):

@@ -13,15 +13,15 @@ from test_evaluate_export import command
 
 import jes
 from jes import train
-from jes.ask import ask, examine
 from jes.core.noise import Noise
 from jes.errors import InputError
-from jes.examiner import Examiner, prepare
 from jes.metacognition import evaluate
 from jes.metacognition.answers import collect
 from jes.metacognition.objectives import CELLS, objective_fitness
+from jes.questions import Evaluation, prepare
+from jes.rollout import ask, examine
 from jes.sampling.prompts import encode
-from jes.score import Score
+from jes.scoring import Score
 from jes.tasks import load_task
 from jes.tasks.task import Reward
 
@@ -33,8 +33,8 @@ def pretrained(small_model: Path) -> jes.Pretrained:
     return jes.load(small_model)
 
 
-def examiner_of(pretrained: jes.Pretrained, name: str = "tiny/knows") -> Examiner:
-    return Examiner(
+def examiner_of(pretrained: jes.Pretrained, name: str = "tiny/knows") -> Evaluation:
+    return Evaluation(
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,
         task=load_task(name, **SIZES),
@@ -43,25 +43,31 @@ def examiner_of(pretrained: jes.Pretrained, name: str = "tiny/knows") -> Examine
     )
 
 
-def judged_by_letters(examiner: Examiner) -> Examiner:
+def judged_by_letters(evaluation: Evaluation) -> Evaluation:
     """Right and yes by letters of the texts, which random weights vary enough for."""
 
     def reward(_, text, meta):
         right, yes = len(text) % 2 == 0, len(set(meta)) % 2 == 0
         return Reward(float(right + (right == yes)), right, right, True, yes)
 
-    task = dataclasses.replace(examiner.task, reward=reward)
-    return dataclasses.replace(examiner, task=task)
+    task = dataclasses.replace(evaluation.task, reward=reward)
+    return dataclasses.replace(evaluation, task=task)
 
 
 def test_a_member_is_scored_on_both_answers(pretrained: jes.Pretrained) -> None:
     """The same as generating for each member and each prompt apart."""
-    examiner = judged_by_letters(examiner_of(pretrained))
-    task = examiner.task
-    questions = prepare(examiner, task.test)
+    evaluation = judged_by_letters(examiner_of(pretrained))
+    task = evaluation.task
+    questions = prepare(evaluation, task.test)
     key, noise = jes.generation_key(jax.random.key(3), 0), Noise(sigma=0.3)
     got = ask(
-        examiner, pretrained.params, key, questions, noise=noise, population=3, chunk=2
+        evaluation,
+        pretrained.params,
+        key,
+        questions,
+        noise=noise,
+        population=3,
+        chunk=2,
     )
     for member in range(3):
         params = jes.perturb_member(pretrained.params, key, member, noise)
@@ -91,12 +97,12 @@ def test_a_member_is_scored_on_both_answers(pretrained: jes.Pretrained) -> None:
 def test_a_batch_that_is_filled_up_counts_each_question_once(
     pretrained: jes.Pretrained,
 ) -> None:
-    examiner = judged_by_letters(examiner_of(pretrained))
-    questions = prepare(examiner, examiner.task.test)
-    whole = examine(examiner, pretrained.params, questions, batch_size=12)
-    parts = examine(examiner, pretrained.params, questions, batch_size=5)
+    evaluation = judged_by_letters(examiner_of(pretrained))
+    questions = prepare(evaluation, evaluation.task.test)
+    whole = examine(evaluation, pretrained.params, questions, batch_size=12)
+    parts = examine(evaluation, pretrained.params, questions, batch_size=5)
     assert parts == pytest.approx(whole)
-    answers = collect(examiner, pretrained.params, questions, batch_size=5)
+    answers = collect(evaluation, pretrained.params, questions, batch_size=5)
     assert answers.correct.mean() == whole.accuracy
     assert (answers.correct & answers.yes).mean() == pytest.approx(whole.hits)
     wrong = ~answers.correct & answers.yes
@@ -104,19 +110,19 @@ def test_a_batch_that_is_filled_up_counts_each_question_once(
 
 
 def test_other_tasks_say_nothing_about_knowing(pretrained: jes.Pretrained) -> None:
-    examiner = examiner_of(pretrained, "tiny/facts")
-    questions = prepare(examiner, examiner.task.test)
-    score = examine(examiner, pretrained.params, questions)
+    evaluation = examiner_of(pretrained, "tiny/facts")
+    questions = prepare(evaluation, evaluation.task.test)
+    score = examine(evaluation, pretrained.params, questions)
     assert np.isnan([score.hits, score.false_alarms]).all()
     with pytest.raises(InputError, match="tiny/facts does not ask"):
-        collect(examiner, pretrained.params, questions)
+        collect(evaluation, pretrained.params, questions)
 
 
 def test_confidence_is_the_log_odds_of_the_words(pretrained: jes.Pretrained) -> None:
     """By hand: the letters of yes and of no, one after the other."""
-    examiner = examiner_of(pretrained)
-    questions = prepare(examiner, examiner.task.test[:3])
-    answers = collect(examiner, pretrained.params, questions)
+    evaluation = examiner_of(pretrained)
+    questions = prepare(evaluation, evaluation.task.test[:3])
+    answers = collect(evaluation, pretrained.params, questions)
     for question, got in zip(questions, answers.confidence, strict=True):
         odds = []
         for word in ("yes", "no"):

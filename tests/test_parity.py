@@ -12,7 +12,7 @@ from make_goldens import CONFIGS, GOLDENS, Batch, make_batch, torch_logits
 from random_checkpoint import write_checkpoint, write_json
 
 from jes.models import weights
-from jes.models.shards import Tensor, write_tensors
+from jes.models.safetensors_files import Tensor, write_tensors
 
 TOLERANCE = 1e-4
 """Bound of the error of a float32 logit; the logits have a deviation of 0.6."""

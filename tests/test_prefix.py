@@ -10,12 +10,12 @@ import pytest
 from small_decoder import decoder, weights_of
 
 import jes
-from jes.ask import answer_each, ask, examine
 from jes.core.noise import Noise
 from jes.core.population import draw_overlays
-from jes.examiner import Examiner, padded_lengths, prepare
 from jes.io.memory import bytes_per_member
 from jes.quantize import quantize
+from jes.questions import Evaluation, padded_lengths, prepare
+from jes.rollout import answer_each, ask, examine
 from jes.sampling.generate import decode_members, unrolled_members
 from jes.sampling.likelihood import log_likelihoods, pad_choices
 from jes.sampling.prompts import batches, pad, share
@@ -161,7 +161,7 @@ def test_prompts_of_a_family_are_answered_together() -> None:
         assert counts == sorted(counts)
 
 
-def shots(mode: str) -> Examiner:
+def shots(mode: str) -> Evaluation:
     """Sums after worked examples of one of two kinds, asked of the embedded model."""
     tiny = jes.load("tiny")
     kinds = ["".join(f"{i}+{j}={i + j} " for i in range(9)) for j in (1, 2)]
@@ -176,7 +176,7 @@ def shots(mode: str) -> Examiner:
         answer=lambda example: example["a"] % 3,
         max_new_tokens=5,
     )
-    return Examiner(
+    return Evaluation(
         model=tiny.model,
         tokenizer=tiny.tokenizer,
         task=task,
@@ -187,25 +187,25 @@ def shots(mode: str) -> Examiner:
 
 @pytest.mark.parametrize("mode", ["generate", "likelihood"])
 def test_scores_are_the_same(mode: str) -> None:
-    examiner = shots(mode)
-    whole = dataclasses.replace(examiner, parts=())
+    evaluation = shots(mode)
+    whole = dataclasses.replace(evaluation, parts=())
     params = jes.load("tiny").params
-    questions = prepare(examiner, examiner.task.test)
+    questions = prepare(evaluation, evaluation.task.test)
     assert padded_lengths(whole, questions)[0] == 0
     odd = questions[::2]
-    assert padded_lengths(examiner, odd)[0] >= 48
-    got, expected = (examine(each, params, questions) for each in (examiner, whole))
+    assert padded_lengths(evaluation, odd)[0] >= 48
+    got, expected = (examine(each, params, questions) for each in (evaluation, whole))
     np.testing.assert_equal(got, expected)
     noise, key = Noise(sigma=0.02), jax.random.key(3)
     settings = {"noise": noise, "population": 3, "chunk": 2}
     got, expected = (
-        ask(each, params, key, odd, **settings) for each in (examiner, whole)
+        ask(each, params, key, odd, **settings) for each in (evaluation, whole)
     )
     np.testing.assert_equal(got, expected)
     members = np.arange(3)
     got, expected = (
         answer_each(each, params, key, odd, members, noise=noise, batch_size=4)
-        for each in (examiner, whole)
+        for each in (evaluation, whole)
     )
     np.testing.assert_equal(got, expected)
 

@@ -12,13 +12,13 @@ from ml_collections import ConfigDict
 from small_run import rows, run_jobs, write_model
 
 import jes
-from jes.ask import answer_each, ask
 from jes.core.noise import Noise
-from jes.examiner import Examiner, prepare
 from jes.landscape import settings
 from jes.landscape.probe_report import from_hex
 from jes.landscape.probes import best_of
 from jes.probe import check_probe, to_hex
+from jes.questions import Evaluation, prepare
+from jes.rollout import answer_each, ask
 from jes.tasks import load_task
 
 
@@ -106,7 +106,7 @@ def test_a_candidate_is_the_perturbed_model(runs):
     folder, *_ = runs
     pretrained = jes.load(folder / "model")
     task = load_task("tiny/max")
-    examiner = Examiner(
+    evaluation = Evaluation(
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,
         task=task,
@@ -134,7 +134,7 @@ def test_a_candidate_is_the_perturbed_model(runs):
         if (row["sigma"], row["batch"], row["candidate"]) == (0.5, 1, 3)
     )
     assert from_hex(row["right"], 20).tolist() == right
-    assert examiner.task.name == "tiny/max"
+    assert evaluation.task.name == "tiny/max"
 
 
 def test_stopped_at_any_moment_it_goes_on(runs):
@@ -179,20 +179,26 @@ def test_bits_come_back():
 def test_single_answers_are_those_that_a_score_is_of(mode):
     pretrained = jes.load("tiny")
     task = load_task("tiny/rules")
-    examiner = Examiner(
+    evaluation = Evaluation(
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,
         task=task,
         eos_ids=pretrained.eos_ids,
         mode=mode,
     )
-    questions = prepare(examiner, task.train[:10])
+    questions = prepare(evaluation, task.train[:10])
     key, noise = jax.random.key(5), Noise(sigma=0.02)
     scores = ask(
-        examiner, pretrained.params, key, questions, noise=noise, population=3, chunk=3
+        evaluation,
+        pretrained.params,
+        key,
+        questions,
+        noise=noise,
+        population=3,
+        chunk=3,
     )
     answered = answer_each(
-        examiner,
+        evaluation,
         pretrained.params,
         key,
         questions,
@@ -203,7 +209,7 @@ def test_single_answers_are_those_that_a_score_is_of(mode):
     np.testing.assert_allclose(answered.right.mean(-1), scores.accuracy)
     assert answered.said.shape[:2] == (3, 10)
     itself = answer_each(
-        examiner, pretrained.params, key, questions, np.arange(2), noise=None
+        evaluation, pretrained.params, key, questions, np.arange(2), noise=None
     )
     assert (itself.said[0] == itself.said[1]).all()
     assert (itself.said[0] != answered.said[0]).any()

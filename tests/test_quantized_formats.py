@@ -24,7 +24,7 @@ from jes.core.codes import pack, unpack
 from jes.errors import InputError
 from jes.models.layout import NAMES
 from jes.models.quantized import Quantized, dequantize, matmul
-from jes.models.shards import SINGLE, WeightsError, read_json
+from jes.models.safetensors_files import SINGLE, WeightsError, read_json
 from jes.models.weights import fingerprint, save
 from jes.quantize import quantize, rounding_error
 from jes.sampling.generate import generate

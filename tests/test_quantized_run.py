@@ -13,8 +13,7 @@ import pytest
 from small_run import get_config, outcome, rows
 
 import jes
-from jes import setup, train
-from jes.ask import ask, examine
+from jes import experiment, train
 from jes.core import ledger as ledgers
 from jes.core.codes import Codes, moved, unpack
 from jes.core.population import draw_overlays
@@ -25,6 +24,7 @@ from jes.io.interrupts import Stopped
 from jes.models.quantized import Quantized
 from jes.models.weights import fingerprint
 from jes.quantize import quantize, quantize_model
+from jes.rollout import ask, examine
 
 ROUNDINGS = ("replay", "residual", "naive", "quzo")
 
@@ -124,12 +124,12 @@ def test_members_answer_as_their_own_models(
 ) -> None:
     """Sharing the centre's codes changes nothing: each member written out, alone."""
     config = config_of(small_model, f"int{bits}", sigma=sigma, alpha=sigma)
-    made = setup.make_setup(config, setup.make_evolution(config))
+    made = experiment.make_experiment(config, experiment.make_evolution(config))
     params, noise = made.pretrained.params, made.evolution.noise
     key = jes.generation_key(jax.random.key(0), 3)
     questions = made.train[:16]
     together = ask(
-        made.examiner,
+        made.evaluation,
         params,
         key,
         questions,
@@ -153,7 +153,7 @@ def test_members_answer_as_their_own_models(
         return jax.tree.map(one, params, overlays, is_leaf=whole)
 
     alone = [
-        examine(made.examiner, member(i), questions, batch_size=16).reward
+        examine(made.evaluation, member(i), questions, batch_size=16).reward
         for i in range(4)
     ]
     np.testing.assert_allclose(together.reward, alone, atol=1e-12)
@@ -274,12 +274,12 @@ def test_a_rate_that_moves_most_codes_is_warned_of(
     small_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(small_model, alpha=20.0)
-    setup.make_setup(config, setup.make_evolution(config))
+    experiment.make_experiment(config, experiment.make_evolution(config))
     said = " ".join(capsys.readouterr().out.split())
     assert "alpha / sigma = 40 is large" in said
     assert "% of the codes will move every generation by noise alone" in said
     quiet = config_of(small_model, alpha=0.05)
-    setup.make_setup(quiet, setup.make_evolution(quiet))
+    experiment.make_experiment(quiet, experiment.make_evolution(quiet))
     assert "alpha" not in capsys.readouterr().out
 
 

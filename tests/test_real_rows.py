@@ -14,10 +14,10 @@ import pytest
 from random_checkpoint import QWEN2, write_checkpoint
 
 import jes
-from jes.ask import examine
-from jes.examiner import Examiner, longest, prepare
 from jes.forgetting.protocol import forgetting_config
 from jes.models.weights import Pretrained
+from jes.questions import Evaluation, longest, prepare
+from jes.rollout import examine
 from jes.tasks import Example, Task, load_task
 
 ROOT = os.environ.get("JES_DATA", "")
@@ -188,7 +188,7 @@ def test_a_model_answers_every_row(
 ) -> None:
     """Through the chat template, the buckets of the configs, decoding and scoring."""
     buckets = tuple(forgetting_config("countdown", None).buckets)
-    examiner = Examiner(
+    evaluation = Evaluation(
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,
         task=tasks[name],
@@ -196,11 +196,11 @@ def test_a_model_answers_every_row(
         max_new_tokens=3,
         buckets=buckets,
     )
-    prepare(examiner, tasks[name].train)
-    questions = prepare(examiner, tasks[name].test)
+    prepare(evaluation, tasks[name].train)
+    questions = prepare(evaluation, tasks[name].test)
     assert len(questions) == COUNTS[name][1]
     size = 4 if name == "mmlu_pro" else 64
-    score = examine(examiner, pretrained.params, questions, batch_size=size)
+    score = examine(evaluation, pretrained.params, questions, batch_size=size)
     print(f"{name}: longest prompt {longest(questions)} tokens")
     asked_twice = name in ASKED_TWICE
     assert np.isfinite(score[:6]).all()

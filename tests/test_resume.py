@@ -23,7 +23,7 @@ from jes.io.interrupts import stop_request
 APPEND = "jes.core.ledger:append_row"  # header, six generations, fingerprint
 KILLS = {
     "before the summary": ("jes.record:write_json", 1),
-    "before the folder is claimed": ("jes.setup:load_base", 1),
+    "before the folder is claimed": ("jes.experiment:load_base", 1),
     "before the first generation": ("jes.train:ask", 1),
     "in the middle": ("jes.train:tell", 4),
     "before a generation is recorded": (APPEND, 5),
@@ -56,7 +56,7 @@ def faults() -> dict[str, dict[str, Any]]:
         for where, (at, call) in KILLS.items()
     }
     found["sigterm"] = {"at": "jes.train:ask", "call": 5, "do": "SIGTERM"}
-    found["ctrl-c at start"] = {"at": "jes.setup:load_base", "do": "SIGINT"}
+    found["ctrl-c at start"] = {"at": "jes.experiment:load_base", "do": "SIGINT"}
     # A hang stands for a compilation, or a wait for the device.
     twice = {"at": "jes.train:tell", "call": 4, "do": "SIGINT SIGINT sleep"}
     return {**found, "ctrl-c twice": twice}

@@ -26,12 +26,12 @@ from jes.baselines.sft import (
     make_optimizer,
 )
 from jes.errors import InputError
-from jes.examiner import Question
+from jes.experiment import Experiment, make_evolution, make_experiment
 from jes.io import memory
 from jes.io.interrupts import Stopped
+from jes.questions import Question
 from jes.sampling.generate import generate
 from jes.sampling.likelihood import log_likelihoods, pad_choices
-from jes.setup import Setup, make_evolution, make_setup
 from jes.tasks.task import Reward
 
 slopes = jax.jit(jax.value_and_grad(loss, argnums=1, has_aux=True), static_argnums=0)
@@ -54,9 +54,9 @@ def config_of(model: Path, **changes: Any) -> ConfigDict:
 
 
 @pytest.fixture(scope="module")
-def setup(small_model: Path) -> Setup:
+def experiment(small_model: Path) -> Experiment:
     config = config_of(small_model)
-    return make_setup(config, make_evolution(config))
+    return make_experiment(config, make_evolution(config))
 
 
 class Bigrams:
@@ -129,13 +129,13 @@ def test_agreement_is_of_whole_answers(name: str) -> None:
     assert metrics["agreement"] == 0.75
 
 
-def test_loss_is_the_likelihood_of_the_answers(setup: Setup) -> None:
+def test_loss_is_the_likelihood_of_the_answers(experiment: Experiment) -> None:
     """Of a transformer, padded otherwise: as choices are scored, per token."""
-    claims = claims_of(setup.examiner)
-    metas = [list(q.meta) for q in setup.train[:4]]
+    claims = claims_of(experiment.evaluation)
+    metas = [list(q.meta) for q in experiment.train[:4]]
     metas[1] = metas[1][3:]
     batch = make_batch(Sft(steps=1), metas, CORRECT, claims, 29)
-    model, params = setup.pretrained.model, setup.pretrained.params
+    model, params = experiment.pretrained.model, experiment.pretrained.params
     got, _ = jax.jit(loss, static_argnums=0)(model, params, batch)
     answers = [claims[0] if right else claims[1] for right in CORRECT]
     choices = pad_choices(metas, [[answer] for answer in answers], (24,))
@@ -146,19 +146,19 @@ def test_loss_is_the_likelihood_of_the_answers(setup: Setup) -> None:
     np.testing.assert_allclose(got, -logs.sum() / lengths.sum(), rtol=1e-5)
 
 
-def test_claims_are_the_task_s_words_with_an_end(setup: Setup) -> None:
-    examiner = setup.examiner
-    (end,) = examiner.eos_ids
-    for claim, word in zip(claims_of(examiner), ("yes", "no"), strict=True):
-        assert examiner.tokenizer.decode(claim[:-1]) == word
+def test_claims_are_the_task_s_words_with_an_end(experiment: Experiment) -> None:
+    evaluation = experiment.evaluation
+    (end,) = evaluation.eos_ids
+    for claim, word in zip(claims_of(evaluation), ("yes", "no"), strict=True):
+        assert evaluation.tokenizer.decode(claim[:-1]) == word
         assert claim[-1] == end
-    endless = dataclasses.replace(examiner, eos_ids=())
-    assert claims_of(endless)[1] == claims_of(examiner)[1][:-1]
+    endless = dataclasses.replace(evaluation, eos_ids=())
+    assert claims_of(endless)[1] == claims_of(evaluation)[1][:-1]
 
 
-def test_labels_follow_what_the_weights_answer(setup: Setup) -> None:
+def test_labels_follow_what_the_weights_answer(experiment: Experiment) -> None:
     """Answers in batches of 5, the last one filled up, are those to each question."""
-    params, questions = setup.pretrained.params, setup.train[:12]
+    params, questions = experiment.pretrained.params, experiment.train[:12]
     seen = {}
 
     def reward(example: dict, text: str, meta: str) -> Reward:
@@ -167,47 +167,47 @@ def test_labels_follow_what_the_weights_answer(setup: Setup) -> None:
         correct = example["key"] < "m"
         return Reward(0.0, correct, example["key"] < "g", False, False)
 
-    task = dataclasses.replace(setup.examiner.task, reward=reward)
-    examiner = dataclasses.replace(setup.examiner, task=task)
+    task = dataclasses.replace(experiment.evaluation.task, reward=reward)
+    evaluation = dataclasses.replace(experiment.evaluation, task=task)
     checks: list[None] = []
     direct = answer_directly(
-        examiner,
+        evaluation,
         params,
         questions,
         batch_size=5,
         before_batch=lambda: checks.append(None),
     )
     said = generate(
-        examiner.model,
+        evaluation.model,
         params,
         [q.prompt for q in questions],
         5,
-        eos_ids=examiner.eos_ids,
+        eos_ids=evaluation.eos_ids,
         batch_size=5,
-        buckets=examiner.buckets,
+        buckets=evaluation.buckets,
     )
     keys = [q.example["key"] for q in questions]
-    assert [seen[key] for key in keys] == [examiner.tokenizer.decode(t) for t in said]
+    assert [seen[key] for key in keys] == [evaluation.tokenizer.decode(t) for t in said]
     assert direct.correct.tolist() == [key < "m" for key in keys]
     assert direct.strict.tolist() == [key < "g" for key in keys]
     assert direct.truncated.tolist() == [len(tokens) == 5 for tokens in said]
     assert direct.tokens == sum(min(len(tokens) + 1, 5) for tokens in said)
     assert len(checks) == 3
     assert 0 < direct.correct.sum() < 12
-    texts = learned_texts(setup, questions, direct.correct)
+    texts = learned_texts(experiment, questions, direct.correct)
     for text, key in zip(texts, keys, strict=True):
         word = "yes" if key < "m" else "no"
         assert text.endswith(f"know city of {key}?{word}<eos>")
 
 
 def learned_texts(
-    setup: Setup, questions: list[Question], correct: np.ndarray
+    experiment: Experiment, questions: list[Question], correct: np.ndarray
 ) -> list[str]:
     """Rows of the batch in characters, without padding."""
-    claims = claims_of(setup.examiner)
+    claims = claims_of(experiment.evaluation)
     metas = [q.meta for q in questions]
     batch = make_batch(Sft(steps=1), metas, correct, claims, 30)
-    tokenizer = setup.examiner.tokenizer
+    tokenizer = experiment.evaluation.tokenizer
     return [
         tokenizer.decode(tokens[positions >= 0])
         for tokens, positions in zip(batch.tokens, batch.positions, strict=True)
@@ -283,7 +283,7 @@ def whole(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
-def test_a_run_lowers_the_loss(whole: Path, setup: Setup) -> None:
+def test_a_run_lowers_the_loss(whole: Path, experiment: Experiment) -> None:
     metrics = rows(whole / "metrics.jsonl")
     losses = [row["loss"] for row in metrics]
     assert losses[0] > 2
@@ -348,13 +348,15 @@ def test_without_an_anchor_nothing_is_measured(
     assert summary["displacement_norm"] is None
 
 
-def test_as_many_questions_at_once_as_fit_and_divide_them(setup: Setup) -> None:
-    assert sft_run.make_settings(setup).microbatch == 12
+def test_as_many_questions_at_once_as_fit_and_divide_them(
+    experiment: Experiment,
+) -> None:
+    assert sft_run.make_settings(experiment).microbatch == 12
     # What is left of this beside the optimizer holds so many, or a few more.
     for name, expected in (("answer", 6), ("all", 4)):
-        config = setup.config.copy_and_resolve_references()
+        config = experiment.config.copy_and_resolve_references()
         config.memory_gb, config.sft.loss = 0.0006, name
-        settings = sft_run.make_settings(setup._replace(config=config))
+        settings = sft_run.make_settings(experiment._replace(config=config))
         assert (settings.microbatch, settings.loss) == (expected, name)
 
 
@@ -374,11 +376,11 @@ def test_as_many_questions_at_once_as_fit_and_divide_them(setup: Setup) -> None:
     ],
 )
 def test_settings_that_cannot_be(
-    changes: dict[str, Any], message: str, setup: Setup, small_model: Path
+    changes: dict[str, Any], message: str, experiment: Experiment, small_model: Path
 ) -> None:
     config = config_of(small_model, **changes)
     with pytest.raises(InputError, match=message):
-        sft_run.make_settings(setup._replace(config=config))
+        sft_run.make_settings(experiment._replace(config=config))
 
 
 @pytest.mark.parametrize(

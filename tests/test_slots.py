@@ -14,23 +14,23 @@ import small_run
 from small_decoder import decoder, weights_of
 
 import jes
-from jes import ask as asking
+from jes import rollout as asking
 from jes import train
-from jes.ask import ask, examine
 from jes.bench.rollouts import long_tailed
 from jes.core.mesh import make_mesh
 from jes.core.noise import Noise
 from jes.core.population import draw_overlays
 from jes.errors import InputError
-from jes.examiner import Examiner, prepare
+from jes.experiment import check_settings
 from jes.io import memory
 from jes.models.cache import PADDING, Cache
 from jes.quantize import quantize
+from jes.questions import Evaluation, prepare
+from jes.rollout import ask, examine
 from jes.sampling import slots as slots_file
+from jes.sampling.continuous_batching import Seats, decode_in_slots
 from jes.sampling.generate import Sampling, decode_members, trim, unrolled_members
 from jes.sampling.prompts import pad, share
-from jes.sampling.slots import Seats, decode_in_slots
-from jes.setup import check_settings
 from jes.tasks.task import Reward, Task
 
 MODEL = decoder()
@@ -227,7 +227,7 @@ def test_the_cache_is_not_copied(weights: dict) -> None:
     assert needed.temp_size_in_bytes < 0.4 * bytes_of
 
 
-def counting(folder: Path | str = "tiny", **settings: Any) -> tuple[Examiner, dict]:
+def counting(folder: Path | str = "tiny", **settings: Any) -> tuple[Evaluation, dict]:
     """A task whose answers differ in length, and the weights."""
     loaded = jes.load(folder)
     task = Task(
@@ -240,14 +240,14 @@ def counting(folder: Path | str = "tiny", **settings: Any) -> tuple[Examiner, di
         ),
         max_new_tokens=24,
     )
-    examiner = Examiner(
+    evaluation = Evaluation(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
         task=task,
         eos_ids=loaded.eos_ids,
         **settings,
     )
-    return examiner, loaded.params
+    return evaluation, loaded.params
 
 
 POPULATION = {"noise": Noise(sigma=0.05), "population": 4, "chunk": 2}
@@ -255,11 +255,11 @@ POPULATION = {"noise": Noise(sigma=0.05), "population": 4, "chunk": 2}
 
 def test_members_of_the_embedded_model_score_the_same() -> None:
     """On one device, on two, and with the model spread over two."""
-    examiner, params = counting()
-    questions = prepare(examiner, examiner.task.train)
-    few = dataclasses.replace(examiner, slots=3, slice_tokens=5)
+    evaluation, params = counting()
+    questions = prepare(evaluation, evaluation.task.train)
+    few = dataclasses.replace(evaluation, slots=3, slice_tokens=5)
     key = jax.random.key(3)
-    expected = ask(examiner, params, key, questions, **POPULATION)
+    expected = ask(evaluation, params, key, questions, **POPULATION)
     assert len(set(expected.tokens)) > 1
     got = ask(few, params, key, questions, **POPULATION)
     np.testing.assert_equal(got, expected)
@@ -270,10 +270,10 @@ def test_members_of_the_embedded_model_score_the_same() -> None:
 
 
 def test_the_centre_is_examined_in_slots(small_model: Path) -> None:
-    examiner, params = counting(small_model)
-    questions = prepare(examiner, examiner.task.train)
-    few = dataclasses.replace(examiner, slots=3, slice_tokens=5)
-    got, expected = (examine(each, params, questions) for each in (few, examiner))
+    evaluation, params = counting(small_model)
+    questions = prepare(evaluation, evaluation.task.train)
+    few = dataclasses.replace(evaluation, slots=3, slice_tokens=5)
+    got, expected = (examine(each, params, questions) for each in (few, evaluation))
     np.testing.assert_equal(got, expected)
 
 
@@ -282,7 +282,7 @@ def test_rewards_are_computed_while_the_next_members_answer(
     slots: int, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of the two waits for the other, with the second chunk half-way."""
-    examiner, params = counting(small_model, slots=slots, slice_tokens=5)
+    evaluation, params = counting(small_model, slots=slots, slice_tokens=5)
     scoring, decoding = threading.Event(), threading.Event()
     chunks_begun = []
 
@@ -316,12 +316,12 @@ def test_rewards_are_computed_while_the_next_members_answer(
         "decode_members",
         lambda *args, **settings: on_the_device(decode_members(*args, **settings)),
     )
-    examiner = dataclasses.replace(
-        examiner, task=dataclasses.replace(examiner.task, reward=reward)
+    evaluation = dataclasses.replace(
+        evaluation, task=dataclasses.replace(evaluation.task, reward=reward)
     )
-    questions = prepare(examiner, examiner.task.train)
+    questions = prepare(evaluation, evaluation.task.train)
     scores = ask(
-        examiner,
+        evaluation,
         params,
         jax.random.key(3),
         questions,
@@ -337,15 +337,15 @@ def test_an_error_in_a_reward_stops_the_generation(small_model: Path) -> None:
     def reward(example: Any, text: str) -> Reward:
         raise ZeroDivisionError
 
-    examiner, params = counting(small_model)
-    examiner = dataclasses.replace(
-        examiner, task=dataclasses.replace(examiner.task, reward=reward)
+    evaluation, params = counting(small_model)
+    evaluation = dataclasses.replace(
+        evaluation, task=dataclasses.replace(evaluation.task, reward=reward)
     )
-    questions = prepare(examiner, examiner.task.train)
+    questions = prepare(evaluation, evaluation.task.train)
     begun = []
     with pytest.raises(ZeroDivisionError):
         ask(
-            examiner,
+            evaluation,
             params,
             jax.random.key(3),
             questions,

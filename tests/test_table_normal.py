@@ -12,7 +12,7 @@ from scipy import stats
 from small_run import get_config, outcome, rows
 
 import jes
-from jes import setup, train
+from jes import experiment, train
 from jes.bench import laws
 from jes.core import ledger as ledgers
 from jes.core.mesh import make_mesh, on_mesh_of, replicated
@@ -272,13 +272,13 @@ def test_laws_are_named() -> None:
 
 def test_settings_that_no_run_can_have(small_model: Path) -> None:
     config = get_config(str(small_model))
-    assert setup.make_evolution(config).noise.law == "normal"
+    assert experiment.make_evolution(config).noise.law == "normal"
     config.noise = "cauchy"
     with pytest.raises(InputError, match=r"\('normal', 'table'\), not 'cauchy'"):
-        setup.make_evolution(config)
+        experiment.make_evolution(config)
     config.noise, config.rounding = "table", "replay"
     with pytest.raises(InputError, match="'table' is for weights of floats"):
-        setup.make_evolution(config)
+        experiment.make_evolution(config)
 
 
 def test_a_run_with_the_table_trains_and_replays(

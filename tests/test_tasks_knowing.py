@@ -16,9 +16,9 @@ from test_tiny_world import HOSTILE
 import jes
 from jes import evaluate
 from jes.errors import InputError
+from jes.experiment import check_settings, make_evolution, make_experiment
 from jes.metacognition.objectives import CELLS
 from jes.sampling.prompts import encode
-from jes.setup import check_settings, make_evolution, make_setup
 from jes.tasks import TASKS, Example, Reward, Task, knowing, load_task
 from jes.tasks.open_questions import OPEN_TASKS, SETS
 
@@ -378,14 +378,14 @@ def test_runs_train_on_one_and_watch_others(root: Path, small_model: Path) -> No
     config.eval_tasks = ("nq_open", "web_questions/published", "trivia_qa/idk")
     config.prompts = 2
     config.buckets = (512,)
-    setup = make_setup(config, make_evolution(config))
-    assert list(setup.evaluations) == ["trivia_qa", *config.eval_tasks]
-    for name, (_, questions) in setup.evaluations.items():
+    experiment = make_experiment(config, make_evolution(config))
+    assert list(experiment.evaluations) == ["trivia_qa", *config.eval_tasks]
+    for name, (_, questions) in experiment.evaluations.items():
         assert len(questions) == 4
         assert all(bool(q.meta) == (name != "trivia_qa/idk") for q in questions)
     config.task = "nq_open"
     with pytest.raises(InputError, match="task nq_open has no training examples"):
-        make_setup(config, make_evolution(config))
+        make_experiment(config, make_evolution(config))
 
 
 def test_evaluation_tells_how_often_it_says_yes(root: Path, small_model: Path) -> None:

@@ -16,7 +16,17 @@ import pytest
 
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parent / "tpu_scripts"
-ALL = ("create", "setup", "run", "logs", "stop", "delete", "watch", "gpus", "worker")
+ALL = (
+    "create",
+    "setup",
+    "run",
+    "logs",
+    "stop",
+    "delete",
+    "watch",
+    "gpus",
+    "worker",
+)
 FILES = [*(f"{name}.sh" for name in ALL), "slurm.sbatch"]
 
 

@@ -15,9 +15,9 @@ from small_run import get_config, outcome, rows
 from tensorboardX.proto.event_pb2 import Event
 
 import jes
-from jes import record, setup, train
-from jes.anchor import displacement
+from jes import experiment, record, train
 from jes.core import ledger as ledgers
+from jes.core.anchor import displacement
 from jes.errors import InputError
 from jes.io import checkpoints
 from jes.models.weights import fingerprint
@@ -240,14 +240,14 @@ def test_prompts_are_drawn_anew_without_replacement(
     finished_run: Path, small_model: Path
 ) -> None:
     config = get_config(str(small_model))
-    made = setup.make_setup(config, setup.make_evolution(config))
+    made = experiment.make_experiment(config, experiment.make_evolution(config))
     drawn = [
-        [question.example["prompt"] for question in setup.pick(made, generation)]
+        [question.example["prompt"] for question in experiment.pick(made, generation)]
         for generation in range(3)
     ]
     assert all(len(set(prompts)) == 48 for prompts in drawn)
     assert len({tuple(prompts) for prompts in drawn}) == 3
-    again = [question.example["prompt"] for question in setup.pick(made, 1)]
+    again = [question.example["prompt"] for question in experiment.pick(made, 1)]
     assert again == drawn[1]
 
 
@@ -306,7 +306,7 @@ def test_replayed_residuals_need_constant_rates(small_model: Path) -> None:
     config = get_config(str(small_model))
     config.rounding, config.alpha_half_life = "replay", 10
     with pytest.raises(InputError, match="constant alpha and sigma"):
-        setup.make_evolution(config)
+        experiment.make_evolution(config)
 
 
 def test_bfloat16_answers_of_a_float32_master(

@@ -12,13 +12,13 @@ import pytest
 from jax.sharding import Mesh
 
 import jes.config
-from jes.anchor import keep_anchor
+from jes.core.anchor import keep_anchor
 from jes.core.codes import pack
 from jes.core.mesh import make_mesh, mesh_of, on_mesh_of, replicated
 from jes.core.noise import PyTree, part_noise
 from jes.errors import InputError
-from jes.setup import check_settings
-from jes.tell import Evolution, first_state, make_optimizer, parts, tell
+from jes.experiment import check_settings
+from jes.update import Evolution, first_state, make_optimizer, parts, tell
 
 REPLAY = {"rounding": "replay", "window": 3}
 DECAY = {"decay": "l2", "decay_coefficient": 0.5}
@@ -161,7 +161,7 @@ def test_what_devices_share_is_what_each_would_compute(
     rank: int, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, with parts that two devices share evenly, and three that not."""
-    monkeypatch.setattr("jes.tell.PART", 16)
+    monkeypatch.setattr("jes.update.PART", 16)
     evolution = evolution_of(rank=rank, **DECAY)
     key, fitness = jes.generation_key(jax.random.key(0), 0), jnp.arange(4.0) ** 2
 

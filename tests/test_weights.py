@@ -16,7 +16,7 @@ from random_checkpoint import GENERATION, SHAPES, write_checkpoint, write_json
 
 from jes.models import hub, layout, weights
 from jes.models.config import ModelConfig
-from jes.models.shards import (
+from jes.models.safetensors_files import (
     INDEX,
     SINGLE,
     Tensor,

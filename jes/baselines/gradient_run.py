@@ -1,7 +1,7 @@
 """A run of a method that follows a gradient: the loop that the baselines share.
 
-The same setup, prompts, evaluations, run folder and summary as a run of ES. There is
-no ledger: a gradient cannot be replayed from rewards, so a run that is stopped goes on
+The same experiment, prompts, evaluations, run folder and summary as a run of ES. There
+is no ledger: a gradient cannot be replayed from rewards, so a run that is stopped goes on
 from its newest checkpoint, and what came after that is done again.
 """
 
@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import ml_collections
 import optax
 
-from jes.anchor import displacement, keep_anchor
+from jes.core.anchor import displacement, keep_anchor
 from jes.core.noise import PyTree
+from jes.experiment import Experiment, make_experiment
 from jes.io import checkpoints, runs
+from jes.io.console import bar, console
 from jes.io.interrupts import Stopped, stop_request
-from jes.io.progress import bar, console
 from jes.record import check_length, evaluate, finish, writing
-from jes.setup import Setup, make_setup
-from jes.tell import Evolution
+from jes.update import Evolution
 
 
 class Method(NamedTuple):
@@ -31,13 +31,13 @@ class Method(NamedTuple):
       make_settings: a dataclass of the run's settings, checked (InputError), of which
         `microbatch` is how many rows the memory holds.
       make_optimizer: of these settings.
-      step: one generation; a function of the setup, the settings, the weights and the
-        optimizer's state (both given away), the anchor, the generation's number, and a
+      step: one generation; a function of the experiment, the settings, the weights and
+        the optimizer's state (both given away), the anchor, the generation's number, and a
         function to call wherever it is safe to stop. Gives new weights, new state and
         the row's figures, of which `tokens` is the number of tokens generated.
     """
 
-    make_settings: Callable[[Setup], Any]
+    make_settings: Callable[[Experiment], Any]
     make_optimizer: Callable[[Any], optax.GradientTransformation]
     step: Callable[..., tuple[PyTree, Any, dict[str, Any]]]
 
@@ -49,8 +49,8 @@ def learn(
     method: Method,
 ) -> dict[str, Any]:
     """The run, from start or resumption to the summary; see `jes.train.run`."""
-    setup = make_setup(config, evolution)
-    settings = method.make_settings(setup)
+    experiment = make_experiment(config, evolution)
+    settings = method.make_settings(experiment)
     resolved = {"microbatch": settings.microbatch}
     # As it was at the start: in another one sums are of another order.
     resolved |= runs.claim(workdir, config.to_dict(), resolved.copy)
@@ -59,8 +59,8 @@ def learn(
     newest = max(checkpoints.saved(folder), default=0)
     check_length(workdir, newest, config.generations)
     checkpoints.tidy(folder, newest)
-    params = setup.pretrained.params
-    base = keep_anchor(params, config.anchor, setup.pretrained.stored_dtype)
+    params = experiment.pretrained.params
+    base = keep_anchor(params, config.anchor, experiment.pretrained.stored_dtype)
     state = method.make_optimizer(settings).init(params)
     restored = checkpoints.restore_latest(folder, (params, state), config.generations)
     done = saved = restored[0] if restored else 0
@@ -70,16 +70,16 @@ def learn(
         writing(workdir, done) as writer,
     ):
         try:
-            evaluate(setup, 0, params, base, writer, stop)
+            evaluate(experiment, 0, params, base, writer, stop)
             if restored:
                 console.print(f"going on after {done} iterations")
                 params, state = restored[1]
             for iteration in range(done, config.generations):
                 if iteration % config.eval_every == 0:
-                    evaluate(setup, iteration, params, base, writer, stop)
+                    evaluate(experiment, iteration, params, base, writer, stop)
                 began = time.perf_counter()
                 params, state, figures = method.step(
-                    setup, settings, params, state, base, iteration, stop.check
+                    experiment, settings, params, state, base, iteration, stop.check
                 )
                 done = iteration + 1
                 row = metrics_row(figures, done, params, base, began)
@@ -88,7 +88,7 @@ def learn(
                 if done % config.checkpoint_every == 0:
                     checkpoints.save(folder, done, (params, state))
                     saved = done
-            evaluate(setup, done, params, base, writer, stop)
+            evaluate(experiment, done, params, base, writer, stop)
         except Stopped:
             if done > saved:
                 checkpoints.save(folder, done, (params, state))
@@ -97,7 +97,7 @@ def learn(
                 f"command goes on from {workdir}"
             )
             raise
-    return finish(setup, done, params, workdir)
+    return finish(experiment, done, params, workdir)
 
 
 def metrics_row(

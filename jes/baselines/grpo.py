@@ -2,7 +2,7 @@
 
 One iteration: `rollout` samples a group of answers to every prompt from the current
 weights and rewards them; `improve` takes one optimizer step for each minibatch of the
-shuffled answers. Prompts, rewards and sampler are those of `jes.ask`, so that a
+shuffled answers. Prompts, rewards and sampler are those of `jes.rollout`, so that a
 comparison differs in the update only. The weights that train are float32.
 
 Left out on purpose: a critic and an entropy bonus.
@@ -27,10 +27,10 @@ from jes.baselines.gradient import check_finite, mean_gradient
 from jes.core.noise import PyTree
 from jes.core.placement import on_device
 from jes.errors import InputError
-from jes.examiner import Examiner, Question
+from jes.questions import Evaluation, Question
 from jes.sampling.generate import Sampling, decode_members, trim, unrolled_members
 from jes.sampling.prompts import pad
-from jes.score import Score, mean_score, rewards_of
+from jes.scoring import Score, mean_score, rewards_of
 
 MOST_NATS = 20.0
 """Log-ratios are cut off here: exp(89) is infinite in float32, and one infinite token
@@ -160,7 +160,7 @@ def make_optimizer(settings: Grpo) -> optax.GradientTransformationExtraArgs:
 
 
 def rollout(
-    examiner: Examiner,
+    evaluation: Evaluation,
     params: PyTree,
     questions: Sequence[Question],
     key: jax.Array,
@@ -172,7 +172,7 @@ def rollout(
     """Samples a group of answers to every question, and rewards them.
 
     Args:
-      examiner: the model, its task and the dtype of the weights that answer; the
+      evaluation: the model, its task and the dtype of the weights that answer; the
         temperature comes from `settings`.
       params: the policy, float32.
       questions: the prompts [P].
@@ -182,14 +182,16 @@ def rollout(
       before_batch: called before each batch; an exception from it changes nothing.
 
     Raises:
-      InputError: if the examiner scores by likelihood: nothing would be sampled.
+      InputError: if the evaluation scores by likelihood: nothing would be sampled.
     """
-    if examiner.mode != "generate":
-        raise InputError(f"GRPO samples answers: mode 'generate', not {examiner.mode}")
-    prompts = pad([q.prompt for q in questions], examiner.buckets)
+    if evaluation.mode != "generate":
+        raise InputError(
+            f"GRPO samples answers: mode 'generate', not {evaluation.mode}"
+        )
+    prompts = pad([q.prompt for q in questions], evaluation.buckets)
     rows = np.repeat(np.arange(len(questions)), settings.group)
-    one = jax.tree.map(lambda leaf: leaf.astype(examiner.dtype)[None], params)
-    weights = unrolled_members(examiner.model, one)
+    one = jax.tree.map(lambda leaf: leaf.astype(evaluation.dtype)[None], params)
+    weights = unrolled_members(evaluation.model, one)
     size = min(batch_size, len(rows))
     pieces = []
     for start in range(0, len(rows), size):
@@ -197,35 +199,38 @@ def rollout(
         # The last batch is filled up so that it has the shape of the others.
         chosen = rows[np.minimum(np.arange(start, start + size), len(rows) - 1)]
         answers = decode_members(
-            examiner.model.unrolled(),
+            evaluation.model.unrolled(),
             weights,
             jax.tree.map(lambda array, chosen=chosen: array[chosen], prompts),
             jax.random.fold_in(key, start)[None],
-            max_new_tokens=examiner.max_new_tokens,
-            eos_ids=examiner.eos_ids,
+            max_new_tokens=evaluation.max_new_tokens,
+            eos_ids=evaluation.eos_ids,
             sampling=Sampling(temperature=settings.temperature),
         )
         pieces.append(np.asarray(answers[0]))
     answers = np.concatenate(pieces)[: len(rows)]
     prompts = jax.tree.map(lambda array: array[rows], prompts)
-    return score_rollout(examiner, questions, prompts, answers)
+    return score_rollout(evaluation, questions, prompts, answers)
 
 
 def score_rollout(
-    examiner: Examiner, questions: Sequence[Question], prompts: Any, answers: np.ndarray
+    evaluation: Evaluation,
+    questions: Sequence[Question],
+    prompts: Any,
+    answers: np.ndarray,
 ) -> Rollout:
     """Rewards sampled answers and lays them out to learn from.
 
     Args:
-      examiner: as for `rollout`.
+      evaluation: as for `rollout`.
       questions: [P].
       prompts: a `PromptBatch` [R, T], each prompt's rows one after another.
       answers: int32 [R, N] as they were decoded.
     """
     group = len(answers) // len(questions)
-    trimmed = [tuple(row) for row in trim(answers, examiner.eos_ids)]
+    trimmed = [tuple(row) for row in trim(answers, evaluation.eos_ids)]
     asked = [(i // group, (answer,)) for i, answer in enumerate(trimmed)]
-    earned = rewards_of(examiner, questions, asked)
+    earned = rewards_of(evaluation, questions, asked)
     rewards = earned[:, 0].reshape(-1, group)
     lengths = np.array([len(row) for row in trimmed])
     truncated = lengths == answers.shape[1]
@@ -341,7 +346,7 @@ def improve(
     """One iteration's optimizer steps, over the shuffled answers.
 
     The ratio is taken to these float32 weights as they come in. Where narrower weights
-    answered (`Examiner.dtype`), the two differ by that rounding, as they do in verl.
+    answered (`Evaluation.dtype`), the two differ by that rounding, as they do in verl.
 
     Args:
       settings: of the baseline.

@@ -18,9 +18,9 @@ from jes.baselines.gradient_run import Method
 from jes.baselines.grpo import Grpo, Rollout, improve, make_optimizer, rollout
 from jes.core.noise import PyTree, generation_key
 from jes.errors import InputError
+from jes.experiment import Experiment, pick
 from jes.io import memory
-from jes.setup import Setup, pick
-from jes.tell import Evolution
+from jes.update import Evolution
 
 
 def learn(
@@ -32,7 +32,7 @@ def learn(
 
 
 def step(
-    setup: Setup,
+    experiment: Experiment,
     settings: Grpo,
     params: PyTree,
     state: Any,
@@ -41,26 +41,26 @@ def step(
     check: Callable[[], None],
 ) -> tuple[PyTree, Any, dict[str, Any]]:
     """One iteration; see `gradient_run.Method`."""
-    key = generation_key(jax.random.key(setup.config.seed), iteration)
+    key = generation_key(jax.random.key(experiment.config.seed), iteration)
     answered = rollout(
-        setup.examiner,
+        experiment.evaluation,
         params,
-        pick(setup, iteration),
+        pick(experiment, iteration),
         key,
         settings,
-        batch_size=setup.config.eval_batch,
+        batch_size=experiment.config.eval_batch,
         before_batch=check,
     )
     earned = figures(answered, iteration)
     params, state, learned = improve(
-        settings, setup.pretrained.model, params, state, base, answered.batch, key
+        settings, experiment.pretrained.model, params, state, base, answered.batch, key
     )
     return params, state, {**earned, **learned}
 
 
-def make_settings(setup: Setup) -> Grpo:
+def make_settings(experiment: Experiment) -> Grpo:
     """The settings of GRPO, checked; a group is as large as a population."""
-    config = setup.config
+    config = experiment.config
     if config.anchor == "none":
         raise InputError("GRPO needs the base model, which anchor='none' leaves out")
     if config.rounding != "none":
@@ -71,15 +71,15 @@ def make_settings(setup: Setup) -> Grpo:
         raise InputError("GRPO has no top_k, top_p or shuffle_fitness")
     if config.mode != "generate":
         raise InputError(f"GRPO samples answers: mode 'generate', not {config.mode!r}")
-    if setup.examiner.task.meta is not None:
+    if experiment.evaluation.task.meta is not None:
         raise InputError(f"GRPO asks one question; task {config.task} asks two")
-    prompts = config.prompts or len(setup.train)
+    prompts = config.prompts or len(experiment.train)
     minibatch = config.grpo.minibatch or prompts * config.population
     rows = memory.rows_of_gradient(
-        setup.pretrained.config,
-        setup.parameters,
-        setup.examiner.buckets[0],
-        setup.examiner.max_new_tokens,
+        experiment.pretrained.config,
+        experiment.parameters,
+        experiment.evaluation.buckets[0],
+        experiment.evaluation.max_new_tokens,
         budget=int(config.memory_gb * 1e9) or memory.free_bytes(),
     )
     return Grpo(

@@ -34,10 +34,10 @@ from jes.baselines.gradient import check_finite, mean_gradient
 from jes.core.noise import PyTree
 from jes.core.tree import with_dtype
 from jes.errors import InputError
-from jes.examiner import Examiner, Question
+from jes.questions import Evaluation, Question
 from jes.sampling.generate import generate
 from jes.sampling.prompts import encode, pad
-from jes.score import rewards_of
+from jes.scoring import rewards_of
 
 LOSSES = ("answer", "all")
 CLIP_NORM = 1.0
@@ -126,7 +126,7 @@ def make_optimizer(settings: Sft) -> optax.GradientTransformationExtraArgs:
 
 
 def answer_directly(
-    examiner: Examiner,
+    evaluation: Evaluation,
     params: PyTree,
     questions: Sequence[Question],
     *,
@@ -136,13 +136,13 @@ def answer_directly(
     """Lets the weights answer the direct questions greedily.
 
     Args:
-      examiner: the model, a task with `meta`, and the dtype of the weights that answer.
+      evaluation: the model, a task with `meta`, the dtype of the weights that answer.
       params: the weights.
       questions: P of them.
       batch_size: prompts answered at once.
       before_batch: called before each batch; an exception from it changes nothing.
     """
-    weights = with_dtype(params, jnp.dtype(examiner.dtype))
+    weights = with_dtype(params, jnp.dtype(evaluation.dtype))
     size = min(batch_size, len(questions))
     said: list[list[int]] = []
     for start in range(0, len(questions), size):
@@ -151,21 +151,21 @@ def answer_directly(
         # The last batch is filled up so that it has the shape of the others.
         filled = prompts + prompts[-1:] * (size - len(prompts))
         answers = generate(
-            examiner.model,
+            evaluation.model,
             weights,
             filled,
-            examiner.max_new_tokens,
-            eos_ids=examiner.eos_ids,
+            evaluation.max_new_tokens,
+            eos_ids=evaluation.eos_ids,
             batch_size=size,
-            buckets=examiner.buckets,
+            buckets=evaluation.buckets,
         )
         said += answers[: len(prompts)]
     # Rewards of such tasks take two texts; whether the first is right is its own.
     earned = rewards_of(
-        examiner, questions, [(i, (tuple(one), ())) for i, one in enumerate(said)]
+        evaluation, questions, [(i, (tuple(one), ())) for i, one in enumerate(said)]
     )
     lengths = np.array([len(one) for one in said])
-    truncated = lengths == examiner.max_new_tokens
+    truncated = lengths == evaluation.max_new_tokens
     return Direct(
         correct=earned[:, 1] == 1,
         strict=earned[:, 2] == 1,
@@ -174,20 +174,20 @@ def answer_directly(
     )
 
 
-def claims_of(examiner: Examiner) -> tuple[list[int], list[int]]:
+def claims_of(evaluation: Evaluation) -> tuple[list[int], list[int]]:
     """The two answers to META as tokens: yes and no, each with the end token.
 
     Raises:
       InputError: if the task does not ask whether the model knows.
     """
-    task = examiner.task
+    task = evaluation.task
     if task.meta is None or task.claims is None:
         raise InputError(
             "SFT is for tasks that ask 'do you know', by `meta` and `claims`, and "
             f"{task.name} does not"
         )
-    end = list(examiner.eos_ids[:1])
-    yes, no = (encode(examiner.tokenizer, word) + end for word in task.claims)
+    end = list(evaluation.eos_ids[:1])
+    yes, no = (encode(evaluation.tokenizer, word) + end for word in task.claims)
     return yes, no
 
 

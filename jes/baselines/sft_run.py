@@ -26,9 +26,9 @@ from jes.baselines.sft import (
 )
 from jes.core.noise import PyTree
 from jes.errors import InputError
+from jes.experiment import Experiment, pick
 from jes.io import memory, runs
-from jes.setup import Setup, pick
-from jes.tell import Evolution
+from jes.update import Evolution
 
 
 def learn(
@@ -52,7 +52,7 @@ def learn(
 
 
 def step(
-    setup: Setup,
+    experiment: Experiment,
     settings: Sft,
     params: PyTree,
     state: Any,
@@ -67,20 +67,20 @@ def step(
     `agreement` says how often the answer would have been the label.
     """
     del base
-    questions = pick(setup, iteration)
+    questions = pick(experiment, iteration)
     direct = answer_directly(
-        setup.examiner,
+        experiment.evaluation,
         params,
         questions,
-        batch_size=setup.config.eval_batch,
+        batch_size=experiment.config.eval_batch,
         before_batch=check,
     )
     metas = [q.meta for q in questions]
-    claims = claims_of(setup.examiner)
-    batch = make_batch(settings, metas, direct.correct, claims, _width(setup))
+    claims = claims_of(experiment.evaluation)
+    batch = make_batch(settings, metas, direct.correct, claims, _width(experiment))
     check()
     params, state, learned = improve(
-        settings, setup.pretrained.model, params, state, batch
+        settings, experiment.pretrained.model, params, state, batch
     )
     figures = {
         "accuracy": float(direct.correct.mean()),
@@ -93,10 +93,10 @@ def step(
     return params, state, figures
 
 
-def make_settings(setup: Setup) -> Sft:
+def make_settings(experiment: Experiment) -> Sft:
     """The settings of SFT, checked."""
-    config = setup.config
-    claims = claims_of(setup.examiner)
+    config = experiment.config
+    claims = claims_of(experiment.evaluation)
     if config.rounding != "none":
         raise InputError("SFT needs gradients, and codes have none: a float model")
     if config.decay != "none":
@@ -109,11 +109,11 @@ def make_settings(setup: Setup) -> Sft:
         )
     if config.temperature or config.top_k or config.top_p < 1:
         raise InputError("SFT answers greedily: no temperature, top_k or top_p")
-    width = _width(setup)
+    width = _width(experiment)
     last = width - 1 if config.sft.loss == "all" else max(map(len, claims))
     rows = memory.rows_of_gradient(
-        setup.pretrained.config,
-        setup.parameters,
+        experiment.pretrained.config,
+        experiment.parameters,
         width - last,
         last,
         budget=int(config.memory_gb * 1e9) or memory.free_bytes(),
@@ -122,11 +122,11 @@ def make_settings(setup: Setup) -> Sft:
         steps=config.generations,
         learning_rate=config.sft.learning_rate,
         loss=config.sft.loss,
-        microbatch=largest_divisor(config.prompts or len(setup.train), rows),
+        microbatch=largest_divisor(config.prompts or len(experiment.train), rows),
     )
 
 
-def _width(setup: Setup) -> int:
+def _width(experiment: Experiment) -> int:
     """Tokens of the longest META with its answer, over all of training: one shape."""
-    claims = claims_of(setup.examiner)
-    return max(len(q.meta) for q in setup.train) + max(map(len, claims))
+    claims = claims_of(experiment.evaluation)
+    return max(len(q.meta) for q in experiment.train) + max(map(len, claims))

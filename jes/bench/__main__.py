@@ -44,9 +44,9 @@ from jes.bench import (
 from jes.bench.timing import Row, table
 from jes.errors import InputError
 from jes.io import command_line
+from jes.io.console import console
 from jes.io.memory import give_back_freed_blocks
 from jes.io.metrics import write_json
-from jes.io.progress import console
 from jes.io.runs import versions
 
 ROWS: dict[str, Callable[[int], list[Row]]] = {

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jes.ask import ask, examine
 from jes.core.noise import Noise, generation_key
-from jes.examiner import Examiner, Question
 from jes.io import memory
 from jes.models.config import ModelConfig
 from jes.models.qwen import Decoder
 from jes.models.weights import Pretrained, load
+from jes.questions import Evaluation, Question
+from jes.rollout import ask, examine
 from jes.tasks.task import Reward, Task
-from jes.tell import Evolution, first_state, tell
+from jes.update import Evolution, first_state, tell
 
 MEMBERS = 16
 """Of a generation that is timed."""
@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
 def examination(
     case: Case, mode: str = "generate", draw: str = "member"
-) -> tuple[Examiner, list[Question]]:
+) -> tuple[Evaluation, list[Question]]:
     """Random prompts to a task whose rewards cost as little as a lookup."""
     task = Task(
         name="bench",
@@ -46,7 +46,7 @@ def examination(
         answer=lambda example: 0,
         max_new_tokens=case.new,
     )
-    examiner = Examiner(
+    evaluation = Evaluation(
         model=case.pretrained.model,
         tokenizer=case.pretrained.tokenizer,
         task=task,
@@ -59,7 +59,7 @@ def examination(
     vocabulary = case.pretrained.config.vocab_size
     prompts = rng.integers(0, vocabulary, (case.rows, case.prompt)).tolist()
     choices = [[1], [2]] if mode == "likelihood" else []
-    return examiner, [Question({}, prompt, choices) for prompt in prompts]
+    return evaluation, [Question({}, prompt, choices) for prompt in prompts]
 
 
 def generation(
@@ -78,20 +78,20 @@ def generation(
       evolution: settings.
       update: whether it is ask and tell, or `ask` alone.
       chunk: members held at once; 0 for what fits.
-      mode, draw: see `Examiner`.
+      mode, draw: see `Evaluation`.
     """
-    examiner, questions = examination(case, mode, draw)
+    evaluation, questions = examination(case, mode, draw)
     params = jax.tree.map(jnp.array, case.pretrained.params)
     state = first_state(evolution, params)
     chunk = chunk or fitting(
-        case, evolution.noise, evolution.population, examiner.dtype
+        case, evolution.noise, evolution.population, evaluation.dtype
     )
     key = generation_key(jax.random.key(0), 0)
 
     def run() -> Any:
         nonlocal params, state
         scores = ask(
-            examiner,
+            evaluation,
             params,
             key,
             questions,
@@ -130,9 +130,9 @@ def settings(members: int, law: str) -> Evolution:
 
 def unperturbed(case: Case, mode: str = "generate") -> Callable[[], Any]:
     """A function that answers the prompts with the weights as they are."""
-    examiner, questions = examination(case, mode)
+    evaluation, questions = examination(case, mode)
     params = case.pretrained.params
-    return lambda: examine(examiner, params, questions, batch_size=case.rows)
+    return lambda: examine(evaluation, params, questions, batch_size=case.rows)
 
 
 def random_model(like: Pretrained, **shape: int) -> Pretrained:

@@ -20,7 +20,7 @@ from jes.core.population import draw_deviations, draw_members
 from jes.models.weights import Pretrained, load
 from jes.sampling.generate import decode_members, unrolled_centre, unrolled_members
 from jes.sampling.prompts import pad
-from jes.tell import Evolution
+from jes.update import Evolution
 
 MEMBERS, PROMPTS, PROMPT, NEW = 32, 4, 16, 128
 SIGMA = 1e-3

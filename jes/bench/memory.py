@@ -27,12 +27,12 @@ from jes.bench.timing import Row, row_of
 from jes.config import DTYPES
 from jes.core.tree import is_quantized
 from jes.errors import InputError
-from jes.examiner import DRAWS, MODES
 from jes.io import command_line, memory
-from jes.io.progress import console
+from jes.io.console import console
 from jes.models.weights import Pretrained, load
 from jes.quantize import load_base
-from jes.tell import Evolution
+from jes.questions import DRAWS, MODES
+from jes.update import Evolution
 
 
 def measure(args: argparse.Namespace) -> dict[str, int]:

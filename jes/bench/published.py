@@ -16,7 +16,7 @@ from jes.bench.cases import (
     settings,
 )
 from jes.bench.timing import Row, compare
-from jes.io.progress import console
+from jes.io.console import console
 from jes.models.weights import load
 
 

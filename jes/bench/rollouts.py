@@ -16,9 +16,9 @@ from jes.bench.cases import larger_model
 from jes.bench.timing import Row, compare
 from jes.io import memory
 from jes.models.weights import Pretrained, load
+from jes.sampling.continuous_batching import decode_in_slots
 from jes.sampling.generate import decode_members, unrolled_members
 from jes.sampling.prompts import PromptBatch, pad
-from jes.sampling.slots import decode_in_slots
 
 PROMPTS, PROMPT_TOKENS, MEDIAN, LONGEST = 200, 32, 15, 20
 MEMBERS = 2

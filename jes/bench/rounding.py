@@ -17,8 +17,8 @@ from jes.core.codes import Codes, pack
 from jes.core.integer_noise import dense_noise
 from jes.core.noise import generation_key, leaf_key
 from jes.core.tree import map_leaves
-from jes.tell import Evolution, first_state, tell
 from jes.transforms import error_feedback, es_gradient
+from jes.update import Evolution, first_state, tell
 
 SHAPE = (896, 4864)
 MEMBERS = 50

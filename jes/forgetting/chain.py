@@ -13,7 +13,7 @@ from jes import train
 from jes.forgetting.figures import caption, spread
 from jes.forgetting.methods import folder_of, is_finished, method_config
 from jes.forgetting.report import mean_error
-from jes.io.progress import console
+from jes.io.console import console
 
 
 def run_chain(

@@ -17,8 +17,8 @@ from jes.forgetting.methods import (
     summary_of,
 )
 from jes.forgetting.systematic import displacements, reach, systematic
+from jes.io.console import console
 from jes.io.metrics import read_rows, write_json
-from jes.io.progress import console
 from jes.models.weights import load
 
 COLUMNS = {

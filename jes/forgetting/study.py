@@ -37,8 +37,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from jes import train
-from jes.ask import examine
 from jes.errors import InputError
+from jes.experiment import check_settings, make_evolution, make_experiment
 from jes.forgetting.chain import chain_report, run_chain
 from jes.forgetting.methods import (
     folder_of,
@@ -49,10 +49,10 @@ from jes.forgetting.methods import (
 )
 from jes.forgetting.report import study_report
 from jes.io import command_line, memory
+from jes.io.console import console
 from jes.io.metrics import write_json
-from jes.io.progress import console
 from jes.models.weights import load
-from jes.setup import check_settings, make_evolution, make_setup
+from jes.rollout import examine
 
 METHODS = "es,l2:1,l1:0.02,answers:128,shuffled,grpo:1e-5"
 """Of the quick form."""
@@ -95,7 +95,7 @@ def shrink_all(
         missing = {m: p for m, p in paths.items() if not (p / "summary.json").is_file()}
         if not missing:
             continue
-        setup = make_setup(config, make_evolution(config))
+        experiment = make_experiment(config, make_evolution(config))
         tuned = load(folder_of(workdir, "es", seed) / "model").params
         far = summary_of(workdir, "es", seed)["displacement_norm"]
         for method, folder in missing.items():
@@ -103,19 +103,21 @@ def shrink_all(
             share = min(1.0, norm / far)
             params = jax.tree.map(
                 lambda start, end, share=share: start + share * (end - start),
-                setup.pretrained.params,
+                experiment.pretrained.params,
                 tuned,
             )
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "summary.json", examined(setup, params, share * far))
+            write_json(
+                folder / "summary.json", examined(experiment, params, share * far)
+            )
 
 
-def examined(setup: Any, params: Any, norm: float) -> dict[str, Any]:
+def examined(experiment: Any, params: Any, norm: float) -> dict[str, Any]:
     """Accuracies of weights that no run has come to, as a summary has them."""
     evaluations = {}
-    for name, (examiner, questions) in setup.evaluations.items():
-        size = setup.config.eval_batch
-        score = examine(examiner, params, questions, batch_size=size)
+    for name, (evaluation, questions) in experiment.evaluations.items():
+        size = experiment.config.eval_batch
+        score = examine(evaluation, params, questions, batch_size=size)
         evaluations[name] = {"after": score.accuracy, "examples": len(questions)}
     return {"evaluations": evaluations, "displacement_norm": norm}
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from jes.io.progress import console
+from jes.io.console import console
 
 KEPT = 2
 """How many checkpoints are kept: if the last is damaged there is one before it."""

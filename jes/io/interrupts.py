@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from jes.io.progress import console
+from jes.io.console import console
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

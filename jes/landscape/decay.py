@@ -28,12 +28,12 @@ from matplotlib.figure import Figure
 from ml_collections import config_flags
 
 from jes.errors import InputError
+from jes.experiment import ON_TRAIN
 from jes.forgetting.methods import folder_of, summary_of
 from jes.forgetting.study import folders, run_all, split, whole
 from jes.io import command_line, memory
+from jes.io.console import console
 from jes.io.metrics import read_rows, write_json
-from jes.io.progress import console
-from jes.setup import ON_TRAIN
 
 METHODS = "n:10,n:30"
 """Of the quick form."""

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jes.io.console import console
 from jes.io.metrics import write_json
-from jes.io.progress import console
 from jes.landscape.probes import (
     SIZES,
     best_of,

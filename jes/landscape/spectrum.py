@@ -41,10 +41,10 @@ from jes.core.ledger import append_row
 from jes.core.noise import Noise, PyTree, generation_key
 from jes.core.tree import is_quantized
 from jes.errors import InputError
-from jes.examiner import Examiner, Question, prepare
+from jes.experiment import check_settings, make_evaluation, make_sampling, one_bucket
 from jes.io import command_line, memory
+from jes.io.console import console
 from jes.io.metrics import keep_rows, read_rows, write_json
-from jes.io.progress import console
 from jes.io.runs import alone, claim
 from jes.landscape import lanczos
 from jes.landscape.pairs import values_of
@@ -58,8 +58,8 @@ from jes.landscape.surrogate import (
 )
 from jes.metacognition.sparsity import displacement, load_run
 from jes.models.weights import Pretrained, fingerprint, load
+from jes.questions import Evaluation, Question, prepare
 from jes.sampling.likelihood import ChoiceBatch
-from jes.setup import check_settings, make_examiner, make_sampling, one_bucket
 
 
 class Subject(NamedTuple):
@@ -70,7 +70,7 @@ class Subject(NamedTuple):
       folder: of its results.
       config: all settings.
       pretrained: the model, float32.
-      examiner: how it is asked.
+      evaluation: how it is asked.
       questions: the prompts.
       references: with their reference answers.
       size: D, number of weights.
@@ -80,7 +80,7 @@ class Subject(NamedTuple):
     folder: Path
     config: ml_collections.ConfigDict
     pretrained: Pretrained
-    examiner: Examiner
+    evaluation: Evaluation
     questions: list[Question]
     references: ChoiceBatch
     size: int
@@ -149,7 +149,7 @@ def make_subject(
     if pretrained.tokenizer is None:
         raise InputError(f"{name} has no tokenizer, which tasks need")
     sampling = make_sampling(config)
-    examiner = make_examiner(
+    evaluation = make_evaluation(
         config,
         pretrained,
         config.task,
@@ -157,9 +157,9 @@ def make_subject(
         max_new_tokens=config.max_new_tokens,
         sampling=sampling,
     )
-    if examiner.task.meta is not None:
+    if evaluation.task.meta is not None:
         raise InputError(f"task {config.task} asks two questions: give another")
-    count, examples = config.curvature.examples, examiner.task.train
+    count, examples = config.curvature.examples, evaluation.task.train
     if count > len(examples):
         raise InputError(
             f"curvature.examples={count}, but {config.task} has {len(examples)} to "
@@ -167,8 +167,8 @@ def make_subject(
         )
     rng = np.random.default_rng(config.probe.pool_seed)
     chosen = rng.choice(len(examples), count, replace=False)
-    questions = prepare(examiner, [examples[i] for i in chosen])
-    references = reference_batch(examiner, questions)
+    questions = prepare(evaluation, [examples[i] for i in chosen])
+    references = reference_batch(evaluation, questions)
     folder = workdir / f"{number}-{Path(name).name}"
     folder.mkdir(exist_ok=True)
     found = {"model": name, "fingerprint": fingerprint(pretrained.params)}
@@ -186,7 +186,7 @@ def make_subject(
         folder,
         config,
         pretrained,
-        one_bucket(examiner, questions),
+        one_bucket(evaluation, questions),
         questions,
         references,
         size,
@@ -277,7 +277,7 @@ def values(
 ) -> dict[str, np.ndarray]:
     """Of both objectives, [C, P]."""
     found = values_of(
-        subject.examiner,
+        subject.evaluation,
         subject.pretrained.params,
         subject.key,
         members,
@@ -298,7 +298,7 @@ def choose_chunk(subject: Subject, members: int) -> int:
     if config.chunk:
         return config.chunk
     rows = len(subject.questions)
-    if subject.examiner.mode == "likelihood":
+    if subject.evaluation.mode == "likelihood":
         rows *= max(len(question.choices) for question in subject.questions)
     return memory.choose_chunk(
         subject.pretrained.config,
@@ -306,7 +306,7 @@ def choose_chunk(subject: Subject, members: int) -> int:
         jnp.float32,
         rows,
         subject.references.rows.tokens.shape[1],
-        subject.examiner.max_new_tokens,
+        subject.evaluation.max_new_tokens,
         population=members,
         budget=int(config.memory_gb * 1e9) or memory.free_bytes(),
     )

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jes.io.console import console
 from jes.io.metrics import write_json
-from jes.io.progress import console
 from jes.landscape.curvature import cheap_index, second_differences
 from jes.landscape.lanczos import Quadrature, density
 from jes.landscape.measures import Measures, measure, measure_quadrature

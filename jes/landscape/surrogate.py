@@ -19,8 +19,8 @@ from jax.flatten_util import ravel_pytree
 from jes.baselines.gradient import mean_gradient
 from jes.core.noise import PyTree
 from jes.errors import InputError
-from jes.examiner import Examiner, Question
 from jes.landscape.curvature import hvp
+from jes.questions import Evaluation, Question
 from jes.sampling.likelihood import ChoiceBatch, choice_log_likelihoods, pad_choices
 from jes.sampling.prompts import encode
 from jes.tasks.task import Example, Task
@@ -45,22 +45,24 @@ def reference(task: Task, example: Example) -> str:
     return answer
 
 
-def reference_batch(examiner: Examiner, questions: Sequence[Question]) -> ChoiceBatch:
+def reference_batch(
+    evaluation: Evaluation, questions: Sequence[Question]
+) -> ChoiceBatch:
     """Prompts with their reference answers and the end token, a row an example.
 
     Raises:
       InputError: for a task without such answers, or a row that no bucket holds.
     """
-    end = list(examiner.eos_ids[:1])
+    end = list(evaluation.eos_ids[:1])
     answers = [
-        encode(examiner.tokenizer, reference(examiner.task, q.example)) + end
+        encode(evaluation.tokenizer, reference(evaluation.task, q.example)) + end
         for q in questions
     ]
     try:
         prompts = [question.prompt for question in questions]
-        return pad_choices(prompts, [[a] for a in answers], examiner.buckets)
+        return pad_choices(prompts, [[a] for a in answers], evaluation.buckets)
     except ValueError as error:
-        raise InputError(f"{examiner.task.name}: {error}") from error
+        raise InputError(f"{evaluation.task.name}: {error}") from error
 
 
 def surrogate_loss(model: Any, params: PyTree, batch: ChoiceBatch) -> jax.Array:

@@ -12,12 +12,12 @@ import numpy as np
 from jes.core.noise import PyTree
 from jes.core.tree import with_dtype
 from jes.errors import InputError
-from jes.examiner import Examiner, Question
 from jes.metacognition.signal_detection import bootstrap, counts, d_prime, report
+from jes.questions import Evaluation, Question
 from jes.sampling.generate import generate
 from jes.sampling.likelihood import log_likelihoods, pad_choices
 from jes.sampling.prompts import encode
-from jes.score import rewards_of
+from jes.scoring import rewards_of
 from jes.tasks.task import Example
 
 
@@ -59,7 +59,7 @@ class Answers(NamedTuple):
 
 
 def collect(
-    examiner: Examiner,
+    evaluation: Evaluation,
     params: PyTree,
     questions: Sequence[Question],
     *,
@@ -68,7 +68,7 @@ def collect(
     """Asks the questions, and about them.
 
     Args:
-      examiner: the model and the task.
+      evaluation: the model and the task.
       params: the weights, not those of members.
       questions: of the task.
       batch_size: prompts answered at once.
@@ -77,28 +77,28 @@ def collect(
       InputError: if the task does not ask whether the model knows.
     """
     prompts = [q.prompt for q in questions]
-    asks = 1 if examiner.task.meta is None else 2
+    asks = 1 if evaluation.task.meta is None else 2
     if asks == 2:
         prompts += [list(q.meta) for q in questions]
-    weights = with_dtype(params, jnp.dtype(examiner.dtype))
+    weights = with_dtype(params, jnp.dtype(evaluation.dtype))
     said = generate(
-        examiner.model,
+        evaluation.model,
         weights,
         prompts,
-        examiner.max_new_tokens,
-        eos_ids=examiner.eos_ids,
+        evaluation.max_new_tokens,
+        eos_ids=evaluation.eos_ids,
         batch_size=batch_size,
-        buckets=examiner.buckets,
+        buckets=evaluation.buckets,
     )
     count = len(questions)
     texts = [map(tuple, said[k * count :][:count]) for k in range(asks)]
     asked = list(enumerate(zip(*texts, strict=True)))
-    earned = rewards_of(examiner, questions, asked)
+    earned = rewards_of(evaluation, questions, asked)
     if np.isnan(earned[:, 4]).any():
         raise InputError(
-            f"task {examiner.task.name} does not ask whether the model knows"
+            f"task {evaluation.task.name} does not ask whether the model knows"
         )
-    words = examiner.tokenizer.backend_tokenizer.decode_batch(said)
+    words = evaluation.tokenizer.backend_tokenizer.decode_batch(said)
     return Answers(
         examples=[q.example for q in questions],
         texts=words[:count],
@@ -107,22 +107,25 @@ def collect(
         strict=earned[:, 2] == 1,
         yes=earned[:, 4] == 1,
         other=earned[:, 3] == 0,
-        confidence=confidence(examiner, weights, questions, batch_size),
+        confidence=confidence(evaluation, weights, questions, batch_size),
     )
 
 
 def confidence(
-    examiner: Examiner, params: PyTree, questions: Sequence[Question], batch_size: int
+    evaluation: Evaluation,
+    params: PyTree,
+    questions: Sequence[Question],
+    batch_size: int,
 ) -> np.ndarray:
     """log p(yes) - log p(no) after the second question, float64 [Q].
 
     Where both words are single tokens this is the difference of their logits; its
     sigmoid is the confidence of 2602.02605. Other spellings are not counted.
     """
-    words = examiner.task.claims
+    words = evaluation.task.claims
     if words is None:
         return np.full(len(questions), np.nan)
-    claims = [encode(examiner.tokenizer, word) for word in words]
+    claims = [encode(evaluation.tokenizer, word) for word in words]
     # Sorted by length, so that few shapes are compiled.
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].meta))
     size = min(batch_size, len(questions))
@@ -133,10 +136,10 @@ def confidence(
         batch = pad_choices(
             [list(questions[i].meta) for i in filled],
             [claims] * size,
-            examiner.buckets,
-            examiner.parts,
+            evaluation.buckets,
+            evaluation.parts,
         )
-        (logs,) = log_likelihoods(examiner.model, None, batch, 1, params)
+        (logs,) = log_likelihoods(evaluation.model, None, batch, 1, params)
         yes, no = np.asarray(logs, float).reshape(-1, 2).T
         differences[chosen] = (yes - no)[: len(chosen)]
     return differences

@@ -21,11 +21,10 @@ from rich.table import Table
 
 from jes.config import DTYPES
 from jes.errors import InputError
-from jes.evaluate import load_model, make_examiner
-from jes.examiner import prepare
+from jes.evaluate import load_model, make_evaluation
 from jes.io.command_line import at_least, guarded
+from jes.io.console import console
 from jes.io.metrics import write_json
-from jes.io.progress import console
 from jes.metacognition.answers import Answers, collect, write
 from jes.metacognition.figures import answers_figure
 from jes.metacognition.signal_detection import (
@@ -34,6 +33,7 @@ from jes.metacognition.signal_detection import (
     bootstrap,
 )
 from jes.models.weights import Pretrained
+from jes.questions import prepare
 from jes.tasks import TASKS, load_task
 from jes.tasks.task import Example
 
@@ -81,11 +81,11 @@ def measure(
       where the task has training questions and words for yes and no, 'threshold'.
     """
     task = load_task(name, root=root, seed=seed, test=examples)
-    examiner = make_examiner(pretrained, task, dtype=dtype)
+    evaluation = make_evaluation(pretrained, task, dtype=dtype)
 
     def ask_about(rows: Sequence[Example]) -> Answers:
-        questions = prepare(examiner, rows)
-        return collect(examiner, pretrained.params, questions, batch_size=batch_size)
+        questions = prepare(evaluation, rows)
+        return collect(evaluation, pretrained.params, questions, batch_size=batch_size)
 
     if not task.test:
         raise InputError(f"task {name} has no examples to evaluate on")

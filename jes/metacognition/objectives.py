@@ -50,7 +50,7 @@ def objective_fitness(objective: str, score: Any) -> np.ndarray:
 
     Args:
       objective: a name in `OBJECTIVES`, or 'reward' for the reward of the task.
-      score: `jes.score.Score` of arrays [N].
+      score: `jes.scoring.Score` of arrays [N].
 
     Returns:
       float64 [N].

@@ -40,12 +40,11 @@ from jes.core.ledger import append_row
 from jes.core.noise import PyTree
 from jes.core.tree import is_quantized
 from jes.errors import InputError
-from jes.evaluate import load_model, make_examiner
-from jes.examiner import Examiner, prepare
+from jes.evaluate import load_model, make_evaluation
 from jes.export import load_base, read_ledger
 from jes.io.command_line import at_least, guarded
+from jes.io.console import console
 from jes.io.metrics import finite, keep_rows, read_rows
-from jes.io.progress import console
 from jes.io.runs import alone, claim_results, recorded
 from jes.metacognition.answers import Answers, collect
 from jes.metacognition.masks import (
@@ -63,6 +62,7 @@ from jes.metacognition.masks import (
 )
 from jes.metacognition.sparsity_report import write_report
 from jes.models.weights import Pretrained, fingerprint, load
+from jes.questions import Evaluation, prepare
 from jes.tasks import load_task
 
 Part = Callable[[float], PyTree]
@@ -194,7 +194,7 @@ def load_more(
 
 
 def ask_all(
-    examiner: Examiner,
+    evaluation: Evaluation,
     base: PyTree,
     delta: PyTree,
     parts: dict[str, Part],
@@ -205,7 +205,7 @@ def ask_all(
     """Asks every model of the plan that has no row yet, and appends its row.
 
     Args:
-      examiner: the model and the task.
+      evaluation: the model and the task.
       base: weights of the base model.
       delta: displacement that `norm_share` is relative to.
       parts: from `parts_of`.
@@ -213,9 +213,9 @@ def ask_all(
       path: of the rows, a JSONL file.
       batch_size: prompts answered at once.
     """
-    questions = prepare(examiner, examiner.task.test)
+    questions = prepare(evaluation, evaluation.task.test)
     if not questions:
-        raise InputError(f"task {examiner.task.name} has no held-out examples")
+        raise InputError(f"task {evaluation.task.name} has no held-out examples")
     keep_rows(path, lambda row: True)  # but for half a row, which a kill may leave
     done = {(row["part"], row["share"]) for row in read_rows(path)}
     models = plan(list(parts), shares)
@@ -224,7 +224,7 @@ def ask_all(
             continue
         part = parts[name](share)
         weights = moved(base, part)
-        answers = collect(examiner, weights, questions, batch_size=batch_size)
+        answers = collect(evaluation, weights, questions, batch_size=batch_size)
         row = {"part": name, "share": share, "norm_share": norm_share(part, delta)}
         metrics = row_of(answers)
         append_row(path, finite(row | metrics))
@@ -244,7 +244,7 @@ def row_of(answers: Answers) -> dict[str, Any]:
 
 def examiner_of(
     args: argparse.Namespace, base: Pretrained, config: dict[str, Any], dtype: str
-) -> Examiner:
+) -> Evaluation:
     """How the models are asked: as the command says, or else as the run did it."""
     # Held out is what this run did not see: its seed draws the examples.
     task = load_task(
@@ -253,7 +253,7 @@ def examiner_of(
         seed=config["seed"],
         test=args.examples,
     )
-    return make_examiner(base, task, dtype=args.dtype or dtype)
+    return make_evaluation(base, task, dtype=args.dtype or dtype)
 
 
 def study(args: argparse.Namespace) -> None:
@@ -263,13 +263,13 @@ def study(args: argparse.Namespace) -> None:
         if folder is not None and folder.resolve() == args.run.resolve():
             raise InputError(f"--{name} is the run itself: give another")
     base, tuned, config, dtype = load_run(args.run)
-    examiner = examiner_of(args, base, config, dtype)
+    evaluation = examiner_of(args, base, config, dtype)
     delta = displacement(tuned.params, base.params, args.exclude)
     settings = {
         "run": fingerprint(tuned.params),
-        "task": examiner.task.name,
-        "examples": len(examiner.task.test),
-        "dtype": str(examiner.dtype),
+        "task": evaluation.task.name,
+        "examples": len(evaluation.task.test),
+        "dtype": str(evaluation.dtype),
         "seed": args.seed,
         "exclude": args.exclude,
     }
@@ -285,7 +285,7 @@ def study(args: argparse.Namespace) -> None:
     parts = parts_of(delta, args.seed, **more)
     path = args.out / "results.jsonl"
     size = args.batch_size
-    ask_all(examiner, base.params, delta, parts, args.shares, path, size)
+    ask_all(evaluation, base.params, delta, parts, args.shares, path, size)
     write_report(args.out, read_rows(path), plan(list(parts), args.shares), settings)
 
 

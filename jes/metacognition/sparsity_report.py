@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jes.io.console import console
 from jes.io.metrics import finite, write_json
-from jes.io.progress import console
 from jes.metacognition.signal_detection import bootstrap, counts, d_prime
 
 Rows = dict[tuple[str, float], dict[str, Any]]

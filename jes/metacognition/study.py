@@ -35,8 +35,8 @@ from jes.forgetting.methods import folder_of, method_config
 from jes.forgetting.report import mean_error
 from jes.forgetting.study import folders, run_all, split, whole
 from jes.io import command_line, memory, runs
+from jes.io.console import console
 from jes.io.metrics import write_json
-from jes.io.progress import console
 from jes.metacognition.evaluate import measure
 from jes.models.weights import load
 from jes.quantize import load_base

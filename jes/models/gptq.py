@@ -22,7 +22,7 @@ import numpy as np
 
 from jes.core.codes import BITS, Codes
 from jes.models.quantized import Quantized
-from jes.models.shards import (
+from jes.models.safetensors_files import (
     DTYPES,
     FLOATS,
     Expected,

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from re import fullmatch
 
-from jes.models.shards import WeightsError, weight_files
+from jes.models.safetensors_files import WeightsError, weight_files
 
 EMBEDDED = {
     name: Path(__file__).parent / name.replace("-", "_")

@@ -18,7 +18,7 @@ from jes.models import compressed_tensors, gptq
 from jes.models.config import ModelConfig
 from jes.models.quantized import Quantized
 from jes.models.qwen import Decoder
-from jes.models.shards import (
+from jes.models.safetensors_files import (
     FLOATS,
     Expected,
     Tensor,

@@ -25,7 +25,7 @@ import numpy as np
 
 from jes.models.cache import PADDING, Cache, write
 from jes.models.config import ModelConfig, RopeScaling
-from jes.models.deviation import look_up, parameter, times, word_scores
+from jes.models.member_layers import look_up, parameter, times, word_scores
 from jes.models.quantized import Quantized
 
 MASKED = -1e30
@@ -249,7 +249,7 @@ class Dense(nn.Module):
     """x @ kernel + bias, with kernel [in, out] in the dtype of the parameters.
 
     The kernel may be `Quantized`. How a member differs is in the collection 'noise',
-    here as in every module with weights: see `jes.models.deviation`.
+    here as in every module with weights: see `jes.models.member_layers`.
     """
 
     features: int

@@ -28,7 +28,7 @@ from jes.models.layout import (
 )
 from jes.models.partition import leaf_sharding, place
 from jes.models.qwen import Decoder
-from jes.models.shards import (
+from jes.models.safetensors_files import (
     WeightsError,
     open_tensors,
     read_json,

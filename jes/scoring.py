@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jes.examiner import Examiner, Question
+from jes.questions import Evaluation, Question
 from jes.sampling.generate import trim
 from jes.sampling.likelihood import ChoiceBatch
 from jes.tasks.task import Reward
@@ -54,57 +54,57 @@ class Answered(NamedTuple):
 
 
 def score_answers(
-    examiner: Examiner, questions: Sequence[Question], answers: jax.Array
+    evaluation: Evaluation, questions: Sequence[Question], answers: jax.Array
 ) -> list[Score]:
     """Rewards of generated tokens, one `Score` a member.
 
     Args:
-      examiner: as for `ask`.
+      evaluation: as for `ask`.
       questions: B of them.
       answers: [C, P, N]. P is B, where a batch was filled up more, and with a second
         question twice that: first all answers to the first.
     """
     members, earned = _earned(
-        examiner, questions, _unfilled(examiner, questions, answers)
+        evaluation, questions, _unfilled(evaluation, questions, answers)
     )
     scores = []
     for rows, rewards in zip(members, earned, strict=True):
         lengths = np.array([len(text) for row in rows for text in row])
-        truncated = lengths == examiner.max_new_tokens
+        truncated = lengths == evaluation.max_new_tokens
         generated = int((lengths + ~truncated).sum())
         scores.append(mean_score(rewards, truncated.mean(), generated))
     return scores
 
 
 def judge_answers(
-    examiner: Examiner, questions: Sequence[Question], answers: jax.Array
+    evaluation: Evaluation, questions: Sequence[Question], answers: jax.Array
 ) -> Answered:
     """Single answers, of the arguments of `score_answers`."""
-    tokens = _unfilled(examiner, questions, answers)
-    _, earned = _earned(examiner, questions, tokens)
+    tokens = _unfilled(evaluation, questions, answers)
+    _, earned = _earned(evaluation, questions, tokens)
     return Answered(earned[..., 1] == 1, tokens[:, 0])
 
 
 def _unfilled(
-    examiner: Examiner, questions: Sequence[Question], answers: jax.Array
+    evaluation: Evaluation, questions: Sequence[Question], answers: jax.Array
 ) -> np.ndarray:
     """Tokens [C, A, B, N] to the A questions of each prompt, without the filled-up."""
     tokens = np.asarray(answers)
-    asks = 1 if examiner.task.meta is None else 2
+    asks = 1 if evaluation.task.meta is None else 2
     tokens = tokens.reshape(len(tokens), asks, -1, tokens.shape[-1])
     return tokens[:, :, : len(questions)]
 
 
 def _earned(
-    examiner: Examiner, questions: Sequence[Question], tokens: np.ndarray
+    evaluation: Evaluation, questions: Sequence[Question], tokens: np.ndarray
 ) -> tuple[list[list[tuple[tuple[int, ...], ...]]], np.ndarray]:
     """Each member's answers without their end, and what they earn, [C, B, 5]."""
     members = []
     for rows in tokens:
-        texts = [map(tuple, trim(each, examiner.eos_ids)) for each in rows]
+        texts = [map(tuple, trim(each, evaluation.eos_ids)) for each in rows]
         members.append(list(zip(*texts, strict=True)))
     asked = [(i, row) for rows in members for i, row in enumerate(rows)]
-    earned = rewards_of(examiner, questions, asked)
+    earned = rewards_of(evaluation, questions, asked)
     return members, earned.reshape(len(members), len(questions), -1)
 
 
@@ -119,7 +119,7 @@ def mean_score(rewards: np.ndarray, truncated: float, tokens: int) -> Score:
 
 
 def rewards_of(
-    examiner: Examiner,
+    evaluation: Evaluation,
     questions: Sequence[Question],
     asked: Sequence[tuple[int, tuple[tuple[int, ...], ...]]],
 ) -> np.ndarray:
@@ -128,48 +128,48 @@ def rewards_of(
     Answers mostly agree: each different one is decoded and scored once.
 
     Args:
-      examiner: the task and the tokenizer.
+      evaluation: the task and the tokenizer.
       questions: what was asked.
       asked: for each of R answers the number of its question, and its tokens without
         the end token: one text, or with a second question two.
     """
     new = list(dict.fromkeys(asked))
     texts = list(dict.fromkeys(text for _, answer in new for text in answer))
-    tokenizer = examiner.tokenizer.backend_tokenizer
+    tokenizer = evaluation.tokenizer.backend_tokenizer
     decoded = dict(
         zip(texts, tokenizer.decode_batch([list(t) for t in texts]), strict=True)
     )
     earned: dict[Any, Reward] = {}
     for i, answer in new:
         written = (decoded[text] for text in answer)
-        earned[i, answer] = examiner.task.reward(questions[i].example, *written)
+        earned[i, answer] = evaluation.task.reward(questions[i].example, *written)
     return np.array([earned[one] for one in asked], float)
 
 
 def score_likelihoods(
-    examiner: Examiner,
+    evaluation: Evaluation,
     questions: Sequence[Question],
     batch: ChoiceBatch,
     log_likelihoods: jax.Array,
 ) -> list[Score]:
     """Share of right choices by log-likelihood per token, one `Score` a member."""
-    answered = judge_likelihoods(examiner, questions, batch, log_likelihoods)
+    answered = judge_likelihoods(evaluation, questions, batch, log_likelihoods)
     shares = answered.right.mean(-1)
     shares[~np.isfinite(np.asarray(log_likelihoods)).all(-1)] = np.nan
     return [Score(share, share, share, 1.0, 0.0, 0) for share in map(float, shares)]
 
 
 def judge_likelihoods(
-    examiner: Examiner,
+    evaluation: Evaluation,
     questions: Sequence[Question],
     batch: ChoiceBatch,
     log_likelihoods: jax.Array,
 ) -> Answered:
     """The choice with the highest log-likelihood per token, and whether it is right."""
-    assert examiner.task.answer is not None
+    assert evaluation.task.answer is not None
     per_token = np.asarray(log_likelihoods) / batch.scored.sum(-1)
     taken = np.stack(
         [per_token[:, batch.owners == i].argmax(-1) for i in range(len(questions))], 1
     )
-    right = np.array([examiner.task.answer(q.example) for q in questions])
+    right = np.array([evaluation.task.answer(q.example) for q in questions])
     return Answered(taken == right, taken[..., None])

@@ -10,21 +10,21 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from jes.anchor import PLACES
 from jes.config import DTYPES
+from jes.core.anchor import PLACES
 from jes.core.mesh import make_mesh
 from jes.core.tree import is_quantized, with_dtype
 from jes.errors import InputError
-from jes.examiner import Examiner, Question, longest, padded_lengths, prepare
-from jes.io.progress import console
+from jes.io.console import console
 from jes.metacognition.objectives import OBJECTIVES
 from jes.models.weights import Pretrained
 from jes.quantize import load_base
-from jes.sampling.divergence import Answers, sample_answers
+from jes.questions import Evaluation, Question, longest, padded_lengths, prepare
 from jes.sampling.generate import GREEDY, Sampling
+from jes.sampling.kl import Answers, sample_answers
 from jes.sampling.prompts import bucket
 from jes.tasks import load_task
-from jes.tell import (
+from jes.update import (
     ROUNDINGS,
     Evolution,
     count_trained,
@@ -38,7 +38,7 @@ MANY_FLIPS = 0.1
 """Share of the codes that noise moves in a generation, from which to warn."""
 
 
-class Setup(NamedTuple):
+class Experiment(NamedTuple):
     """What stays the same over a run.
 
     Attributes:
@@ -46,7 +46,7 @@ class Setup(NamedTuple):
       evolution: those of the update.
       pretrained: the base model.
       parameters: how many of its weights are trained.
-      examiner: how members are examined on the task that is trained.
+      evaluation: how members are examined on the task that is trained.
       train: its questions.
       evaluations: the trained task and those beside it, with held-out questions; with
         `eval_train` the training questions too, see `ON_TRAIN`.
@@ -57,9 +57,9 @@ class Setup(NamedTuple):
     evolution: Evolution
     pretrained: Pretrained
     parameters: int
-    examiner: Examiner
+    evaluation: Evaluation
     train: list[Question]
-    evaluations: dict[str, tuple[Examiner, list[Question]]]
+    evaluations: dict[str, tuple[Evaluation, list[Question]]]
     base_answers: dict[str, Answers]
 
     @property
@@ -164,13 +164,15 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
         raise InputError(f"buckets are prompt lengths in tokens, not {config.buckets}")
 
 
-def make_setup(config: ml_collections.ConfigDict, evolution: Evolution) -> Setup:
+def make_experiment(
+    config: ml_collections.ConfigDict, evolution: Evolution
+) -> Experiment:
     """Loads the model and the tasks, and encodes all prompts."""
     pretrained = load_trainable(config, evolution)
     if pretrained.tokenizer is None:
         raise InputError(f"{config.model} has no tokenizer, which tasks need")
 
-    trained = make_examiner(
+    trained = make_evaluation(
         config,
         pretrained,
         config.task,
@@ -204,7 +206,7 @@ def make_setup(config: ml_collections.ConfigDict, evolution: Evolution) -> Setup
         for name, (_, questions) in evaluations.items()
         if config.kl_prompts
     }
-    return Setup(
+    return Experiment(
         config,
         evolution,
         pretrained,
@@ -280,12 +282,12 @@ def warn_of_flips(evolution: Evolution) -> None:
 
 
 def make_evaluations(
-    config: ml_collections.ConfigDict, pretrained: Pretrained, trained: Examiner
-) -> dict[str, tuple[Examiner, list[Question]]]:
+    config: ml_collections.ConfigDict, pretrained: Pretrained, trained: Evaluation
+) -> dict[str, tuple[Evaluation, list[Question]]]:
     """The held-out questions of the trained task, and of those beside it."""
     evaluated = {config.task: trained}
     evaluated |= {
-        name: make_examiner(config, pretrained, name) for name in config.eval_tasks
+        name: make_evaluation(config, pretrained, name) for name in config.eval_tasks
     }
     evaluations = {
         name: (each, prepare(each, each.task.test)) for name, each in evaluated.items()
@@ -315,12 +317,12 @@ def base_answers(
     )
 
 
-def make_examiner(
+def make_evaluation(
     config: ml_collections.ConfigDict,
     pretrained: Pretrained,
     name: str,
     **settings: Any,
-) -> Examiner:
+) -> Evaluation:
     """How the model is examined on the task of this name."""
     task = load_task(
         name,
@@ -329,7 +331,7 @@ def make_examiner(
         train=config.data.train,
         test=config.data.test,
     )
-    return Examiner(
+    return Evaluation(
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,
         task=task,
@@ -351,23 +353,23 @@ def make_sampling(config: ml_collections.ConfigDict) -> Sampling:
         raise InputError(str(error)) from error
 
 
-def one_bucket(examiner: Examiner, questions: Sequence[Question]) -> Examiner:
-    """The examiner with the one prompt length that holds all questions.
+def one_bucket(evaluation: Evaluation, questions: Sequence[Question]) -> Evaluation:
+    """The evaluation with the one prompt length that holds all questions.
 
     Or, where they begin alike, with one for that and one for the rest.
     """
-    prefix, rest = padded_lengths(examiner, questions)
+    prefix, rest = padded_lengths(evaluation, questions)
     return dataclasses.replace(
-        examiner,
-        buckets=(bucket(longest(questions), examiner.buckets),),
+        evaluation,
+        buckets=(bucket(longest(questions), evaluation.buckets),),
         parts=(prefix, rest) if prefix else (),
     )
 
 
-def pick(setup: Setup, generation: int) -> list[Question]:
+def pick(experiment: Experiment, generation: int) -> list[Question]:
     """The questions of a generation: drawn without replacement, or all of them."""
-    count, questions = setup.config.prompts, setup.train
+    count, questions = experiment.config.prompts, experiment.train
     if not count or count == len(questions):
         return questions
-    rng = np.random.default_rng([setup.config.seed, generation])
+    rng = np.random.default_rng([experiment.config.seed, generation])
     return [questions[i] for i in rng.choice(len(questions), count, replace=False)]

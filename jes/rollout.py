@@ -12,19 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jes.core.drawn import draw_later
+from jes.core.lazy_noise import draw_later
 from jes.core.mesh import on_mesh_of
 from jes.core.noise import Noise, PyTree
 from jes.core.population import draw_deviations, draw_members, draw_overlays, evaluate
 from jes.core.tree import is_quantized, with_dtype
 from jes.errors import InputError
-from jes.examiner import Examiner, Question, longest_text, split_prompts
 from jes.io.hosts import exchange
+from jes.questions import Evaluation, Question, longest_text, split_prompts
+from jes.sampling.continuous_batching import decode_in_slots
 from jes.sampling.generate import decode_members, unrolled_centre, unrolled_members
 from jes.sampling.likelihood import log_likelihoods, pad_choices
 from jes.sampling.prompts import batches
-from jes.sampling.slots import decode_in_slots
-from jes.score import (
+from jes.scoring import (
     Answered,
     Score,
     judge_answers,
@@ -35,7 +35,7 @@ from jes.score import (
 
 
 def ask(
-    examiner: Examiner,
+    evaluation: Evaluation,
     params: PyTree,
     key: jax.Array,
     questions: Sequence[Question],
@@ -50,7 +50,7 @@ def ask(
     Several processes each take a part of the members, and all return all scores.
 
     Args:
-      examiner: the model, its task and how to ask.
+      evaluation: the model, its task and how to ask.
       params: the centre θ, float32; on a mesh, its devices share the members.
       key: the generation key.
       questions: the prompts, the same for all members.
@@ -63,7 +63,7 @@ def ask(
     Returns:
       A `Score` of float64 arrays [population].
     """
-    run, score, _ = rollout(examiner, questions)
+    run, score, _ = rollout(evaluation, questions)
 
     def dispatch(members: np.ndarray) -> jax.Array:
         before_chunk()
@@ -83,7 +83,7 @@ def ask(
 
 
 def examine(
-    examiner: Examiner,
+    evaluation: Evaluation,
     params: PyTree,
     questions: Sequence[Question],
     *,
@@ -97,18 +97,18 @@ def examine(
       A `Score` of floats over all questions.
     """
     if not questions:
-        raise InputError(f"task {examiner.task.name} has no examples to evaluate on")
+        raise InputError(f"task {evaluation.task.name} has no examples to evaluate on")
     key = jax.random.key(0) if key is None else key
     texts = [longest_text(question) for question in questions]
-    new = examiner.max_new_tokens if examiner.mode == "generate" else 0
-    plan = batches(texts, batch_size, new, examiner.buckets, examiner.parts)
+    new = evaluation.max_new_tokens if evaluation.mode == "generate" else 0
+    plan = batches(texts, batch_size, new, evaluation.buckets, evaluation.parts)
     start = 0
     sums = np.zeros(len(Score._fields))
     for numbers, size in plan:
         chosen = [questions[i] for i in numbers]
         before_batch()
         # The last batch is filled up so that it has the shape of the others.
-        run, score, _ = rollout(examiner, chosen, fill_to=size)
+        run, score, _ = rollout(evaluation, chosen, fill_to=size)
         answers = run(params, jax.random.fold_in(key, start), jnp.zeros(1, int))
         start += len(chosen)
         (one,) = score(answers)
@@ -120,7 +120,7 @@ def examine(
 
 
 def answer_each(
-    examiner: Examiner,
+    evaluation: Evaluation,
     params: PyTree,
     key: jax.Array,
     questions: Sequence[Question],
@@ -133,7 +133,7 @@ def answer_each(
     """What each of some members answers to each of any number of questions.
 
     Args:
-      examiner, params, key: as for `ask`.
+      evaluation, params, key: as for `ask`.
       questions: B of them, asked in batches of about `batch_size`.
       members: int [C], held in memory at once.
       noise: how members differ; None for the centre, which may sample its answers.
@@ -145,7 +145,7 @@ def answer_each(
     for start in range(0, len(questions), size):
         chosen = questions[start : start + size]
         before_batch()
-        run, _, judge = rollout(examiner, chosen, fill_to=size)
+        run, _, judge = rollout(evaluation, chosen, fill_to=size)
         # Rows sample by their number in the batch. Noise is to be the same in all.
         batch_key = jax.random.fold_in(key, start) if noise is None else key
         parts.append(judge(run(params, batch_key, jnp.asarray(members), noise=noise)))
@@ -153,7 +153,7 @@ def answer_each(
 
 
 def rollout(
-    examiner: Examiner, questions: Sequence[Question], fill_to: int = 0
+    evaluation: Evaluation, questions: Sequence[Question], fill_to: int = 0
 ) -> tuple[
     Callable[..., jax.Array],
     Callable[[jax.Array], list[Score]],
@@ -166,9 +166,9 @@ def rollout(
     single answers.
     """
     filled = [*questions, *[questions[-1]] * (fill_to - len(questions))]
-    model = examiner.model
-    dtype = jnp.dtype(examiner.dtype)
-    centre = _Centre(examiner)
+    model = evaluation.model
+    dtype = jnp.dtype(evaluation.dtype)
+    centre = _Centre(evaluation)
 
     def prepared(
         params: PyTree, key: jax.Array, members: jax.Array, noise: Noise | None
@@ -184,13 +184,13 @@ def rollout(
         if noise.rank:
             deviations = _draw_deviations(params, key, members, noise, dtype)
             return deviations, centre.of(params)
-        if examiner.draw == "member":
+        if evaluation.draw == "member":
             return _draw(params, key, members, noise, dtype), None
         return _draw_later(params, key, members, noise, dtype), params
 
-    if examiner.mode == "likelihood":
+    if evaluation.mode == "likelihood":
         prompts, choices = [q.prompt for q in filled], [q.choices for q in filled]
-        batch = pad_choices(prompts, choices, examiner.buckets, examiner.parts)
+        batch = pad_choices(prompts, choices, evaluation.buckets, evaluation.parts)
 
         def rate(
             params: PyTree, key: jax.Array, members: Any, noise: Noise | None = None
@@ -200,15 +200,17 @@ def rollout(
 
         return (
             rate,
-            partial(score_likelihoods, examiner, questions, batch),
-            partial(judge_likelihoods, examiner, questions, batch),
+            partial(score_likelihoods, evaluation, questions, batch),
+            partial(judge_likelihoods, evaluation, questions, batch),
         )
 
-    prefix, padded = split_prompts(examiner, filled)
+    prefix, padded = split_prompts(evaluation, filled)
     decoded: Callable[..., Any] = decode_members
-    if 0 < examiner.slots < len(padded.tokens):
+    if 0 < evaluation.slots < len(padded.tokens):
         decoded = partial(
-            decode_in_slots, slots=examiner.slots, slice_tokens=examiner.slice_tokens
+            decode_in_slots,
+            slots=evaluation.slots,
+            slice_tokens=evaluation.slice_tokens,
         )
 
     def answer(
@@ -217,7 +219,7 @@ def rollout(
         weights, shared = prepared(params, key, members, noise)
         # Layers that draw their noise are one program in a loop: it would take minutes
         # to compile them one by one.
-        by_layer = examiner.draw == "layer" and noise is not None and not noise.rank
+        by_layer = evaluation.draw == "layer" and noise is not None and not noise.rank
         if weights is not None and not by_layer:
             weights = unrolled_members(model, weights)
         return decoded(
@@ -225,33 +227,33 @@ def rollout(
             weights,
             padded,
             _sampling_keys(key, members),
-            max_new_tokens=examiner.max_new_tokens,
-            eos_ids=examiner.eos_ids,
-            sampling=examiner.sampling,
+            max_new_tokens=evaluation.max_new_tokens,
+            eos_ids=evaluation.eos_ids,
+            sampling=evaluation.sampling,
             centre=shared,
             prefix=prefix,
         )
 
     return (
         answer,
-        partial(score_answers, examiner, questions),
-        partial(judge_answers, examiner, questions),
+        partial(score_answers, evaluation, questions),
+        partial(judge_answers, evaluation, questions),
     )
 
 
 class _Centre:
     """The weights that members share, or that answer themselves, for all chunks."""
 
-    def __init__(self, examiner: Examiner) -> None:
-        self.examiner = examiner
+    def __init__(self, evaluation: Evaluation) -> None:
+        self.evaluation = evaluation
         self.made: tuple[PyTree, PyTree] = (None, None)
 
     def of(self, params: PyTree) -> PyTree:
         """In the dtype of the answers; where they are generated, layer by layer."""
         if self.made[0] is not params:
-            centre = with_dtype(params, jnp.dtype(self.examiner.dtype))
-            if self.examiner.mode == "generate":
-                centre = unrolled_centre(self.examiner.model, centre)
+            centre = with_dtype(params, jnp.dtype(self.evaluation.dtype))
+            if self.evaluation.mode == "generate":
+                centre = unrolled_centre(self.evaluation.model, centre)
             self.made = params, centre
         return self.made[1]
 

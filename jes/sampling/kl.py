@@ -25,7 +25,7 @@ class Answers(NamedTuple):
     answers: list[list[int]]
 
 
-class Divergence(NamedTuple):
+class KL(NamedTuple):
     """KL(base || tuned) in nats a token.
 
     Attributes:
@@ -81,7 +81,7 @@ def divergence(
     batch_size: int = 8,
     buckets: Sequence[int] = BUCKETS,
     dtype: Any = jnp.float32,
-) -> Divergence:
+) -> KL:
     """KL(base || tuned) on these answers; prompt tokens do not count.
 
     Args:
@@ -114,7 +114,7 @@ def divergence(
     sampled, full = sums.sum(0) / tokens
     # Of a ratio of means, to first order.
     spread = np.std(sums[:, 1] - full * lengths, ddof=min(1, len(rows) - 1))
-    return Divergence(
+    return KL(
         sampled=float(sampled),
         by_prompt=float((sums[:, 0] / lengths).mean()),
         full=float(full),

@@ -17,7 +17,7 @@ DRAWS = ("member", "layer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Examiner:
+class Evaluation:
     """How a model is examined on a task.
 
     Attributes:
@@ -36,8 +36,8 @@ class Examiner:
         one layer is there at a time. The numbers are the same.
       parts: lengths to pad what prompts share and the rest to, as for `prompts.share`:
         None for `buckets`, () to compute every prompt in full.
-      slots: prompts that a member answers at a time, see `jes.sampling.slots`; 0 for
-        all, until the longest answer has ended.
+      slots: prompts that a member answers at a time, see
+        `jes.sampling.continuous_batching`; 0 for all, until the longest has ended.
       slice_tokens: most tokens until the host sees to slots that are free.
     """
 
@@ -82,27 +82,27 @@ class Question(NamedTuple):
     meta: Sequence[int] = ()
 
 
-def prepare(examiner: Examiner, examples: Sequence[Example]) -> list[Question]:
+def prepare(evaluation: Evaluation, examples: Sequence[Example]) -> list[Question]:
     """Renders and encodes examples.
 
     Raises:
       InputError: for a prompt that no bucket holds.
     """
-    task, tokenizer = examiner.task, examiner.tokenizer
+    task, tokenizer = evaluation.task, evaluation.tokenizer
     questions = []
     for number, example in enumerate(examples):
         prompt = encode(tokenizer, task.prompt(example))
         choices: list[list[int]] = []
-        if examiner.mode == "likelihood" and task.choices is not None:
+        if evaluation.mode == "likelihood" and task.choices is not None:
             choices = [encode(tokenizer, choice) for choice in task.choices(example)]
         meta = () if task.meta is None else encode(tokenizer, task.meta(example))
         questions.append(Question(example, prompt, choices, meta))
         length = longest(questions[-1:])
-        if length > max(examiner.buckets):
+        if length > max(evaluation.buckets):
             raise InputError(
                 f"{task.name}: the prompt of example {number} has {length} tokens, "
-                f"more than the longest bucket ({max(examiner.buckets)}): add a longer "
-                "one to `buckets`, or leave such examples out"
+                f"more than the longest bucket ({max(evaluation.buckets)}): add a "
+                "longer one to `buckets`, or leave such examples out"
             )
     return questions
 
@@ -119,24 +119,24 @@ def longest_text(question: Question) -> list[int]:
 
 
 def padded_lengths(
-    examiner: Examiner, questions: Sequence[Question]
+    evaluation: Evaluation, questions: Sequence[Question]
 ) -> tuple[int, int]:
     """Tokens of what all prompts share, 0 for nothing, and of the rest, both padded."""
-    if examiner.mode == "likelihood":
+    if evaluation.mode == "likelihood":
         choices = [question.choices for question in questions]
         prompts = [question.prompt for question in questions]
-        batch = pad_choices(prompts, choices, examiner.buckets, examiner.parts)
+        batch = pad_choices(prompts, choices, evaluation.buckets, evaluation.parts)
         prefix, rest = batch.prefix, batch.rows
     else:
-        prefix, rest = split_prompts(examiner, questions)
+        prefix, rest = split_prompts(evaluation, questions)
     return 0 if prefix is None else prefix.tokens.shape[1], rest.tokens.shape[1]
 
 
 def split_prompts(
-    examiner: Examiner, questions: Sequence[Question]
+    evaluation: Evaluation, questions: Sequence[Question]
 ) -> tuple[PromptBatch | None, PromptBatch]:
     """What the prompts have in common, and the rest of all first, then all second."""
     prompts = [question.prompt for question in questions]
-    if examiner.task.meta is not None:
+    if evaluation.task.meta is not None:
         prompts += [list(question.meta) for question in questions]
-    return share(prompts, examiner.buckets, parts=examiner.parts)
+    return share(prompts, evaluation.buckets, parts=evaluation.parts)

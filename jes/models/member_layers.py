@@ -4,7 +4,7 @@ The collection 'noise' has the tree of the parameters, with None or nothing wher
 member is like the centre. A deviation is
 
 - an array of the shape of the weight, which is added to it;
-- `Drawn`, such an array that is drawn where it is used;
+- `LazyNoise`, such an array that is drawn where it is used;
 - `Own`, the member's weight itself;
 - `LowRank`, for a matrix: its product is that of the centre, one for all members, and
   a thin one;
@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jes.core.drawn import Drawn, Own, add, add_rows, use_blocks
+from jes.core.lazy_noise import LazyNoise, Own, add, add_rows, use_blocks
 from jes.core.low_rank import LowRank
 from jes.models.quantized import Quantized, matmul
 
@@ -35,7 +35,7 @@ def deviated(weight: jax.Array, noise: Any) -> jax.Array:
         return weight
     if isinstance(noise, Own):
         return noise.weight
-    if isinstance(noise, Drawn):
+    if isinstance(noise, LazyNoise):
         return add(weight, noise)
     if isinstance(noise, LowRank):
         noise = noise.full().astype(weight.dtype)
@@ -49,7 +49,7 @@ def times(x: jax.Array, weight: Any, noise: Any) -> jax.Array:
     if isinstance(noise, LowRank):
         shared = x @ weight
         return shared + thin_product(x, noise.a, noise.b).astype(shared.dtype)
-    if isinstance(noise, Drawn):
+    if isinstance(noise, LazyNoise):
         noise = noise.after(x)
     return x @ deviated(weight, noise)
 
@@ -94,7 +94,7 @@ def weighted(parts: jax.Array, rows: jax.Array) -> jax.Array:
 
 def look_up(table: jax.Array, noise: Any, tokens: jax.Array) -> jax.Array:
     """Rows of a member's embedding [V, D]: int [B, T] -> [B, T, D]."""
-    if isinstance(noise, Drawn):
+    if isinstance(noise, LazyNoise):
         return add_rows(table, noise, tokens)
     if isinstance(noise, LowRank):
         own = weighted(jnp.moveaxis(noise.a[:, tokens], 0, -1), noise.b)
@@ -124,7 +124,7 @@ def word_scores(
         factors = (weight, x) if tied else (x, weight)
         return jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
 
-    if isinstance(noise, Drawn):
+    if isinstance(noise, LazyNoise):
         blocks = use_blocks(weight, noise.after(x), 0 if tied else 1, scores)
         logits = jnp.concatenate(blocks, words)
     else:

@@ -27,7 +27,7 @@ BLOCKS = 16
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class LazyNoise:
     """How a member's weight differs, not drawn yet: scale times noise.
 
     Attributes:
@@ -44,7 +44,7 @@ class Drawn:
     law: str = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
 
-    def after(self, x: jax.Array) -> "Drawn":
+    def after(self, x: jax.Array) -> "LazyNoise":
         """The same, but not to be drawn before `x` is there."""
         return dataclasses.replace(self, key=not_before(x, self.key))
 
@@ -71,14 +71,14 @@ def draw_later(
       dtype: of the members' weights.
 
     Returns:
-      The tree of the parameters, for matrices of `Drawn` with a leading axis [C], or of
-      a stack [C, L], and of `Own` for vectors.
+      The tree of the parameters: for matrices a `LazyNoise` with a leading axis [C],
+      or of a stack [C, L]; for vectors an `Own`.
     """
 
     def draw(member: jax.Array) -> PyTree:
         direction_key, sign = noise.direction(key, member)
 
-        def one(path: tuple[Any, ...], leaf: jax.Array) -> Drawn | Own:
+        def one(path: tuple[Any, ...], leaf: jax.Array) -> LazyNoise | Own:
             scale, matrix = noise.sigma * sign, jnp.int32(0)
             if not has_matrices(path, leaf.shape):
                 drawn = leaf_noise(direction_key, path, leaf.shape, noise.law)
@@ -89,20 +89,20 @@ def draw_later(
                 matrix = jnp.arange(count)
                 data = jnp.broadcast_to(data, (count, *data.shape))
                 scale = jnp.broadcast_to(scale, count)
-            return Drawn(data, scale, matrix, noise.law, jnp.dtype(dtype))
+            return LazyNoise(data, scale, matrix, noise.law, jnp.dtype(dtype))
 
         return jax.tree_util.tree_map_with_path(one, params)
 
     return jax.vmap(draw)(members)
 
 
-def add(weight: jax.Array, drawn: Drawn) -> jax.Array:
+def add(weight: jax.Array, drawn: LazyNoise) -> jax.Array:
     """The member's weight, with all of its noise."""
     place = places(weight.shape, drawn.matrix, weight.size)
     return _sum(weight, drawn, place)
 
 
-def add_rows(table: jax.Array, drawn: Drawn, rows: jax.Array) -> jax.Array:
+def add_rows(table: jax.Array, drawn: LazyNoise, rows: jax.Array) -> jax.Array:
     """Some rows of the member's matrix [V, D] alone: int [...] -> [..., D]."""
     width = table.shape[1]
     place = places((width,), rows[..., None], width)
@@ -110,7 +110,10 @@ def add_rows(table: jax.Array, drawn: Drawn, rows: jax.Array) -> jax.Array:
 
 
 def use_blocks(
-    weight: jax.Array, drawn: Drawn, axis: int, use: Callable[[jax.Array], jax.Array]
+    weight: jax.Array,
+    drawn: LazyNoise,
+    axis: int,
+    use: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
     """Uses a member's matrix in blocks, of which one is there at a time.
 
@@ -137,7 +140,7 @@ def use_blocks(
     return jax.lax.map(one, jnp.arange(count))
 
 
-def _sum(weight: jax.Array, drawn: Drawn, place: Place) -> jax.Array:
+def _sum(weight: jax.Array, drawn: LazyNoise, place: Place) -> jax.Array:
     key = jax.random.wrap_key_data(drawn.key, impl="threefry2x32")
     noise = LAWS_AT[drawn.law](key, place).reshape(weight.shape)
     total = weight.astype(jnp.float32) + drawn.scale * noise

@@ -1,0 +1,1 @@
+"""Studies: methods x seeds on one grid, and what each paper measures."""
