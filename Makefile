@@ -1,14 +1,20 @@
-# `make tiny` and `make test` are all the set-up there is.
+# `make tiny` and `make test` are all the set-up there is: they make .venv themselves.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: tiny test check pretrain
+.PHONY: tiny test test-all check
 
 tiny: .venv/.installed
 	$(BIN)/python -m jes.train --config=configs/tiny.py
 
+# Every promise of the README, in minutes.
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+# Also several processes, kills, notebooks and long statistics.
+test-all: test
+	$(PYTEST) -m slow
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .
