@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jes.errors import InputError
+from jes.metacognition.objectives import objective_fitness
 from jes.questions import Evaluation, Question
 from jes.sampling.generate import trim
 from jes.sampling.likelihood import ChoiceBatch
@@ -173,3 +175,36 @@ def judge_likelihoods(
     )
     right = np.array([evaluation.task.answer(q.example) for q in questions])
     return Answered(taken == right, taken[..., None])
+
+
+def fitness_of(
+    scores: Score,
+    objective: str = "reward",
+    *,
+    generation: int,
+    shuffle_seed: int | None = None,
+) -> np.ndarray:
+    """The raw fitness of a population, as the ledger stores it.
+
+    Args:
+      scores: of all members, arrays [N].
+      objective: see `jes.metacognition.objectives.objective_fitness`.
+      generation: its number, for the error and the shuffling.
+      shuffle_seed: if given, members swap their fitness at random: a control in which
+        fitness says nothing about the noise.
+
+    Returns:
+      float32 [N]; not finite where a member has no valid reward.
+
+    Raises:
+      InputError: if no member's reward is finite.
+    """
+    fitness = np.asarray(objective_fitness(objective, scores), np.float32)
+    if not np.isfinite(fitness).any():
+        raise InputError(
+            f"generation {generation}: no member has a finite reward; the weights have "
+            "diverged (a smaller sigma or alpha helps), or the reward is at fault"
+        )
+    if shuffle_seed is None:
+        return fitness
+    return np.random.default_rng([shuffle_seed, generation, 1]).permutation(fitness)

@@ -48,7 +48,7 @@ from jes.metacognition.objectives import objective_fitness
 from jes.models.weights import fingerprint
 from jes.record import check_length, evaluate, finish, finished, report, writing
 from jes.rollout import ask
-from jes.scoring import Score
+from jes.scoring import Score, fitness_of
 from jes.update import Evolution, drift, first_state, moves_of, replay, tell
 
 
@@ -237,9 +237,14 @@ def advance(
         chunk=chunk,
         before_chunk=stop.check,
     )
-    earned = objective_fitness(experiment.config.objective, scores)
-    scores = scores._replace(reward=earned)
-    fitness = make_fitness(experiment, scores, generation)
+    config = experiment.config
+    fitness = fitness_of(
+        scores,
+        config.objective,
+        generation=generation,
+        shuffle_seed=config.seed if config.shuffle_fitness else None,
+    )
+    scores = scores._replace(reward=objective_fitness(config.objective, scores))
     params, optimizer = tell(
         evolution,
         state.params,
@@ -326,24 +331,6 @@ def resume(
         share=share,
     )
     return State(done, saved, params, optimizer)
-
-
-def make_fitness(experiment: Experiment, scores: Score, generation: int) -> np.ndarray:
-    """Rewards as float32 [N], what the ledger keeps.
-
-    Raises:
-      InputError: if no member's reward is finite.
-    """
-    fitness = np.asarray(scores.reward, np.float32)
-    if not np.isfinite(fitness).any():
-        raise InputError(
-            f"generation {generation}: no member has a finite reward; the weights have "
-            "diverged (a smaller sigma or alpha helps), or the reward is at fault"
-        )
-    if experiment.config.shuffle_fitness:
-        rng = np.random.default_rng([experiment.config.seed, generation, 1])
-        fitness = rng.permutation(fitness)
-    return fitness
 
 
 def seal(ledger: ledgers.Ledger, state: State) -> None:
