@@ -1,7 +1,9 @@
 """Strictness for all tests: what could hide a mistake is an error."""
 
+import hashlib
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,16 +16,44 @@ import small_run
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)
 
+COMPILED = pathlib.Path(__file__).parents[1] / ".jax_cache"
+CPU = pathlib.Path("/proc/cpuinfo")
+if CPU.exists() and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Workers, processes that tests start and later runs share compiled programs. They
+    # are made for one kind of CPU, after which the folder is named.
+    lines = {
+        line
+        for line in CPU.read_text().splitlines()
+        if line.startswith(("model name", "flags", "Features"))
+    }
+    kind = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()[:16]
+    for name, value in {
+        "jax_compilation_cache_dir": str(COMPILED / kind),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Deletes the compiled programs of earlier runs once they take up 1 GiB."""
+    if not hasattr(session.config, "workerinput"):
+        kept = (path.stat().st_size for path in COMPILED.rglob("*-cache"))
+        if sum(kept) > 2**30:
+            shutil.rmtree(COMPILED)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs() -> Iterator[None]:
-    """Drops what a file of tests has compiled.
+    """Drops the compiled programs after a file of tests if they are many.
 
-    A program takes memory maps of its own, of which a process may have 65,530 (on
-    Linux): with those of all tests, the compiler crashes.
+    Each takes about six memory maps, of which Linux allows a process 65,530. Beyond
+    that compilation fails, and writing the program to the cache crashes.
     """
     yield
-    jax.clear_caches()
+    maps = pathlib.Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
