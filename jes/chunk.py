@@ -75,7 +75,7 @@ def fitting(experiment: Experiment, budget: int) -> Held:
       experiment: of the run.
       budget: bytes to spend on them on a device.
     """
-    evaluation, config = experiment.evaluation, experiment.config
+    evaluation, config = experiment.evaluation, experiment.settings
     rows = rows_of_member(experiment)
     mesh = mesh_of(experiment.pretrained.params)
     devices = 1 if mesh is None else mesh.shape[POPULATION]
@@ -95,7 +95,7 @@ def fitting(experiment: Experiment, budget: int) -> Held:
 def one_member(experiment: Experiment) -> Callable[[], jax.Array]:
     """What answers as one member on each device, to the first generation's prompts."""
     params, noise = experiment.pretrained.params, experiment.evolution.noise
-    key = generation_key(jax.random.key(experiment.config.seed), 0)
+    key = generation_key(experiment.settings.root, 0)
     answer, *_ = rollout(experiment.evaluation, pick(experiment, 0))
 
     def work() -> jax.Array:
@@ -118,7 +118,7 @@ def rows_at_once(experiment: Experiment) -> int:
 
 def rows_of_member(experiment: Experiment) -> int:
     """How many rows of tokens a member has in a generation."""
-    rows = experiment.config.prompts or len(experiment.train)
+    rows = experiment.settings.prompts or len(experiment.train)
     if experiment.evaluation.mode == "likelihood":
         rows *= max(len(question.choices) for question in experiment.train)
     if experiment.evaluation.task.meta is not None:
@@ -152,8 +152,8 @@ def member_shape(experiment: Experiment, rows: int) -> tuple[Any, ...]:
 
 def budget_for_members(experiment: Experiment) -> int:
     """Bytes of a device to spend on the members that are held at once."""
-    if experiment.config.memory_gb:
-        return int(experiment.config.memory_gb * 1e9)
+    if experiment.settings.memory_gb:
+        return int(experiment.settings.memory_gb * 1e9)
     # The centre, its anchor and one update are there too: float32, or a byte a code;
     # and the form of the centre that members with noise of low rank share.
     size = 1 if is_quantized(experiment.pretrained.params) else 4

@@ -1,112 +1,310 @@
-"""Every setting of a run, with its default; a file in `configs/` changes some."""
+"""Every setting of a run: its default, its check, and its frozen form.
 
-from ml_collections import ConfigDict
+A config file in `configs/` starts from `default()` and changes some settings; the
+command line changes more of them (`--config.alpha=0.01`). `freeze` checks them all and
+gives the `Settings` that the rest of the package reads.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import jax
+import ml_collections
+
+from jes.core.anchor import PLACES
+from jes.core.fitness import METHODS as SHAPINGS
+from jes.core.noise import LAWS
+from jes.errors import InputError
+from jes.metacognition.objectives import OBJECTIVES
+from jes.sampling.generate import Sampling
+from jes.update import ROUNDINGS, Evolution, make_optimizer
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""Of the weights that answer. The master, which is trained, is float32."""
+"""Of the weights that answer. The master copy, which is trained, is float32."""
 
 
-def default() -> ConfigDict:
-    """The settings of `jes.train`."""
-    config = ConfigDict()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """The examples of all tasks."""
+
+    root: str = ""  # folder of parquet files laid out as on the hub; '' is the hub
+    train: int = 0  # number of training examples; 0 for all
+    test: int = 0  # number of held-out examples to evaluate on; 0 for all
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GrpoSettings:
+    """The policy gradient that ES is compared with; `population` is its group size."""
+
+    learning_rate: float = 1e-6
+    minibatch: int = 0  # answers per optimizer step; 0 for all
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftSettings:
+    """Supervised fine-tuning on META, the baseline of ESMA (2602.02605).
+
+    A generation is one optimizer step, on `prompts` questions.
+    """
+
+    learning_rate: float = 2e-5
+    loss: str = "answer"  # or 'all': on the tokens of the question too, as published
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of `jes.train`; `freeze` checks them."""
 
     # What is trained, on what.
-    config.seed = 0
-    config.method = "es"  # or a baseline: 'grpo', 'sft'
-    config.model = "tiny"  # a folder, a hub id; 'tiny' or 'tiny-knowing' (embedded)
-    config.quantize = ""  # 'int4', 'int8' or 'w8a8' rounds a float model first
-    config.group_size = 128  # of int4 and int8: weights that share a scale
-    config.dtype = "float32"  # of the weights that answer; the master is float32
-    config.task = "tiny/min"
-    config.mode = "generate"  # or 'likelihood', where the task has choices
-    config.data = ConfigDict()
-    config.data.root = ""  # folder of parquet files in hub layout; '' is the hub
-    config.data.train = 0  # how many training examples to use; 0 for all
-    config.data.test = 0  # how many held-out examples to evaluate on; 0 for all
+    seed: int = 0
+    method: str = "es"  # or a baseline: 'grpo', 'sft'
+    model: str = "tiny"  # a folder, a hub id; 'tiny' or 'tiny-knowing' (embedded)
+    quantize: str = ""  # 'int4', 'int8' or 'w8a8' rounds a float model first
+    group_size: int = 128  # int4 and int8: weights that share a scale
+    dtype: str = "float32"  # of the weights that answer; the master copy is float32
+    task: str = "tiny/min"
+    mode: str = "generate"  # or 'likelihood', for a task with choices
+    data: Data = Data()
 
     # Evolution (2509.24372).
-    config.generations = 100
-    config.population = 30
-    config.sigma = 0.001
-    config.alpha = 0.0005
-    config.alpha_half_life = (
-        0  # generations after which α is halved, each time; 0 never
-    )
-    config.sigma_half_life = 0  # the same of σ
-    config.antithetic = False
-    config.noise = "normal"  # or 'table', about normal and faster on CPUs
-    config.draw = "member"  # or 'layer': again for each layer and pass, in less memory
-    config.rank = 0  # of the noise of a matrix (2511.16652), such as 1; 0 for full rank
-    config.shaping = "zscore"  # or 'centered_rank', 'pair_zscore', 'none'
-
-    config.objective = "reward"  # or of `OBJECTIVES`, for ESMA (2602.02605)
-    config.shuffle_fitness = False  # a control: steps as long, in random directions
+    generations: int = 100
+    population: int = 30
+    sigma: float = 0.001
+    alpha: float = 0.0005
+    alpha_half_life: int = 0  # generations after which α is halved, each time; 0 never
+    sigma_half_life: int = 0  # the same for σ
+    antithetic: bool = False
+    noise: str = "normal"  # or 'table': nearly normal, faster on CPUs
+    draw: str = "member"  # or 'layer': drawn again for each layer and pass, less memory
+    rank: int = 0  # of the noise of a matrix (2511.16652), such as 1; 0 for full rank
+    shaping: str = "zscore"  # or 'centered_rank', 'pair_zscore', 'none'
+    objective: str = "reward"  # or one of `OBJECTIVES`, for ESMA (2602.02605)
+    shuffle_fitness: bool = False  # control: steps as long, in random directions
 
     # Anchored weight decay (2605.30148): a pull back to the base model.
-    config.decay = "none"  # or 'l2', 'l1'
-    config.decay_coefficient = 0.0  # λ; L2 takes off the share alpha x λ a generation
-    config.anchor = "device"  # 'bfloat16', rounded; 'host', out of its memory; 'none'
+    decay: str = "none"  # or 'l2', 'l1'
+    decay_coefficient: float = 0.0  # λ; L2 removes the share alpha x λ per generation
+    anchor: str = "device"  # 'bfloat16' (rounded), 'host' (in its memory) or 'none'
 
-    # Quantised weights (2602.03120): how steps come to whole codes. 'replay' computes
-    # the residual again from the last `window` generations, 'residual' keeps it,
-    # 'naive' drops it, 'quzo' rounds at random; 'none' is for a model of floats. Then
-    # sigma is in codes, and alpha is that of Eq. 6, divided by sigma.
-    config.rounding = "none"
-    config.residual_decay = 0.9  # γ
-    config.window = 50  # K
-    config.residual_dtype = "float32"  # of 'residual'; or 'bfloat16', 'float16'
-    config.initial_residual = "zero"  # or 'uniform', as in the published code
-    config.residual_clip = 0.0  # 0 for none; 1.5 in the published code
-    config.divide_by_population = True  # the 1/N of Eq. 5, not in the published code
-    config.scale_sigma = 0.0  # of the scales, in units of these; 0 keeps them frozen
-    config.scale_alpha = 0.0
+    # Quantised weights (2602.03120): how updates are rounded to whole codes. 'replay'
+    # recomputes the residual from the last `window` generations, 'residual' keeps it,
+    # 'naive' drops it, 'quzo' rounds at random; 'none' is for a float model. Sigma is
+    # in codes then, and alpha is that of Eq. 6, divided by sigma.
+    rounding: str = "none"
+    residual_decay: float = 0.9  # γ
+    window: int = 50  # K
+    residual_dtype: str = "float32"  # of 'residual'; or 'bfloat16', 'float16'
+    initial_residual: str = "zero"  # or 'uniform', as in the published code
+    residual_clip: float = 0.0  # 0 for none; 1.5 in the published code
+    divide_by_population: bool = True  # the 1/N of Eq. 5, not in the published code
+    scale_sigma: float = 0.0  # of the scales, in units of these; 0 keeps them frozen
+    scale_alpha: float = 0.0
 
-    # The policy gradient that ES is compared with; `population` is its group.
-    config.grpo = ConfigDict()
-    config.grpo.learning_rate = 1e-6
-    config.grpo.clip = 0.2
-    config.grpo.kl = 0.001
-    config.grpo.minibatch = 0  # answers of one optimizer step; 0 for all
-    config.grpo.epochs = 1
+    grpo: GrpoSettings = GrpoSettings()
+    sft: SftSettings = SftSettings()
 
-    # Supervised fine-tuning of what the model says that it knows, a baseline of ESMA
-    # (2602.02605); a generation is an optimizer step, on `prompts` questions.
-    config.sft = ConfigDict()
-    config.sft.learning_rate = 2e-5
-    config.sft.loss = "answer"  # or 'all', on the question's tokens too, as published
+    # Questions and answers of one generation.
+    prompts: int = 0  # prompts per generation, drawn anew each time; 0 for all
+    max_new_tokens: int = 0  # 0 for the task's own
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    buckets: tuple[int, ...] = (
+        *(16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048),
+    )  # prompt lengths in tokens to pad to
 
-    # One generation's questions and answers.
-    config.prompts = 0  # prompts a generation, drawn anew each time; 0 for all
-    config.max_new_tokens = 0  # 0 for the task's own
-    config.temperature = 0.0
-    config.top_k = 0
-    config.top_p = 1.0
-    config.buckets = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
+    # Memory: members held at once on each device, and, by continuous batching, the
+    # prompts that a member answers at once. 0 chooses from the free memory.
+    chunk: int = 0
+    memory_gb: float = 0.0  # 0 for what is free
+    slots: int = 0
+    slice_tokens: int = 32  # most tokens decoded before finished slots are refilled
 
-    # Members held in memory at once, on each device; 0 chooses from the memory.
-    config.chunk = 0
-    config.memory_gb = 0.0  # 0 for what is free
-
-    # Prompts that a member answers at a time: an answer that ends leaves its place to
-    # the next. 0 chooses: all prompts, or fewer where answers may be long or the
-    # memory is too small; as many as there are prompts is all of them.
-    config.slots = 0
-    config.slice_tokens = 32  # most tokens until the host sees to free slots
-
-    # Devices of a process; a model is spread over `model_parallel` of them, and the
+    # Devices of a process. A model is spread over `model_parallel` of them, and the
     # members over the rest.
-    config.devices = 0  # 0 for all
-    config.model_parallel = 1
-    # Devices that each hold a whole model of floats move a part of it and send it
-    # round, instead of drawing all noise each. Hosts still send scores alone.
-    config.share_update = False
+    devices: int = 0  # 0 for all
+    model_parallel: int = 1
+    # Devices that each hold the whole float model compute a part of the update each
+    # and exchange it, instead of drawing all the noise. Hosts still send scores only.
+    share_update: bool = False
 
-    # Evaluation on held-out examples, before, every so many generations, and after.
-    config.eval_every = 50
-    config.eval_train = False  # on the training examples too
-    config.eval_tasks = ()  # beside the task itself, such as prior tasks
-    config.eval_batch = 256
-    config.kl_prompts = 0  # of each evaluated task, for the KL to the base model
-    config.kl_max_new_tokens = 256
-    config.checkpoint_every = 25
-    return config
+    # Evaluation on held-out examples: before, every `eval_every` generations, after.
+    eval_every: int = 50
+    eval_train: bool = False  # on the training examples too
+    eval_tasks: tuple[str, ...] = ()  # beside the task itself, such as prior tasks
+    eval_batch: int = 256
+    kl_prompts: int = 0  # of each evaluated task, for the KL to the base model
+    kl_max_new_tokens: int = 256
+    checkpoint_every: int = 25
+
+    @property
+    def root(self) -> jax.Array:
+        """The root key of the run."""
+        return jax.random.key(self.seed)
+
+    @cached_property
+    def evolution(self) -> Evolution:
+        """The settings of the update."""
+        names = {field.name for field in dataclasses.fields(Evolution)} - {"law"}
+        return Evolution(**{n: getattr(self, n) for n in names}, law=self.noise)
+
+    @cached_property
+    def sampling(self) -> Sampling:
+        """How members sample their answers."""
+        return Sampling(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
+        )
+
+
+AT_LEAST: dict[str, int] = {
+    **dict.fromkeys(("generations", "eval_every", "checkpoint_every", "eval_batch"), 1),
+    **dict.fromkeys(("kl_max_new_tokens", "model_parallel", "slice_tokens"), 1),
+    **dict.fromkeys(("prompts", "max_new_tokens", "chunk", "slots", "kl_prompts"), 0),
+    **dict.fromkeys(("memory_gb", "devices", "alpha_half_life", "sigma_half_life"), 0),
+    **dict.fromkeys(("data.train", "data.test", "seed"), 0),
+}
+FINITE = ("alpha", "temperature", "memory_gb", "scale_alpha", "residual_clip")
+POSITIVE = ("grpo.learning_rate", "sft.learning_rate")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method": ("es", "grpo", "sft"),
+    "quantize": ("", "int4", "int8", "w8a8"),
+    "dtype": DTYPES,
+    "mode": ("generate", "likelihood"),
+    "noise": tuple(LAWS),
+    "draw": ("member", "layer"),
+    "shaping": tuple(SHAPINGS),
+    "objective": ("reward", *OBJECTIVES),
+    "decay": ("none", "l2", "l1"),
+    "anchor": PLACES,
+    "rounding": tuple(ROUNDINGS),
+    "sft.loss": ("answer", "all"),
+}
+ES_ALONE = ("rounding", "decay", "shuffle_fitness", "slots", "share_update")
+UNUSED: dict[str, tuple[str, ...]] = {
+    "es": (),
+    "grpo": (*ES_ALONE, "model_parallel", "top_k", "top_p"),
+    "sft": (*ES_ALONE, "model_parallel", "objective", "temperature", "top_k", "top_p"),
+}
+"""Settings that a method has no use for: they must be left at their defaults."""
+
+
+def default() -> ml_collections.ConfigDict:
+    """The default settings, for a config file to change."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Settings()))
+
+
+def freeze(config: Mapping[str, Any]) -> Settings:
+    """The settings of a run, checked; settings of other programs are left out.
+
+    Raises:
+      InputError: for settings that no run can have, whatever its model and tasks.
+    """
+    nested = {"data": Data, "grpo": GrpoSettings, "sft": SftSettings}
+    values = {field.name: config[field.name] for field in dataclasses.fields(Settings)}
+    values |= {name: kind(**values[name]) for name, kind in nested.items()}
+    values |= {name: tuple(values[name]) for name in ("buckets", "eval_tasks")}
+    settings = Settings(**values)
+    _check_values(settings)
+    _check_combinations(settings)
+    _check_evolution(settings)
+    return settings
+
+
+def _check_values(settings: Settings) -> None:
+    """Raises InputError for a value that is wrong by itself."""
+
+    def value(name: str) -> Any:
+        group, _, inner = name.rpartition(".")
+        return getattr(getattr(settings, group) if group else settings, inner)
+
+    for name in FINITE:
+        if not math.isfinite(value(name)):
+            raise InputError(f"{name} must be finite, not {value(name)}")
+    for name, least in AT_LEAST.items():
+        if value(name) < least:
+            raise InputError(f"{name} must be at least {least}, not {value(name)}")
+    for name in POSITIVE:
+        if not 0 < value(name) < math.inf:
+            raise InputError(f"{name} must be positive, not {value(name)}")
+    for name, choices in CHOICES.items():
+        if value(name) not in choices:
+            raise InputError(f"{name} must be one of {choices}, not {value(name)!r}")
+    if settings.seed >= 2**32:
+        raise InputError(f"seed must be below {2**32}, not {settings.seed}")
+    buckets = settings.buckets
+    if not buckets or any(not isinstance(b, int) or b < 1 for b in buckets):
+        raise InputError(f"buckets are prompt lengths in tokens, not {buckets}")
+
+
+def _check_combinations(s: Settings) -> None:
+    """Raises InputError for settings that do not go together."""
+    for name in UNUSED[s.method]:
+        expected, given = getattr(Settings(), name), getattr(s, name)
+        if given != expected:
+            raise InputError(
+                f"{name}={given!r} is not for method {s.method!r}: it must be "
+                f"{expected!r}"
+            )
+    wrong = {
+        "anchor='none' cannot be combined with a decay, kl_prompts or method 'grpo'": (
+            s.anchor == "none"
+            and (s.decay != "none" or s.kl_prompts or s.method == "grpo")
+        ),
+        "method 'grpo' samples its answers: use mode 'generate'": (
+            s.method == "grpo" and s.mode != "generate"
+        ),
+        "slots are for mode 'generate'": s.slots and s.mode != "generate",
+        "share_update is for rounding 'none' and model_parallel=1": (
+            s.share_update and (s.rounding != "none" or s.model_parallel > 1)
+        ),
+        "decay_coefficient does nothing without decay='l2' or 'l1'": (
+            s.decay_coefficient and s.decay == "none"
+        ),
+        "scale_sigma and scale_alpha go together: set both or none": (
+            bool(s.scale_sigma) != bool(s.scale_alpha)
+        ),
+        f"scale_sigma is not for rounding={s.rounding!r}": (
+            s.scale_sigma and s.rounding in ("none", "quzo")
+        ),
+        "scale_sigma cannot be combined with a decay, which is in codes": (
+            s.scale_sigma and s.decay != "none"
+        ),
+        f"sigma={s.sigma} is in codes, of which there are 256: it must be smaller": (
+            s.rounding != "none" and s.sigma >= 2**8
+        ),
+        f"noise={s.noise!r} is for float models: codes have a noise of whole numbers": (
+            s.rounding != "none" and s.noise != "normal"
+        ),
+        f"rank={s.rank} is for float models: set rank=0": (
+            s.rounding != "none" and s.rank
+        ),
+        "model_parallel is for float models: codes are kept whole on each device": (
+            s.rounding != "none" and s.model_parallel > 1
+        ),
+        f"draw={s.draw!r} is for float models with noise of full rank": (
+            s.draw != "member" and (s.rounding != "none" or s.rank)
+        ),
+        "rounding 'replay' needs a constant alpha and sigma: no half-life": (
+            s.rounding == "replay" and (s.alpha_half_life or s.sigma_half_life)
+        ),
+        "shaping 'pair_zscore' needs antithetic=True": (
+            s.shaping == "pair_zscore" and not s.antithetic
+        ),
+    }
+    for message, applies in wrong.items():
+        if applies:
+            raise InputError(message)
+
+
+def _check_evolution(settings: Settings) -> None:
+    """Raises InputError for what the parts of the update and the sampler refuse."""
+    try:
+        evolution = settings.evolution
+        evolution.noise.check_population(evolution.population)
+        make_optimizer(evolution)
+        settings.sampling  # noqa: B018  checks itself
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error)) from error

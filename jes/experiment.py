@@ -1,4 +1,4 @@
-"""From settings to what a run works with: the model, its tasks, the encoded prompts."""
+"""From settings to what a run works with: the model, its tasks, the questions."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,55 +6,45 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from jes.config import DTYPES
-from jes.core.anchor import PLACES
+from jes.config import Settings
 from jes.core.mesh import make_mesh
+from jes.core.noise import PyTree
 from jes.core.tree import is_quantized, with_dtype
 from jes.errors import InputError
 from jes.io.console import console
-from jes.metacognition.objectives import OBJECTIVES
 from jes.models.weights import Pretrained
 from jes.quantize import load_base
 from jes.questions import Evaluation, Question, longest, padded_lengths, prepare
-from jes.sampling.generate import GREEDY, Sampling
+from jes.sampling.generate import GREEDY
 from jes.sampling.kl import Answers, sample_answers
 from jes.sampling.prompts import bucket
-from jes.tasks import load_task
-from jes.update import (
-    ROUNDINGS,
-    Evolution,
-    count_trained,
-    flip_rate,
-    make_optimizer,
-)
+from jes.tasks import Task, load_task
+from jes.update import ROUNDINGS, Evolution, count_trained, flip_rate
 
 ON_TRAIN = " (train)"
-"""After a task's name: an evaluation on the examples that are trained on."""
+"""After a task's name: an evaluation on the training examples."""
 MANY_FLIPS = 0.1
-"""Share of the codes that noise moves in a generation, from which to warn."""
+"""Warn when noise changes more than this share of the codes in a generation."""
 
 
 class Experiment(NamedTuple):
     """What stays the same over a run.
 
     Attributes:
-      config: all settings.
-      evolution: those of the update.
+      settings: all of them, checked.
       pretrained: the base model.
-      parameters: how many of its weights are trained.
-      evaluation: how members are examined on the task that is trained.
+      parameters: number of weights that are trained.
+      evaluation: how members answer the task that is trained.
       train: its questions.
       evaluations: the trained task and those beside it, with held-out questions; with
         `eval_train` the training questions too, see `ON_TRAIN`.
       base_answers: of the base model to some of these, for the KL.
     """
 
-    config: ml_collections.ConfigDict
-    evolution: Evolution
+    settings: Settings
     pretrained: Pretrained
     parameters: int
     evaluation: Evaluation
@@ -63,300 +53,213 @@ class Experiment(NamedTuple):
     base_answers: dict[str, Answers]
 
     @property
+    def evolution(self) -> Evolution:
+        """The settings of the update."""
+        return self.settings.evolution
+
+    @property
+    def prompts(self) -> int:
+        """Number of questions per generation."""
+        return self.settings.prompts or len(self.train)
+
+    @property
     def answers_a_generation(self) -> int:
-        """How many answers are sampled and scored in one generation."""
-        answers = 1 if self.config.method == "sft" else self.config.population
-        return answers * (self.config.prompts or len(self.train))
+        """Number of answers that one generation samples and scores."""
+        settings = self.settings
+        return self.prompts * (1 if settings.method == "sft" else settings.population)
 
 
-def make_evolution(config: ml_collections.ConfigDict) -> Evolution:
-    """The settings of the update, checked."""
-    try:
-        fields = [field.name for field in dataclasses.fields(Evolution)]
-        settings = {**config, "law": config.noise}
-        evolution = Evolution(**{name: settings[name] for name in fields})
-        evolution.noise.check_population(evolution.population)
-        make_optimizer(evolution)
-        half_lives = evolution.alpha_half_life, evolution.sigma_half_life
-        if evolution.rounding == "replay" and any(half_lives):
-            raise ValueError("rounding 'replay' is for a constant alpha and sigma")
-        if evolution.shaping == "pair_zscore" and not evolution.antithetic:
-            raise ValueError("shaping 'pair_zscore' needs antithetic pairs")
-        if evolution.rounding != "none" and evolution.law != "normal":
-            raise ValueError(
-                f"noise={evolution.law!r} is for weights of floats: the noise of codes "
-                "is of integers, and has a law of its own"
-            )
-        if evolution.rounding != "none" and evolution.rank:
-            raise ValueError(
-                f"rank={evolution.rank} is for weights of floats: the noise of codes "
-                "is of integers, entry by entry; set rank=0"
-            )
-    except (ValueError, TypeError) as error:
-        raise InputError(str(error)) from error
-    return evolution
+class State(NamedTuple):
+    """Where a run is.
+
+    Attributes:
+      root: its root key.
+      generation: number of generations that have happened.
+      params: the centre θ, float32 or codes.
+      opt_state: of the optimizer.
+    """
+
+    root: jax.Array
+    generation: int
+    params: PyTree
+    opt_state: Any
 
 
-def check_settings(config: ml_collections.ConfigDict) -> None:
-    """Raises InputError for a setting that no run can have."""
-    for name in (
-        "generations",
-        "eval_every",
-        "checkpoint_every",
-        "eval_batch",
-        "kl_max_new_tokens",
-        "model_parallel",
-        "slice_tokens",
-    ):
-        if config[name] < 1:
-            raise InputError(f"{name} must be at least 1, not {config[name]}")
-    for name in (
-        "prompts",
-        "max_new_tokens",
-        "chunk",
-        "memory_gb",
-        "kl_prompts",
-        "alpha_half_life",
-        "sigma_half_life",
-        "devices",
-        "slots",
-    ):
-        if config[name] < 0:
-            raise InputError(f"{name} cannot be negative: {config[name]}")
-    for name, value in config.data.items():
-        if isinstance(value, int) and value < 0:
-            raise InputError(f"data.{name} cannot be negative: {value}")
-    for name in ("alpha", "temperature", "memory_gb", "scale_alpha", "residual_clip"):
-        if not np.isfinite(config[name]):
-            raise InputError(f"{name} must be finite, not {config[name]}")
-    if config.objective not in ("reward", *OBJECTIVES):
-        names = ", ".join(["reward", *OBJECTIVES])
-        raise InputError(f"objective must be one of {names}: {config.objective!r}")
-    if config.anchor not in PLACES:
-        raise InputError(f"anchor must be one of {PLACES}, not {config.anchor!r}")
-    if config.anchor == "none" and (config.decay != "none" or config.kl_prompts):
-        raise InputError("anchor='none' leaves nothing to decay to, or to take a KL to")
-    if config.scale_sigma and config.rounding in ("none", "quzo"):
-        raise InputError(f"scale_sigma is not for rounding={config.rounding!r}")
-    if config.scale_sigma and config.decay != "none":
-        raise InputError("a decay is in codes: it cannot be of trained scales too")
-    if config.rounding != "none" and config.sigma >= 2**8:
-        raise InputError(f"sigma={config.sigma} is in codes, of which there are 256")
-    if bool(config.scale_sigma) != bool(config.scale_alpha):
-        raise InputError("scale_sigma and scale_alpha go together")
-    if config.decay_coefficient and config.decay == "none":
-        raise InputError("decay_coefficient without decay='l2' or 'l1' does nothing")
-    if not 0 <= config.seed < 2**32:
-        raise InputError(f"seed must be from 0 to {2**32 - 1}, not {config.seed}")
-    if config.dtype not in DTYPES:
-        raise InputError(f"dtype must be one of {DTYPES}, not {config.dtype!r}")
-    if config.slots and (config.method != "es" or config.mode != "generate"):
-        raise InputError("slots are for method 'es' and mode 'generate'")
-    if config.share_update and (
-        config.method != "es" or config.rounding != "none" or config.model_parallel > 1
-    ):
-        raise InputError(
-            "share_update is for method 'es', rounding 'none' and model_parallel=1"
-        )
-    if not config.buckets or any(
-        not isinstance(bucket, int) or bucket < 1 for bucket in config.buckets
-    ):
-        raise InputError(f"buckets are prompt lengths in tokens, not {config.buckets}")
+def make_experiment(settings: Settings) -> Experiment:
+    """Loads the model and the tasks, and encodes all prompts.
 
-
-def make_experiment(
-    config: ml_collections.ConfigDict, evolution: Evolution
-) -> Experiment:
-    """Loads the model and the tasks, and encodes all prompts."""
-    pretrained = load_trainable(config, evolution)
-    if pretrained.tokenizer is None:
-        raise InputError(f"{config.model} has no tokenizer, which tasks need")
-
-    trained = make_evaluation(
-        config,
+    Raises:
+      InputError: if model, tasks, data and settings do not fit together.
+    """
+    pretrained = load_trainable(settings)
+    trained = task_evaluation(
+        settings,
         pretrained,
-        config.task,
-        mode=config.mode,
-        max_new_tokens=config.max_new_tokens,
-        sampling=make_sampling(config),
-        slice_tokens=config.slice_tokens,
+        settings.task,
+        mode=settings.mode,
+        max_new_tokens=settings.max_new_tokens,
+        sampling=settings.sampling,
+        slice_tokens=settings.slice_tokens,
     )
-    if config.objective != "reward" and trained.task.meta is None:
+    if settings.objective != "reward" and trained.task.meta is None:
         raise InputError(
-            f"objective {config.objective!r} is for tasks that ask 'do you know', and "
-            f"{config.task} does not"
+            f"objective {settings.objective!r} is for tasks that ask 'do you know', "
+            f"and {settings.task} does not"
         )
     train = prepare(trained, trained.task.train)
     if not train:
-        raise InputError(f"task {config.task} has no training examples")
-    if config.prompts > len(train):
+        raise InputError(f"task {settings.task} has no training examples")
+    if settings.prompts > len(train):
         raise InputError(
-            f"prompts={config.prompts}, but {config.task} has {len(train)} to train on"
+            f"prompts={settings.prompts}, but {settings.task} has {len(train)} to "
+            "train on"
         )
-    # One shape for the whole run: that of the longest prompt.
-    trained_on = one_bucket(trained, train)
-    # Members may sample their answers; what is reported is the greedy answer's.
+    # Members may sample their answers; evaluations are greedy.
     greedy = dataclasses.replace(trained, sampling=GREEDY)
-    evaluations = make_evaluations(config, pretrained, greedy)
-    if config.eval_train:
-        evaluations[f"{config.task}{ON_TRAIN}"] = greedy, train
-    parameters = count_trained(pretrained.params, evolution)
-    answers = {
-        name: base_answers(config, pretrained, questions)
-        for name, (_, questions) in evaluations.items()
-        if config.kl_prompts
-    }
+    evaluations = _evaluations(settings, pretrained, greedy)
+    if settings.eval_train:
+        evaluations[f"{settings.task}{ON_TRAIN}"] = greedy, train
     return Experiment(
-        config,
-        evolution,
-        pretrained,
-        parameters,
-        trained_on,
-        train,
-        evaluations,
-        answers,
+        settings=settings,
+        pretrained=pretrained,
+        parameters=count_trained(pretrained.params, settings.evolution),
+        evaluation=one_bucket(trained, train),
+        train=train,
+        evaluations=evaluations,
+        base_answers=_base_answers(settings, pretrained, evaluations),
     )
 
 
-def load_trainable(
-    config: ml_collections.ConfigDict, evolution: Evolution
-) -> Pretrained:
+def load_trainable(settings: Settings) -> Pretrained:
     """The base model, in a form that the settings can train.
 
     Raises:
       InputError: for `rounding` without codes, or codes without it.
     """
-    pretrained = load_base(
-        config.model,
-        config.quantize,
-        config.group_size,
-        config.dtype,
-        choose_devices(config),
-    )
+    form, devices = (settings.quantize, settings.group_size), choose_devices(settings)
+    pretrained = load_base(settings.model, *form, settings.dtype, devices)
     quantized = is_quantized(pretrained.params)
-    if quantized and config.model_parallel > 1:
-        raise InputError("model_parallel is for models of floats: codes stay whole")
-    if quantized == (evolution.rounding == "none"):
+    rounding = settings.rounding
+    if quantized and rounding == "none":
         ways = ", ".join(repr(name) for name in ROUNDINGS if name != "none")
         raise InputError(
-            f"{config.model} is quantised: set rounding to one of {ways}"
-            if quantized
-            else f"{config.model} has floats for weights, which rounding="
-            f"{evolution.rounding!r} is not for: set quantize to 'int4', 'int8', 'w8a8'"
+            f"{settings.model} is quantised: set rounding to one of {ways}"
         )
-    if config.draw != "member" and (quantized or config.rank):
-        raise InputError(f"draw={config.draw!r} is for floats with noise of full rank")
-    if quantized:
-        warn_of_flips(evolution)
+    if not quantized and rounding != "none":
+        raise InputError(
+            f"{settings.model} is a float model, which rounding={rounding!r} is not "
+            "for: set quantize to 'int4', 'int8' or 'w8a8'"
+        )
+    share = flip_rate(settings.evolution) if quantized else 0
+    if share > MANY_FLIPS:
+        console.print(
+            f"[yellow]alpha / sigma = {settings.alpha / settings.sigma:.3g} is large: "
+            f"noise alone will change about {100 * share:.0f} % of the codes every "
+            "generation; a smaller alpha changes fewer[/yellow]"
+        )
     return pretrained
 
 
-def choose_devices(config: ml_collections.ConfigDict) -> Mesh | None:
+def choose_devices(settings: Settings) -> Mesh | None:
     """The devices of this process that a run uses, as a mesh; None for one.
 
     Raises:
       InputError: if there are too few, or `model_parallel` does not divide them.
     """
     devices = jax.local_devices()
-    if config.devices > len(devices):
-        raise InputError(f"devices={config.devices}, but there are {len(devices)}")
-    if config.method != "es":
-        if config.model_parallel > 1:
-            raise InputError(f"method {config.method!r} runs on one device")
+    if settings.devices > len(devices):
+        raise InputError(f"devices={settings.devices}, but there are {len(devices)}")
+    if settings.method != "es":
         return None
     try:
-        return make_mesh(config.model_parallel, devices[: config.devices or None])
+        return make_mesh(settings.model_parallel, devices[: settings.devices or None])
     except ValueError as error:
         raise InputError(str(error)) from error
 
 
-def warn_of_flips(evolution: Evolution) -> None:
-    """Says so where noise alone would move many of the codes every generation."""
-    share = flip_rate(evolution)
-    if share > MANY_FLIPS:
-        console.print(
-            f"[yellow]alpha / sigma = {evolution.alpha / evolution.sigma:.3g} is "
-            f"large: about {100 * share:.0f} % of the codes will move every "
-            "generation by noise alone; a smaller alpha moves fewer[/yellow]"
-        )
+def make_evaluation(pretrained: Pretrained, task: Task, **settings: Any) -> Evaluation:
+    """How a model answers a task.
 
+    Args:
+      pretrained: the model.
+      task: see `jes.tasks.load_task`.
+      settings: see `jes.questions.Evaluation`.
 
-def make_evaluations(
-    config: ml_collections.ConfigDict, pretrained: Pretrained, trained: Evaluation
-) -> dict[str, tuple[Evaluation, list[Question]]]:
-    """The held-out questions of the trained task, and of those beside it."""
-    evaluated = {config.task: trained}
-    evaluated |= {
-        name: make_evaluation(config, pretrained, name) for name in config.eval_tasks
-    }
-    evaluations = {
-        name: (each, prepare(each, each.task.test)) for name, each in evaluated.items()
-    }
-    for name, (_, test) in evaluations.items():
-        if not test:
-            raise InputError(f"task {name} has no examples to evaluate on")
-    return evaluations
-
-
-def base_answers(
-    config: ml_collections.ConfigDict,
-    pretrained: Pretrained,
-    questions: Sequence[Question],
-) -> Answers:
-    """What the base model says to some of the questions: fixed by the seed."""
-    params = with_dtype(pretrained.params, jnp.dtype(config.dtype))
-    return sample_answers(
-        pretrained.model,
-        params,
-        [question.prompt for question in questions[: config.kl_prompts]],
-        config.kl_max_new_tokens,
-        key=jax.random.key(config.seed),
-        eos_ids=pretrained.eos_ids,
-        batch_size=config.eval_batch,
-        buckets=config.buckets,
-    )
-
-
-def make_evaluation(
-    config: ml_collections.ConfigDict,
-    pretrained: Pretrained,
-    name: str,
-    **settings: Any,
-) -> Evaluation:
-    """How the model is examined on the task of this name."""
-    task = load_task(
-        name,
-        root=config.data.root,
-        seed=config.seed,
-        train=config.data.train,
-        test=config.data.test,
-    )
+    Raises:
+      InputError: if the model has no tokenizer.
+    """
+    if pretrained.tokenizer is None:
+        raise InputError("the model folder has no tokenizer, which tasks need")
     return Evaluation(
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,
         task=task,
         eos_ids=pretrained.eos_ids,
-        dtype=config.dtype,
-        draw=config.draw,
-        buckets=tuple(config.buckets),
         **settings,
     )
 
 
-def make_sampling(config: ml_collections.ConfigDict) -> Sampling:
-    """How training samples its answers, checked."""
-    try:
-        return Sampling(
-            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
+def task_evaluation(
+    settings: Settings, pretrained: Pretrained, name: str, **more: Any
+) -> Evaluation:
+    """`make_evaluation` for a task by its name, with the settings of a run."""
+    task = load_task(name, seed=settings.seed, **dataclasses.asdict(settings.data))
+    return make_evaluation(
+        pretrained,
+        task,
+        dtype=settings.dtype,
+        draw=settings.draw,
+        buckets=settings.buckets,
+        **more,
+    )
+
+
+def _evaluations(
+    settings: Settings, pretrained: Pretrained, trained: Evaluation
+) -> dict[str, tuple[Evaluation, list[Question]]]:
+    """The trained task and those beside it, with their held-out questions."""
+    evaluated = {settings.task: trained}
+    evaluated |= {
+        name: task_evaluation(settings, pretrained, name)
+        for name in settings.eval_tasks
+    }
+    evaluations = {
+        name: (each, prepare(each, each.task.test)) for name, each in evaluated.items()
+    }
+    for name, (_, questions) in evaluations.items():
+        if not questions:
+            raise InputError(f"task {name} has no examples to evaluate on")
+    return evaluations
+
+
+def _base_answers(
+    settings: Settings,
+    pretrained: Pretrained,
+    evaluations: dict[str, tuple[Evaluation, list[Question]]],
+) -> dict[str, Answers]:
+    """Answers that the base model samples to some questions of each task."""
+    if not settings.kl_prompts:
+        return {}
+    params = with_dtype(pretrained.params, jnp.dtype(settings.dtype))
+    return {
+        name: sample_answers(
+            pretrained.model,
+            params,
+            [question.prompt for question in questions[: settings.kl_prompts]],
+            settings.kl_max_new_tokens,
+            key=settings.root,
+            eos_ids=pretrained.eos_ids,
+            batch_size=settings.eval_batch,
+            buckets=settings.buckets,
         )
-    except ValueError as error:
-        raise InputError(str(error)) from error
+        for name, (_, questions) in evaluations.items()
+    }
 
 
 def one_bucket(evaluation: Evaluation, questions: Sequence[Question]) -> Evaluation:
-    """The evaluation with the one prompt length that holds all questions.
+    """The evaluation with one prompt length for all questions: one compiled shape.
 
-    Or, where they begin alike, with one for that and one for the rest.
+    Where the prompts share a prefix, one length for that and one for the rest.
     """
     prefix, rest = padded_lengths(evaluation, questions)
     return dataclasses.replace(
@@ -368,8 +271,8 @@ def one_bucket(evaluation: Evaluation, questions: Sequence[Question]) -> Evaluat
 
 def pick(experiment: Experiment, generation: int) -> list[Question]:
     """The questions of a generation: drawn without replacement, or all of them."""
-    count, questions = experiment.config.prompts, experiment.train
-    if not count or count == len(questions):
+    count, questions = experiment.prompts, experiment.train
+    if count == len(questions):
         return questions
-    rng = np.random.default_rng([experiment.config.seed, generation])
+    rng = np.random.default_rng([experiment.settings.seed, generation])
     return [questions[i] for i in rng.choice(len(questions), count, replace=False)]

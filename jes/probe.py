@@ -25,12 +25,13 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
+from jes.config import freeze
 from jes.core.ledger import append_row
 from jes.core.noise import Noise, generation_key
 from jes.core.population import chunks
 from jes.core.tree import is_quantized
 from jes.errors import InputError
-from jes.experiment import check_settings, make_evaluation, one_bucket
+from jes.experiment import one_bucket, task_evaluation
 from jes.io import command_line, memory
 from jes.io.console import console
 from jes.io.interrupts import Stopped, StopRequest, stop_request
@@ -147,8 +148,8 @@ def probe_model(
       stop: asked before every batch of prompts.
     """
     pretrained = load_floats(name)
-    evaluation = make_evaluation(
-        config,
+    evaluation = task_evaluation(
+        freeze(config),
         pretrained,
         config.task,
         mode=config.mode,
@@ -270,7 +271,7 @@ def main() -> None:
             raise InputError(
                 "the config has no settings of a probe: see configs/probe_*"
             )
-        check_settings(config)
+        freeze(config)
         check_probe(config.probe)
         workdir = Path(flags.FLAGS.workdir or f"runs/{command_line.config_name()}")
         with alone(workdir), stop_request() as stop:

@@ -71,7 +71,7 @@ def evaluate(
             evaluation,
             params,
             questions,
-            batch_size=experiment.config.eval_batch,
+            batch_size=experiment.settings.eval_batch,
             before_batch=stop.check,
         )
         row = {
@@ -125,8 +125,8 @@ def distance_row(
             base,
             params,
             answers,
-            batch_size=min(experiment.config.eval_batch, KL_ROWS),
-            buckets=experiment.config.buckets,
+            batch_size=min(experiment.settings.eval_batch, KL_ROWS),
+            buckets=experiment.settings.buckets,
             dtype=evaluation.dtype,
         )
         row |= {f"kl/{name}/{key}": value for key, value in kl._asdict().items()}
@@ -139,7 +139,7 @@ def finish(
     """Saves the model and the curves, and writes the summary last."""
     trained = dataclasses.replace(experiment.pretrained, params=params)
     # In the precision that the members answered in, so that it answers as evaluated.
-    trained.save(workdir / "model", dtype=experiment.config.dtype)
+    trained.save(workdir / "model", dtype=experiment.settings.dtype)
     rows = read_rows(workdir / "evaluations.jsonl")
     evaluations = {}
     for name in experiment.evaluations:

@@ -29,14 +29,13 @@ from ml_collections import config_flags
 
 from jes.baselines import grpo_run, sft_run
 from jes.chunk import choose, with_slots
+from jes.config import Settings, freeze
 from jes.core import ledger as ledgers
 from jes.core.anchor import displacement, keep_anchor
 from jes.core.noise import PyTree, generation_key
 from jes.errors import InputError
 from jes.experiment import (
     Experiment,
-    check_settings,
-    make_evolution,
     make_experiment,
     pick,
 )
@@ -83,22 +82,18 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
       Stopped: after SIGINT or SIGTERM, with everything saved.
       OSError: if the disk is full or the like; what happened before is saved.
     """
-    if config.method not in METHODS:
-        names = tuple(METHODS)
-        raise InputError(f"method must be one of {names}, not {config.method!r}")
-    check_settings(config)
-    evolution = make_evolution(config)
+    settings = freeze(config)
     if jax.process_count() > 1 and config.method != "es":
         raise InputError(f"method {config.method!r} runs in one process")
     keep_compiled()
     with hosts.together():
         if not hosts.first():
-            follow(config, evolution)
+            follow(settings)
             return {}
         with runs.alone(workdir):
             summary = finished(config, workdir)
             if summary is None:
-                return METHODS[config.method](config, evolution, workdir)
+                return METHODS[config.method](config, workdir)
             console.print(
                 "this run finished before; give another --workdir for a new one"
             )
@@ -107,11 +102,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     return {}  # over before it began
 
 
-def evolve(
-    config: ml_collections.ConfigDict, evolution: Evolution, workdir: Path
-) -> dict[str, Any]:
+def evolve(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     """The run itself, from start or resumption to the summary."""
-    experiment = make_experiment(config, evolution)
+    experiment = make_experiment(freeze(config))
+    evolution = experiment.evolution
     check_same_start(experiment)
     resolved = runs.claim(
         workdir, config.to_dict(), lambda: choose(experiment)._asdict()
@@ -169,9 +163,10 @@ def evolve(
     return finish(experiment, state.generation, state.params, workdir)
 
 
-def follow(config: ml_collections.ConfigDict, evolution: Evolution) -> None:
+def follow(config: Settings) -> None:
     """The run in any process but the first: the same updates, written nowhere."""
-    experiment = make_experiment(config, evolution)
+    experiment = make_experiment(config)
+    evolution = experiment.evolution
     check_same_start(experiment)
     params = experiment.pretrained.params
     start = json.loads(hosts.from_first(bytes))
@@ -204,7 +199,7 @@ def check_same_start(experiment: Experiment) -> None:
     """Raises InputError if processes have not the same settings and base model."""
 
     def start() -> str:
-        return experiment.config.to_json() + fingerprint(experiment.pretrained.params)
+        return repr(experiment.settings) + fingerprint(experiment.pretrained.params)
 
     hosts.check_same("other settings, or another base model,", start)
 
@@ -226,7 +221,7 @@ def advance(
     """
     generation = state.generation
     evolution = experiment.evolution.at(generation)
-    key = generation_key(jax.random.key(experiment.config.seed), generation)
+    key = generation_key(jax.random.key(experiment.settings.seed), generation)
     scores = ask(
         experiment.evaluation,
         state.params,
@@ -237,7 +232,7 @@ def advance(
         chunk=chunk,
         before_chunk=stop.check,
     )
-    config = experiment.config
+    config = experiment.settings
     fitness = fitness_of(
         scores,
         config.objective,
@@ -252,7 +247,7 @@ def advance(
         key,
         fitness,
         anchor,
-        share=experiment.config.share_update,
+        share=experiment.settings.share_update,
     )
     return State(generation + 1, state.saved, params, optimizer), scores, fitness
 
@@ -264,13 +259,13 @@ METHODS = {"es": evolve, "grpo": grpo_run.learn, "sft": sft_run.learn}
 def ledger_header(experiment: Experiment, base: str) -> dict[str, Any]:
     """What a replay needs to know."""
     return {
-        "model": experiment.config.model,
-        "quantize": experiment.config.quantize,
-        "group_size": experiment.config.group_size,
+        "model": experiment.settings.model,
+        "quantize": experiment.settings.quantize,
+        "group_size": experiment.settings.group_size,
         "base": base,
-        "seed": experiment.config.seed,
+        "seed": experiment.settings.seed,
         "evolution": dataclasses.asdict(experiment.evolution),
-        "dtype": experiment.config.dtype,
+        "dtype": experiment.settings.dtype,
         "parameters": experiment.parameters,
         "versions": runs.versions(),
     }
@@ -287,9 +282,10 @@ def open_ledger(experiment: Experiment, path: Path) -> ledgers.Ledger:
         raise InputError(str(error)) from error
     if ledger.header["base"] != base:
         raise InputError(
-            f"{path} starts from other weights than those of {experiment.config.model}"
+            f"{path} starts from other weights than those of "
+            f"{experiment.settings.model}"
         )
-    check_length(path.parent, len(ledger.fitness), experiment.config.generations)
+    check_length(path.parent, len(ledger.fitness), experiment.settings.generations)
     return ledger
 
 

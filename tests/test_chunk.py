@@ -1,5 +1,6 @@
 """Members and prompts that are held at once: by an estimate, and by what is taken."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,8 @@ from jes.chunk import (
     member_shape,
     rows_of_member,
 )
-from jes.experiment import Experiment, make_evolution, make_experiment
+from jes.config import freeze
+from jes.experiment import Experiment, make_experiment
 from jes.io import memory
 from jes.io.runs import claim as claim_run
 from jes.questions import Evaluation
@@ -33,7 +35,7 @@ def make(model: Path, **changes: Any) -> Experiment:
     config.chunk, config.prompts, config.population = 0, 4, 12
     config.devices = 1
     config.update(changes)
-    return make_experiment(config, make_evolution(config))
+    return make_experiment(freeze(config))
 
 
 def estimate(experiment: Experiment) -> int:
@@ -45,8 +47,12 @@ def estimate(experiment: Experiment) -> int:
 
 def with_memory(experiment: Experiment, members: float) -> Experiment:
     """With as much memory as the estimate of so many members."""
-    experiment.config.memory_gb = members * estimate(experiment) / 1e9
-    return experiment
+    return with_settings(experiment, memory_gb=members * estimate(experiment) / 1e9)
+
+
+def with_settings(experiment: Experiment, **changes: Any) -> Experiment:
+    settings = dataclasses.replace(experiment.settings, **changes)
+    return experiment._replace(settings=settings)
 
 
 class Taken:
@@ -221,7 +227,7 @@ def test_a_run_measures_once(
         return 1
 
     def claim() -> dict[str, Any]:
-        settings = experiment.config.to_dict()
+        settings = dataclasses.asdict(experiment.settings)
         return claim_run(tmp_path, settings, lambda: choose(experiment)._asdict())
 
     monkeypatch.setattr(memory, "growth", growth)
@@ -229,11 +235,11 @@ def test_a_run_measures_once(
     assert claim() == expected
     assert measured == [(devices, 48, experiment.evaluation.max_new_tokens)]
     # The run goes on, also for longer.
-    experiment.config.generations += 1
+    experiment = with_settings(experiment, generations=101)
     assert claim() == expected
     assert len(measured) == 1
     # Other settings of memory are chosen for anew.
-    experiment.config.chunk = 1
+    experiment = with_settings(experiment, chunk=1)
     assert claim() == expected | {"chunk": 1}
     assert len(measured) == 2
 

@@ -14,6 +14,7 @@ from small_run import get_config, rows, run_jobs
 
 import jes
 from jes import evaluate, export, train
+from jes.config import freeze
 from jes.core import ledger as ledgers
 from jes.errors import InputError
 from jes.forgetting import study
@@ -324,7 +325,7 @@ def test_unknown_variants_are_named() -> None:
         with pytest.raises(ValueError, match="there is no variant 'huge'"):
             load_config(name, "huge")
     for variant in VARIANTS:
-        train.check_settings(forgetting_config("gsm8k", variant))
+        freeze(forgetting_config("gsm8k", variant))
 
 
 def test_command_lines(small_model: Path, tmp_path: Path, compiled: Path) -> None:

@@ -15,9 +15,9 @@ from random_checkpoint import QWEN2, QWEN3, write_checkpoint
 from small_run import SHAPE, get_config, outcome, rows
 
 import jes
-from jes import experiment, train
+from jes import train
 from jes.bench import low_rank as bench_low_rank
-from jes.config import default
+from jes.config import default, freeze
 from jes.core import ledger as ledgers
 from jes.core.codes import pack
 from jes.core.low_rank import LowRank, draw_low_rank, has_matrices
@@ -435,13 +435,13 @@ def test_members_on_other_devices_are_the_same() -> None:
 
 def test_settings_that_no_run_can_have(small_model: Path) -> None:
     config = get_config(str(small_model))
-    assert experiment.make_evolution(config).noise.rank == 0
+    assert freeze(config).evolution.noise.rank == 0
     config.rank = -1
     with pytest.raises(InputError, match="rank cannot be negative: -1"):
-        experiment.make_evolution(config)
+        freeze(config)
     config.rank, config.rounding = 1, "replay"
     with pytest.raises(InputError, match="rank=1 is for weights of floats"):
-        experiment.make_evolution(config)
+        freeze(config)
     codes = {"w": pack(jnp.full((4, 6), 8), bits=4)}
     noise = jes.Noise(sigma=0.1, rank=1)
     with pytest.raises(ValueError, match="low rank is for weights of floats"):

@@ -14,6 +14,7 @@ from small_run import get_config, outcome, rows
 
 import jes
 from jes import experiment, train
+from jes.config import freeze
 from jes.core import ledger as ledgers
 from jes.core.codes import Codes, moved, unpack
 from jes.core.population import draw_overlays
@@ -124,7 +125,7 @@ def test_members_answer_as_their_own_models(
 ) -> None:
     """Sharing the centre's codes changes nothing: each member written out, alone."""
     config = config_of(small_model, f"int{bits}", sigma=sigma, alpha=sigma)
-    made = experiment.make_experiment(config, experiment.make_evolution(config))
+    made = experiment.make_experiment(freeze(config))
     params, noise = made.pretrained.params, made.evolution.noise
     key = jes.generation_key(jax.random.key(0), 3)
     questions = made.train[:16]
@@ -274,12 +275,12 @@ def test_a_rate_that_moves_most_codes_is_warned_of(
     small_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(small_model, alpha=20.0)
-    experiment.make_experiment(config, experiment.make_evolution(config))
+    experiment.make_experiment(freeze(config))
     said = " ".join(capsys.readouterr().out.split())
     assert "alpha / sigma = 40 is large" in said
     assert "% of the codes will move every generation by noise alone" in said
     quiet = config_of(small_model, alpha=0.05)
-    experiment.make_experiment(quiet, experiment.make_evolution(quiet))
+    experiment.make_experiment(freeze(quiet))
     assert "alpha" not in capsys.readouterr().out
 
 

@@ -25,8 +25,9 @@ from jes.baselines.sft import (
     make_batch,
     make_optimizer,
 )
+from jes.config import freeze
 from jes.errors import InputError
-from jes.experiment import Experiment, make_evolution, make_experiment
+from jes.experiment import Experiment, make_experiment
 from jes.io import memory
 from jes.io.interrupts import Stopped
 from jes.questions import Question
@@ -56,7 +57,7 @@ def config_of(model: Path, **changes: Any) -> ConfigDict:
 @pytest.fixture(scope="module")
 def experiment(small_model: Path) -> Experiment:
     config = config_of(small_model)
-    return make_experiment(config, make_evolution(config))
+    return make_experiment(freeze(config))
 
 
 class Bigrams:

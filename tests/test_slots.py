@@ -17,11 +17,11 @@ import jes
 from jes import rollout as asking
 from jes import train
 from jes.bench.rollouts import long_tailed
+from jes.config import freeze
 from jes.core.mesh import make_mesh
 from jes.core.noise import Noise
 from jes.core.population import draw_overlays
 from jes.errors import InputError
-from jes.experiment import check_settings
 from jes.io import memory
 from jes.models.cache import PADDING, Cache
 from jes.quantize import quantize
@@ -395,7 +395,7 @@ def test_settings_that_slots_cannot_have() -> None:
     ):
         config = jes.config.default()
         config.slots = 4
-        check_settings(config)
+        freeze(config)
         config[name] = value
         with pytest.raises(InputError, match=message):
-            check_settings(config)
+            freeze(config)

@@ -12,8 +12,9 @@ from scipy import stats
 from small_run import get_config, outcome, rows
 
 import jes
-from jes import experiment, train
+from jes import train
 from jes.bench import laws
+from jes.config import freeze
 from jes.core import ledger as ledgers
 from jes.core.mesh import make_mesh, on_mesh_of, replicated
 from jes.core.noise import (
@@ -272,13 +273,13 @@ def test_laws_are_named() -> None:
 
 def test_settings_that_no_run_can_have(small_model: Path) -> None:
     config = get_config(str(small_model))
-    assert experiment.make_evolution(config).noise.law == "normal"
+    assert freeze(config).evolution.noise.law == "normal"
     config.noise = "cauchy"
     with pytest.raises(InputError, match=r"\('normal', 'table'\), not 'cauchy'"):
-        experiment.make_evolution(config)
+        freeze(config)
     config.noise, config.rounding = "table", "replay"
     with pytest.raises(InputError, match="'table' is for weights of floats"):
-        experiment.make_evolution(config)
+        freeze(config)
 
 
 def test_a_run_with_the_table_trains_and_replays(

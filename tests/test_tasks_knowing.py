@@ -15,8 +15,9 @@ from test_tiny_world import HOSTILE
 
 import jes
 from jes import evaluate
+from jes.config import freeze
 from jes.errors import InputError
-from jes.experiment import check_settings, make_evolution, make_experiment
+from jes.experiment import make_experiment
 from jes.metacognition.objectives import CELLS
 from jes.sampling.prompts import encode
 from jes.tasks import TASKS, Example, Reward, Task, knowing, load_task
@@ -378,14 +379,14 @@ def test_runs_train_on_one_and_watch_others(root: Path, small_model: Path) -> No
     config.eval_tasks = ("nq_open", "web_questions/published", "trivia_qa/idk")
     config.prompts = 2
     config.buckets = (512,)
-    experiment = make_experiment(config, make_evolution(config))
+    experiment = make_experiment(freeze(config))
     assert list(experiment.evaluations) == ["trivia_qa", *config.eval_tasks]
     for name, (_, questions) in experiment.evaluations.items():
         assert len(questions) == 4
         assert all(bool(q.meta) == (name != "trivia_qa/idk") for q in questions)
     config.task = "nq_open"
     with pytest.raises(InputError, match="task nq_open has no training examples"):
-        make_experiment(config, make_evolution(config))
+        make_experiment(freeze(config))
 
 
 def test_evaluation_tells_how_often_it_says_yes(root: Path, small_model: Path) -> None:
@@ -409,8 +410,7 @@ def load_config(variant: str | None) -> Any:
 def test_the_config_of_the_paper() -> None:
     for variant in (None, "1.5b", "3b", "7b", "published", "tiny", "tiny_int4"):
         config = load_config(variant)
-        check_settings(config)
-        make_evolution(config)
+        freeze(config)
         assert {config.task, *config.eval_tasks} <= set(TASKS)
         tiny = variant in ("tiny", "tiny_int4")
         population = 64 if tiny else 32

@@ -16,6 +16,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 import jes
 from jes import experiment, record, train
+from jes.config import freeze
 from jes.core import ledger as ledgers
 from jes.core.anchor import displacement
 from jes.errors import InputError
@@ -240,7 +241,7 @@ def test_prompts_are_drawn_anew_without_replacement(
     finished_run: Path, small_model: Path
 ) -> None:
     config = get_config(str(small_model))
-    made = experiment.make_experiment(config, experiment.make_evolution(config))
+    made = experiment.make_experiment(freeze(config))
     drawn = [
         [question.example["prompt"] for question in experiment.pick(made, generation)]
         for generation in range(3)
@@ -306,7 +307,7 @@ def test_replayed_residuals_need_constant_rates(small_model: Path) -> None:
     config = get_config(str(small_model))
     config.rounding, config.alpha_half_life = "replay", 10
     with pytest.raises(InputError, match="constant alpha and sigma"):
-        experiment.make_evolution(config)
+        freeze(config)
 
 
 def test_bfloat16_answers_of_a_float32_master(

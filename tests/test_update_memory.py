@@ -12,12 +12,12 @@ import pytest
 from jax.sharding import Mesh
 
 import jes.config
+from jes.config import freeze
 from jes.core.anchor import keep_anchor
 from jes.core.codes import pack
 from jes.core.mesh import make_mesh, mesh_of, on_mesh_of, replicated
 from jes.core.noise import PyTree, part_noise
 from jes.errors import InputError
-from jes.experiment import check_settings
 from jes.update import Evolution, first_state, make_optimizer, parts, tell
 
 REPLAY = {"rounding": "replay", "window": 3}
@@ -266,7 +266,7 @@ def test_an_update_of_floats_takes_no_more_memory_for_more_layers(law: str) -> N
 def test_settings_that_share_nothing(other: dict[str, Any]) -> None:
     config = jes.config.default()
     config.share_update = True
-    check_settings(config)
+    freeze(config)
     config.update(other)
     with pytest.raises(InputError, match="share_update is for method 'es', rounding"):
-        check_settings(config)
+        freeze(config)

@@ -1,8 +1,8 @@
 """A run of a method that follows a gradient: the loop that the baselines share.
 
 The same experiment, prompts, evaluations, run folder and summary as a run of ES. There
-is no ledger: a gradient cannot be replayed from rewards, so a run that is stopped goes on
-from its newest checkpoint, and what came after that is done again.
+is no ledger: a gradient cannot be replayed from rewards, so a stopped run goes on from
+its newest checkpoint, and what came after that is done again.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import optax
 
+from jes.config import freeze
 from jes.core.anchor import displacement, keep_anchor
 from jes.core.noise import PyTree
 from jes.experiment import Experiment, make_experiment
@@ -21,7 +22,6 @@ from jes.io import checkpoints, runs
 from jes.io.console import bar, console
 from jes.io.interrupts import Stopped, stop_request
 from jes.record import check_length, evaluate, finish, writing
-from jes.update import Evolution
 
 
 class Method(NamedTuple):
@@ -32,7 +32,7 @@ class Method(NamedTuple):
         `microbatch` is how many rows the memory holds.
       make_optimizer: of these settings.
       step: one generation; a function of the experiment, the settings, the weights and
-        the optimizer's state (both given away), the anchor, the generation's number, and a
+        the optimizer's state (donated), the anchor, the generation's number, and a
         function to call wherever it is safe to stop. Gives new weights, new state and
         the row's figures, of which `tokens` is the number of tokens generated.
     """
@@ -44,12 +44,11 @@ class Method(NamedTuple):
 
 def learn(
     config: ml_collections.ConfigDict,
-    evolution: Evolution,
     workdir: Path,
     method: Method,
 ) -> dict[str, Any]:
     """The run, from start or resumption to the summary; see `jes.train.run`."""
-    experiment = make_experiment(config, evolution)
+    experiment = make_experiment(freeze(config))
     settings = method.make_settings(experiment)
     resolved = {"microbatch": settings.microbatch}
     # As it was at the start: in another one sums are of another order.

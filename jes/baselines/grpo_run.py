@@ -20,15 +20,12 @@ from jes.core.noise import PyTree, generation_key
 from jes.errors import InputError
 from jes.experiment import Experiment, pick
 from jes.io import memory
-from jes.update import Evolution
 
 
-def learn(
-    config: ml_collections.ConfigDict, evolution: Evolution, workdir: Path
-) -> dict[str, Any]:
+def learn(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     """The run, from start or resumption to the summary; see `jes.train.run`."""
     method = Method(make_settings, make_optimizer, step)
-    return gradient_run.learn(config, evolution, workdir, method)
+    return gradient_run.learn(config, workdir, method)
 
 
 def step(
@@ -41,14 +38,14 @@ def step(
     check: Callable[[], None],
 ) -> tuple[PyTree, Any, dict[str, Any]]:
     """One iteration; see `gradient_run.Method`."""
-    key = generation_key(jax.random.key(experiment.config.seed), iteration)
+    key = generation_key(jax.random.key(experiment.settings.seed), iteration)
     answered = rollout(
         experiment.evaluation,
         params,
         pick(experiment, iteration),
         key,
         settings,
-        batch_size=experiment.config.eval_batch,
+        batch_size=experiment.settings.eval_batch,
         before_batch=check,
     )
     earned = figures(answered, iteration)
@@ -60,17 +57,7 @@ def step(
 
 def make_settings(experiment: Experiment) -> Grpo:
     """The settings of GRPO, checked; a group is as large as a population."""
-    config = experiment.config
-    if config.anchor == "none":
-        raise InputError("GRPO needs the base model, which anchor='none' leaves out")
-    if config.rounding != "none":
-        raise InputError("GRPO needs gradients, and codes have none: a float model")
-    if config.decay != "none":
-        raise InputError("decay is of method 'es'; GRPO has config.grpo.kl")
-    if config.top_k or config.top_p < 1 or config.shuffle_fitness:
-        raise InputError("GRPO has no top_k, top_p or shuffle_fitness")
-    if config.mode != "generate":
-        raise InputError(f"GRPO samples answers: mode 'generate', not {config.mode!r}")
+    config = experiment.settings
     if experiment.evaluation.task.meta is not None:
         raise InputError(f"GRPO asks one question; task {config.task} asks two")
     prompts = config.prompts or len(experiment.train)
@@ -86,11 +73,8 @@ def make_settings(experiment: Experiment) -> Grpo:
         prompts=prompts,
         group=config.population,
         learning_rate=config.grpo.learning_rate,
-        clip=config.grpo.clip,
-        kl=config.grpo.kl,
         minibatch=minibatch,
         microbatch=largest_divisor(minibatch, rows),
-        epochs=config.grpo.epochs,
         temperature=config.temperature or 1.0,
     )
 

@@ -28,12 +28,9 @@ from jes.core.noise import PyTree
 from jes.errors import InputError
 from jes.experiment import Experiment, pick
 from jes.io import memory, runs
-from jes.update import Evolution
 
 
-def learn(
-    config: ml_collections.ConfigDict, evolution: Evolution, workdir: Path
-) -> dict[str, Any]:
+def learn(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     """The run, from start or resumption to the summary; see `jes.train.run`.
 
     Raises:
@@ -48,7 +45,7 @@ def learn(
             f"rates follow: it cannot become one over {config.generations}"
         )
     method = Method(make_settings, make_optimizer, step)
-    return gradient_run.learn(config, evolution, workdir, method)
+    return gradient_run.learn(config, workdir, method)
 
 
 def step(
@@ -72,7 +69,7 @@ def step(
         experiment.evaluation,
         params,
         questions,
-        batch_size=experiment.config.eval_batch,
+        batch_size=experiment.settings.eval_batch,
         before_batch=check,
     )
     metas = [q.meta for q in questions]
@@ -95,20 +92,8 @@ def step(
 
 def make_settings(experiment: Experiment) -> Sft:
     """The settings of SFT, checked."""
-    config = experiment.config
+    config = experiment.settings
     claims = claims_of(experiment.evaluation)
-    if config.rounding != "none":
-        raise InputError("SFT needs gradients, and codes have none: a float model")
-    if config.decay != "none":
-        raise InputError("decay is of method 'es'; SFT has none")
-    if config.shuffle_fitness:
-        raise InputError("shuffle_fitness is of method 'es'; SFT has no fitness")
-    if config.objective != "reward":
-        raise InputError(
-            f"objective {config.objective!r} is of method 'es'; SFT learns labels"
-        )
-    if config.temperature or config.top_k or config.top_p < 1:
-        raise InputError("SFT answers greedily: no temperature, top_k or top_p")
     width = _width(experiment)
     last = width - 1 if config.sft.loss == "all" else max(map(len, claims))
     rows = memory.rows_of_gradient(

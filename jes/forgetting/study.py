@@ -37,8 +37,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from jes import train
+from jes.config import freeze
 from jes.errors import InputError
-from jes.experiment import check_settings, make_evolution, make_experiment
+from jes.experiment import make_experiment
 from jes.forgetting.chain import chain_report, run_chain
 from jes.forgetting.methods import (
     folder_of,
@@ -68,8 +69,7 @@ def run_all(
     # All settings are looked at before the first run, which may take long.
     configs = {(m, s): method_config(base, m, s) for s in seeds for m in methods}
     for config in configs.values():
-        check_settings(config)
-        make_evolution(config)
+        freeze(config)
     for number, ((method, seed), config) in enumerate(configs.items(), 1):
         folder = folder_of(workdir, method, seed)
         if is_finished(config, folder):
@@ -95,7 +95,7 @@ def shrink_all(
         missing = {m: p for m, p in paths.items() if not (p / "summary.json").is_file()}
         if not missing:
             continue
-        experiment = make_experiment(config, make_evolution(config))
+        experiment = make_experiment(freeze(config))
         tuned = load(folder_of(workdir, "es", seed) / "model").params
         far = summary_of(workdir, "es", seed)["displacement_norm"]
         for method, folder in missing.items():
@@ -116,7 +116,7 @@ def examined(experiment: Any, params: Any, norm: float) -> dict[str, Any]:
     """Accuracies of weights that no run has come to, as a summary has them."""
     evaluations = {}
     for name, (evaluation, questions) in experiment.evaluations.items():
-        size = experiment.config.eval_batch
+        size = experiment.settings.eval_batch
         score = examine(evaluation, params, questions, batch_size=size)
         evaluations[name] = {"after": score.accuracy, "examples": len(questions)}
     return {"evaluations": evaluations, "displacement_norm": norm}

@@ -37,11 +37,12 @@ from ml_collections import config_flags
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from jes.baselines.gradient import largest_divisor, mean_gradient
+from jes.config import freeze
 from jes.core.ledger import append_row
 from jes.core.noise import Noise, PyTree, generation_key
 from jes.core.tree import is_quantized
 from jes.errors import InputError
-from jes.experiment import check_settings, make_evaluation, make_sampling, one_bucket
+from jes.experiment import one_bucket, task_evaluation
 from jes.io import command_line, memory
 from jes.io.console import console
 from jes.io.metrics import keep_rows, read_rows, write_json
@@ -110,7 +111,7 @@ class Subject(NamedTuple):
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises InputError for settings that cannot be."""
-    check_settings(config)
+    freeze(config)
     curvature = config.curvature
     lowest = {"examples": 2, "probes": 1, "steps": 2, "top": 1, "directions": 4}
     lowest |= {"microbatch": 0, "exact": 0, "dense": 0, "shuffles": 2}
@@ -130,7 +131,6 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise InputError(f"curvature.sigmas must be positive, not {sigma}")
     if not config.models or len(set(config.models)) < len(config.models):
         raise InputError("models is empty, or has one twice")
-    make_sampling(config)
 
 
 def make_subject(
@@ -148,14 +148,14 @@ def make_subject(
         raise InputError(f"{name} is quantised: whole codes have no curvature")
     if pretrained.tokenizer is None:
         raise InputError(f"{name} has no tokenizer, which tasks need")
-    sampling = make_sampling(config)
-    evaluation = make_evaluation(
-        config,
+    settings = freeze(config)
+    evaluation = task_evaluation(
+        settings,
         pretrained,
         config.task,
         mode=config.mode,
         max_new_tokens=config.max_new_tokens,
-        sampling=sampling,
+        sampling=settings.sampling,
     )
     if evaluation.task.meta is not None:
         raise InputError(f"task {config.task} asks two questions: give another")
