@@ -35,8 +35,8 @@ from ml_collections import ConfigDict, config_flags
 from scipy.special import stdtrit
 
 from jes import train
+from jes.config import freeze
 from jes.errors import InputError
-from jes.experiment import check_settings, make_evolution
 from jes.io import command_line, memory
 from jes.io.console import console
 from jes.record import finished
@@ -118,7 +118,7 @@ def method_config(base: ConfigDict, method: str, seed: int) -> ConfigDict:
         raise InputError(
             f"{method!r} is no method of a study: es, l2:λ, l1:λ, n:N, answers:N, "
             "shuffled, rate:FACTOR, half_alpha:G, half_sigma:G, objective:NAME, "
-            "grpo:RATE:ITERATIONS, sft:RATE:STEPS; of a quantized model replay:K:DECAY, "
+            "grpo:RATE:ITERATIONS, sft:RATE:STEPS; of codes replay:K:DECAY, "
             "residual:DECAY, naive, quzo; several are joined by +"
         ) from error
     return config
@@ -158,8 +158,7 @@ class Grid:
         runs = [(method, seed) for seed in self.seeds for method in self.methods]
         configs = [method_config(self.config, *run) for run in runs]
         for config in configs:  # a wrong setting fails before the first long run
-            check_settings(config)
-            make_evolution(config)
+            freeze(config)
         for number, (run, config) in enumerate(zip(runs, configs, strict=True), 1):
             name = f"run {number} of {len(runs)}: {run[0]}, seed {run[1]}"
             train_once(config, self.folder(*run), name)
