@@ -26,7 +26,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jes import pretrain
-from jes.models.hub import locate
+from jes.models.safetensors_files import locate
 from jes.models.weights import load, save
 from jes.pretrain import LONG, SHORT, Rows, encoded, padded
 from jes.tasks import tiny_facts

@@ -31,12 +31,10 @@ from jes.errors import InputError
 from jes.io.command_line import guarded
 from jes.io.console import console
 from jes.models import compressed_tensors, gptq
-from jes.models.hub import locate
-from jes.models.layout import is_kernel
 from jes.models.partition import place
 from jes.models.quantized import Quantized, dequantize
-from jes.models.safetensors_files import weight_files
-from jes.models.weights import Pretrained, load
+from jes.models.safetensors_files import locate, weight_files
+from jes.models.weights import Pretrained, is_kernel, load
 
 FORMS: dict[str, Any] = {
     "int4": {"bits": 4},

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 
 from jes.models.config import ModelConfig
-from jes.models.layout import tensor_shapes
 from jes.models.safetensors_files import FLOATS, Tensor, write_tensors
-from jes.models.weights import COPIED, MAX_SHARD_BYTES
+from jes.models.weights import COPIED, MAX_SHARD_BYTES, expected_tensors
 
 QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -105,11 +104,12 @@ def write_checkpoint(
       max_shard_bytes: above it the weights are split into several files.
     """
     (stored,) = (name for name, d in FLOATS.items() if d.name == dtype)
+    expected = expected_tensors(ModelConfig.from_hf(hf_config))
     tensors = {
         name: Tensor(
             shape, stored, partial(random_tensor, name, shape, seed, FLOATS[stored])
         )
-        for name, shape in tensor_shapes(ModelConfig.from_hf(hf_config)).items()
+        for name, (shape, *_) in expected.items()
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder, tensors, max_shard_bytes)

@@ -18,9 +18,8 @@ from random_checkpoint import GENERATION, SHAPES, random_tensor, write_json
 
 from jes.models import gptq
 from jes.models.config import ModelConfig
-from jes.models.layout import expected_tensors
 from jes.models.safetensors_files import Tensor, write_tensors
-from jes.models.weights import MAX_SHARD_BYTES
+from jes.models.weights import MAX_SHARD_BYTES, expected_tensors
 
 WEIGHT_DEVIATION = 0.01
 

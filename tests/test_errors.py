@@ -11,7 +11,7 @@ from small_run import get_config, run_jobs, train_command
 
 from jes import train
 from jes.errors import InputError
-from jes.models import hub
+from jes.models import safetensors_files
 from jes.tasks.rows import read_rows
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -57,7 +57,7 @@ SETTINGS = {
     "eval_tasks=('tiny/divide',)": "there is no task 'tiny/divide'",
     "model=/no/such/folder": "there is no folder '/no/such/folder'",
     "model=qwen": "there is no folder 'qwen'",
-    "model=Qwen/Qwen2.5-0.5B-Instruct": "from the Hugging Face hub it could not be had",
+    "model=Qwen/Qwen2.5-0.5B-Instruct": "it could not be downloaded from the",
     "task=arc_c": "allenai/ai2_arc ARC-Challenge train could not be had from the",
 }
 """A setting, and what the message says of it."""
@@ -189,9 +189,9 @@ def test_a_hub_that_does_not_answer_is_given_up(
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(hub, "_SECONDS", 0.5)
+        monkeypatch.setattr(safetensors_files, "_SECONDS", 0.5)
         began = time.monotonic()
         with pytest.raises(InputError, match="no network, or the hub does not answer"):
-            hub.locate("owner/model")
+            safetensors_files.locate("owner/model")
         server.accept()[0].close()  # it was asked
     assert time.monotonic() - began < 30

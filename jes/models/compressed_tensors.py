@@ -1,13 +1,12 @@
-"""W8A8 matrices as compressed-tensors files hold them (format 'int-quantized').
+"""W8A8 matrices in files of compressed-tensors (format 'int-quantized').
 
 A linear layer `P` with I inputs and O outputs is `P.weight` int8 [O, I] and
-`P.weight_scale` float [O, 1]. Inputs are rounded to int8 as they come, with a scale
-for each token, so that nothing about them is in the files.
+`P.weight_scale` float [O, 1]. The model rounds inputs to int8 with one scale a token
+as they come, so the files hold nothing about them.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,16 +14,19 @@ import numpy as np
 
 from jes.core.codes import Codes
 from jes.models.quantized import Quantized
+from jes.models.quantized_files import (
+    check_setting,
+    check_unset,
+    read_scales,
+    scales_problem,
+)
 from jes.models.safetensors_files import (
-    DTYPES,
-    FLOATS,
     Expected,
     Tensor,
-    WeightsError,
+    aligned_empty,
     copy_transposed,
     dtype_name,
-    read_finite,
-    room,
+    transposed,
 )
 
 FORMAT = "int-quantized"
@@ -40,30 +42,29 @@ WEIGHTS: dict[str, Any] = {
     "block_structure": None,
     "actorder": None,
 }
-"""How weights are rounded."""
+"""The supported rounding of weights."""
 
 ACTIVATIONS = WEIGHTS | {"strategy": "token", "dynamic": True}
-"""How the inputs of linear layers are rounded."""
+"""The supported rounding of the inputs of linear layers."""
 
 DEFAULTS = {"type": "int", "symmetric": True, "dynamic": False}
-"""What settings are that are not there."""
+"""Values of settings that may be left out."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Int8:
-    """int8 weights with a scale for each output, int8 activations."""
+    """int8 weights with one scale an output, int8 activations.
+
+    Methods as of `quantized_files.Format`.
+    """
 
     def __str__(self) -> str:
         return "compressed-tensors with int8 weights, a scale for each output"
 
-    def tensors(
-        self, layer: str, rows: int, columns: int, *, biased: bool
-    ) -> dict[str, Expected]:
-        """The tensors of a linear layer with weights [rows, columns]."""
-        del biased
-        zero_point = Expected(
-            (columns, 1), ("I8", "I32", "I64"), needed=False, zero=True
-        )
+    def tensors(self, layer: str, rows: int, columns: int) -> dict[str, Expected]:
+        """The tensors of a linear layer with weights [rows, columns], by name."""
+        dtypes = ("I8", "I32", "I64")
+        zero_point = Expected((columns, 1), dtypes, needed=False, zero=True)
         return {
             f"{layer}.weight": Expected((columns, rows), ("I8",)),
             f"{layer}.weight_scale": Expected((columns, 1)),
@@ -76,54 +77,43 @@ class Int8:
         shape: tuple[int, int, int],
         tensors: Mapping[str, Tensor],
     ) -> Quantized:
-        """The stacked matrices [L, I, O] of the named linear layers.
-
-        Raises:
-          WeightsError: naming a tensor whose values cannot be meant.
-        """
-        first = tensors[f"{layers[0]}.weight_scale"]
-        data = room(shape, INT8)
-        scales = room((shape[0], 1, shape[2]), DTYPES[first.dtype])
+        """The stacked matrices [L, I, O] of the named linear layers."""
+        count, _, columns = shape
+        data = aligned_empty(shape, INT8)
         for i, layer in enumerate(layers):
-            name = f"{layer}.weight_scale"
-            if tensors[name].dtype != first.dtype:
-                raise WeightsError(
-                    f"{name} is {tensors[name].dtype}, but that of {layers[0]} is "
-                    f"{first.dtype}"
-                )
             copy_transposed(tensors[f"{layer}.weight"].read(), data[i])
-            scales[i] = read_finite(name, tensors).T
+        names = [f"{layer}.weight_scale" for layer in layers]
+        scales = read_scales(names, tensors, (count, 1, columns))
         return Quantized(
             codes=Codes(jax.device_put(data), bits=8, signed=True),
             scales=jax.device_put(scales),
             int8_activations=True,
         )
 
-    def problems(self, leaf: Quantized) -> list[str]:
-        """Why the format cannot hold a stack of matrices; nothing if it can."""
+    def problem(self, leaf: Quantized) -> str:
+        """Why the format cannot store a stack of matrices; '' if it can."""
         if not (leaf.int8_activations and leaf.codes.signed and leaf.codes.bits == 8):
-            return ["is not W8A8"]
-        layers, _, columns = leaf.shape
+            return "is not W8A8"
         if leaf.zeros is not None or leaf.groups is not None:
-            return ["has zeros or groups, which W8A8 lacks"]
-        if leaf.scales.shape != (layers, 1, columns):
-            return [f"has scales {leaf.scales.shape}, not one for each output"]
-        if leaf.scales.dtype not in FLOATS.values():
-            return [f"has scales of {leaf.scales.dtype}, not {', '.join(FLOATS)}"]
-        return []
+            return "has zeros or groups, which W8A8 lacks"
+        layers, _, columns = leaf.shape
+        return scales_problem(leaf, (layers, 1, columns))
 
     def write(self, layer: str, leaf: Quantized, index: int) -> dict[str, Tensor]:
         """The tensors of a linear layer, matrix `index` of the stack `leaf`."""
-        _, rows, columns = leaf.shape
+        data, scales = leaf.codes.data, leaf.scales
+
+        def tensor(stack: Any) -> Tensor:
+            dtype = np.dtype(stack.dtype)
+            return Tensor(
+                stack.shape[:0:-1],
+                dtype_name(dtype),
+                lambda: transposed(np.asarray(stack[index]), dtype),
+            )
+
         return {
-            f"{layer}.weight": Tensor(
-                (columns, rows), "I8", partial(_transposed, leaf.codes.data, index)
-            ),
-            f"{layer}.weight_scale": Tensor(
-                (columns, 1),
-                dtype_name(leaf.scales.dtype),
-                partial(_transposed, leaf.scales, index),
-            ),
+            f"{layer}.weight": tensor(data),
+            f"{layer}.weight_scale": tensor(scales),
         }
 
 
@@ -133,28 +123,28 @@ def from_config(config: Mapping[str, Any]) -> Int8:
     Raises:
       ValueError: naming a setting that is not supported.
     """
-    if config.get("format") != FORMAT:
-        raise ValueError(f"format={config.get('format')!r}: supported is {FORMAT!r}")
+    check_setting("format", config.get("format"), FORMAT)
     sparsity = config.get("sparsity_config") or {}
-    if sparsity.get("format", "dense") != "dense":
-        raise ValueError(f"sparsity_config={sparsity!r} is not supported")
-    _refuse("", config, "kv_cache_scheme", "transform_config")
+    check_setting("sparsity_config.format", sparsity.get("format", "dense"), "dense")
+    check_unset("", config, "kv_cache_scheme", "transform_config")
     foreign = sorted(set(config.get("ignore") or ()) - {"lm_head", "re:.*lm_head"})
     if foreign:
-        raise ValueError(f"ignore={foreign!r}: all linear layers have to be quantised")
+        raise ValueError(f"ignore={foreign!r}: all linear layers must be quantised")
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or len(groups) != 1:
-        raise ValueError(f"config_groups={groups!r}: there has to be one group")
+        raise ValueError(f"config_groups={groups!r}: there must be one group")
     ((name, group),) = groups.items()
     path = f"config_groups.{name}."
-    if group.get("targets") != ["Linear"]:
-        targets = group.get("targets")
-        raise ValueError(f"{path}targets={targets!r}: supported is ['Linear']")
-    if group.get("format") not in (None, FORMAT):
-        raise ValueError(f"{path}format={group['format']!r}: supported is {FORMAT!r}")
-    _refuse(path, group, "output_activations")
-    _check(f"{path}weights", group.get("weights"), WEIGHTS)
-    _check(f"{path}input_activations", group.get("input_activations"), ACTIVATIONS)
+    check_setting(f"{path}targets", group.get("targets"), ["Linear"])
+    check_setting(f"{path}format", group.get("format"), None, FORMAT)
+    check_unset(path, group, "output_activations")
+    for part, supported in (("weights", WEIGHTS), ("input_activations", ACTIVATIONS)):
+        found = group.get(part)
+        if not isinstance(found, Mapping):
+            raise ValueError(f"{path}{part}={found!r} is not supported")
+        for field, wanted in supported.items():
+            value = found.get(field, DEFAULTS.get(field))
+            check_setting(f"{path}{part}.{field}", value, wanted)
     return Int8()
 
 
@@ -174,25 +164,3 @@ def to_config() -> dict[str, Any]:
         "ignore": ["lm_head"],
         "kv_cache_scheme": None,
     }
-
-
-def _refuse(path: str, config: Mapping[str, Any], *fields: str) -> None:
-    for field in fields:
-        if config.get(field):
-            raise ValueError(f"{path}{field}={config[field]!r} is not supported")
-
-
-def _check(path: str, found: Any, supported: Mapping[str, Any]) -> None:
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{path}={found!r} is not supported")
-    for field, wanted in supported.items():
-        value = found.get(field, DEFAULTS.get(field))
-        if value != wanted:
-            raise ValueError(f"{path}.{field}={value!r}: supported is {wanted!r}")
-
-
-def _transposed(stack: Any, index: int) -> np.ndarray:
-    values = np.asarray(stack[index])
-    out = np.empty(values.shape[::-1], values.dtype)
-    copy_transposed(values, out)
-    return out

@@ -1,8 +1,9 @@
-"""How the parameters of one model are spread over the axis 'model' of a mesh.
+"""How the parameters of one model are distributed over the axis 'model' of a mesh.
 
-The linear layers that read the stream are split by columns and those that write to it
-by rows, so that attention and feed-forward each end in one sum over the devices;
-embeddings are split by words. Norms, and what does not divide evenly, are whole.
+Linear layers that read the residual stream are split by columns and those that write to
+it by rows, so that attention and feed-forward each end in one sum over the devices;
+embeddings are split by tokens. Norms, and axes that do
+not divide evenly, are replicated.
 """
 
 import re
@@ -27,11 +28,11 @@ SPLIT = (
     ("layers/mlp/(gate|up)/kernel", P(None, None, MODEL), "intermediate_size"),
     ("layers/mlp/down/kernel", P(None, MODEL), "intermediate_size"),
 )
-"""Path of a leaf, how it is split, and of what a device needs a whole number."""
+"""Path of a leaf, how it is split, and the size that the device count must divide."""
 
 
 def leaf_sharding(path: str, config: ModelConfig, mesh: Mesh) -> NamedSharding:
-    """Where a leaf of this path ('layers/mlp/up/kernel') lies on the mesh."""
+    """The sharding of the leaf at a path ('layers/mlp/up/kernel')."""
     count = mesh.shape[MODEL]
     for pattern, spec, parts in SPLIT:
         divides = getattr(config, parts) % count == 0
@@ -41,11 +42,11 @@ def leaf_sharding(path: str, config: ModelConfig, mesh: Mesh) -> NamedSharding:
 
 
 def place(params: Any, config: ModelConfig, mesh: Mesh | None) -> Any:
-    """The parameters on a mesh; as they are where there is none.
+    """The parameters on a mesh; unchanged if it is None.
 
     Args:
-      params: as `jes.load` gives them. Not to be donated any more: what is whole on a
-        device of the mesh may share its memory.
+      params: as `jes.load` returns them. Do not donate them afterwards: replicated
+        leaves may share their memory.
       config: of the model.
       mesh: from `jes.core.mesh.make_mesh`.
     """

@@ -1,8 +1,8 @@
-"""The files of a model folder: tensors one at a time, the folder as a whole.
+"""The files of a model folder: finding it, reading and writing its tensors.
 
-A folder holds `model.safetensors`, or several shards and an index that names them. A
-7B model does not fit twice into a small host, so nothing here ever holds more than
-one tensor: reading maps the files, writing takes each tensor when its turn comes.
+A folder holds `model.safetensors`, or several shards and an index of them. Large
+models do not fit twice into host memory, so one tensor at most is held here: reading
+maps the files, and writing asks for each tensor in turn.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from re import fullmatch
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -27,10 +28,20 @@ FLOATS = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""Name in safetensors of a dtype that unquantised weights have, and the dtype."""
+"""Dtypes of unquantised weights, by their names in safetensors files."""
 
 DTYPES = FLOATS | {"I32": np.dtype(np.int32), "I8": np.dtype(np.int8)}
-"""The same for every tensor that is written."""
+"""Dtypes that are written."""
+
+EMBEDDED = {
+    name: Path(__file__).parent / name.replace("-", "_")
+    for name in ("tiny", "tiny-knowing")
+}
+"""The models that come with the package."""
+
+_DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model")
+_SECONDS = 5.0
+"""Time limit for the first answer of the hub."""
 
 
 class WeightsError(InputError):
@@ -38,12 +49,12 @@ class WeightsError(InputError):
 
 
 class Tensor(NamedTuple):
-    """A tensor that is in memory only between `read()` and the end of its use.
+    """A tensor whose values are read on demand.
 
     Attributes:
       shape: its shape.
       dtype: its dtype as safetensors names it, such as 'BF16'.
-      read: gives the values, a C-contiguous array.
+      read: returns the values, a C-contiguous array.
     """
 
     shape: tuple[int, ...]
@@ -57,13 +68,13 @@ class Tensor(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What a tensor of a folder is to be.
+    """Requirements on a tensor of a folder.
 
     Attributes:
       shape: its shape.
-      dtypes: those that it may have.
-      needed: whether it has to be there.
-      zero: whether it may hold nothing but zeros.
+      dtypes: the dtypes allowed.
+      needed: whether it must be present.
+      zero: whether all its values must be 0.
     """
 
     shape: tuple[int, ...]
@@ -73,16 +84,89 @@ class Expected(NamedTuple):
 
 
 def dtype_name(dtype: np.dtype) -> str:
-    """The name in safetensors of a dtype of `DTYPES`."""
-    (name,) = (name for name, stored in DTYPES.items() if stored == dtype)
-    return name
+    """The safetensors name of a dtype of `DTYPES`."""
+    return {stored: name for name, stored in DTYPES.items()}[np.dtype(dtype)]
+
+
+# Finding a folder.
+
+
+def locate(name: str | os.PathLike[str]) -> Path:
+    """The folder of a model.
+
+    Args:
+      name: a folder; 'tiny' or 'tiny-knowing', the embedded models (write './tiny' for
+        a folder of that name); or a hub id, 'owner/model'. A complete copy in the
+        hub's cache is used without asking the network.
+
+    Raises:
+      WeightsError: if there is no such folder, or the hub does not provide the model.
+    """
+    if name in EMBEDDED:
+        if not EMBEDDED[str(name)].is_dir():
+            raise WeightsError(f"this installation of jes lacks {EMBEDDED[str(name)]}")
+        return EMBEDDED[str(name)]
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise WeightsError(f"{folder} is a file; a model is a folder")
+    if not fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+        raise WeightsError(
+            f"there is no folder {str(name)!r} (and a model on the Hugging Face hub "
+            f"has a name like 'Qwen/Qwen2.5-0.5B-Instruct')"
+        )
+    return _cached(str(name)) or _downloaded(str(name))
+
+
+def _cached(name: str) -> Path | None:
+    """The copy in the hub's cache, if complete (it may hold the tokenizer only)."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+        weight_files(folder)
+    except (LocalEntryNotFoundError, WeightsError):
+        return None
+    return folder if (folder / "config.json").is_file() else None
+
+
+def _downloaded(name: str) -> Path:
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    try:
+        # This request has a time limit: behind a firewall that drops packets, the
+        # download alone would retry for minutes.
+        HfApi().model_info(name, timeout=_SECONDS)
+        return Path(snapshot_download(name, allow_patterns=list(_DOWNLOADED)))
+    # Any exception: which HTTP library raises depends on the version of the hub's.
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        reason = f"no network, or the hub does not answer ({first_line})"
+        if isinstance(error, errors.GatedRepoError):
+            reason = (
+                f"it is gated (accept its terms on https://huggingface.co/{name}, then "
+                "log in with `hf auth login`)"
+            )
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            reason = "there is no such model, or it is private (`hf auth login`)"
+        raise WeightsError(
+            f"there is no folder {name!r}, and it could not be downloaded from the "
+            f"Hugging Face hub: {reason}. Either give the path of a folder that holds "
+            "config.json, model.safetensors and the tokenizer, or run configs/tiny.py, "
+            "whose model is part of the package and needs no download"
+        ) from error
+
+
+# Reading.
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-      WeightsError: if the file cannot be read or holds anything else.
+      WeightsError: if the file cannot be read or is not a JSON object.
     """
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
@@ -97,7 +181,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder.
 
     Raises:
-      WeightsError: if there are none, or not all that the index names.
+      WeightsError: if there are none, or some that the index names are missing.
     """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
@@ -138,11 +222,8 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
             file = safe_open(path, framework="numpy")
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 stored = file.get_slice(name)
-                tensors[name] = Tensor(
-                    tuple(stored.get_shape()),
-                    stored.get_dtype(),
-                    partial(file.get_tensor, name),
-                )
+                shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+                tensors[name] = Tensor(shape, dtype, partial(file.get_tensor, name))
         except (SafetensorError, OSError) as error:
             raise WeightsError(
                 f"{path} is truncated or not a safetensors file ({error})"
@@ -150,9 +231,8 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def room(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array to be filled, for `jax.device_put` to take over without a copy."""
-    # On a 64-byte boundary the CPU backend takes the buffer over as it is.
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """`np.empty` on a 64-byte boundary: JAX on a CPU uses its memory without a copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -165,16 +245,14 @@ def copy_transposed(source: np.ndarray, target: np.ndarray) -> None:
         target[:, start : start + 16] = source[start : start + 16].T
 
 
-def read_finite(name: str, tensors: Mapping[str, Tensor]) -> np.ndarray:
-    """The values of a tensor.
+def transposed(source: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A transposed matrix, C-contiguous, in another dtype."""
+    target = np.empty(source.shape[::-1], dtype)
+    copy_transposed(source, target)
+    return target
 
-    Raises:
-      WeightsError: if there is a NaN or an infinity among them.
-    """
-    values = tensors[name].read()
-    if not np.isfinite(values).all():
-        raise WeightsError(f"{name} holds values that are not finite")
-    return values
+
+# Writing.
 
 
 def write_tensors(
@@ -184,31 +262,26 @@ def write_tensors(
 
     A tensor larger than that gets a shard of its own.
     """
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        _write_file(folder / SINGLE, shards[0])
-        return
-    weight_map = {}
-    for i, shard in enumerate(shards, start=1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / name, shard)
-        weight_map.update(dict.fromkeys(shard, name))
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    split = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for filename, names in split.filename_to_tensors.items():
+        _write_file(folder / filename, {name: tensors[name] for name in names})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / INDEX).write_text(text, encoding="utf-8")
 
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file: length of the header, header, then the values in turn.
 
-    `safetensors.numpy.save_file` needs all tensors of the file in memory.
+    Not with `safetensors.numpy.save_file`, which needs the whole file in memory.
     """
     # transformers refuses a file that does not say which framework wrote it.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -227,7 +300,7 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
         file.write(encoded)
         for tensor in tensors.values():
             file.write(tensor.read().reshape(-1).view(np.uint8).data)
-        # A network file system may find out only now that it is full.
+        # A network file system may report only here that it is full.
         file.flush()
         os.fsync(file.fileno())
 
@@ -236,22 +309,22 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def replaced(folder: Path, names: Collection[str]) -> Iterator[Path]:
     """A new, empty folder, which takes the place of `folder` if the block succeeds.
 
-    Until then it lies beside it as `.<name>.partial`: neither a full disk nor a kill
+    Until then its name is `.<name>.partial`, so that neither a full disk nor a kill
     leaves half a model under the name of a whole one.
 
     Args:
-      folder: the place, with or without a model there.
-      names: the files, beside the weights, that may be deleted there.
+      folder: the place; a model that is there is replaced.
+      names: the files beside the weights that may be deleted there.
 
     Raises:
-      WeightsError: if something else than a model is there, or if writing fails.
+      WeightsError: if `folder` holds anything but a model, or if writing fails.
     """
     folder = folder.expanduser().resolve()
     _check_replaceable(folder, names)
     new = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
     try:
-        _settle(folder, new, old)  # what a killed run left
+        _clean_up(folder, new, old)  # after a save that was killed
         new.mkdir(parents=True)
         yield new
         if folder.exists():
@@ -260,10 +333,10 @@ def replaced(folder: Path, names: Collection[str]) -> Iterator[Path]:
     except OSError as error:
         raise WeightsError(f"could not save the model to {folder}: {error}") from error
     finally:
-        _settle(folder, new, old)
+        _clean_up(folder, new, old)
 
 
-def _settle(folder: Path, new: Path, old: Path) -> None:
+def _clean_up(folder: Path, new: Path, old: Path) -> None:
     if old.exists() and not folder.exists():
         old.rename(folder)
     for leftover in (new, old):

@@ -1,11 +1,17 @@
-"""A Hugging Face folder as a pytree of parameters, and back, without PyTorch."""
+"""A Hugging Face folder as a pytree of parameters, and back, without PyTorch.
+
+A leaf that is stacked over layers is stored as one tensor a layer. Of a quantised one
+a layer has several tensors, see `jes.models.gptq` and `jes.models.compressed_tensors`.
+"""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -15,26 +21,54 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from jes.models import compressed_tensors, gptq
 from jes.models.config import ModelConfig
-from jes.models.hub import locate
-from jes.models.layout import (
-    Format,
-    check_leaves,
-    check_tensors,
-    leaf_shapes,
-    quantized_format,
-    read_leaf,
-    written_tensors,
-)
 from jes.models.partition import leaf_sharding, place
+from jes.models.quantized import Quantized
+from jes.models.quantized_files import Format, check_setting
 from jes.models.qwen import Decoder
 from jes.models.safetensors_files import (
+    FLOATS,
+    Expected,
+    Tensor,
     WeightsError,
+    aligned_empty,
+    copy_transposed,
+    dtype_name,
+    locate,
     open_tensors,
     read_json,
     replaced,
+    transposed,
     write_tensors,
 )
+
+NAMES = {
+    "embed/embedding": "model.embed_tokens.weight",
+    "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
+    "layers/attention/q/kernel": "model.layers.{}.self_attn.q_proj.weight",
+    "layers/attention/q/bias": "model.layers.{}.self_attn.q_proj.bias",
+    "layers/attention/k/kernel": "model.layers.{}.self_attn.k_proj.weight",
+    "layers/attention/k/bias": "model.layers.{}.self_attn.k_proj.bias",
+    "layers/attention/v/kernel": "model.layers.{}.self_attn.v_proj.weight",
+    "layers/attention/v/bias": "model.layers.{}.self_attn.v_proj.bias",
+    "layers/attention/o/kernel": "model.layers.{}.self_attn.o_proj.weight",
+    "layers/attention/q_norm/scale": "model.layers.{}.self_attn.q_norm.weight",
+    "layers/attention/k_norm/scale": "model.layers.{}.self_attn.k_norm.weight",
+    "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
+    "layers/mlp/gate/kernel": "model.layers.{}.mlp.gate_proj.weight",
+    "layers/mlp/up/kernel": "model.layers.{}.mlp.up_proj.weight",
+    "layers/mlp/down/kernel": "model.layers.{}.mlp.down_proj.weight",
+    "final_norm/scale": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+}
+"""Path of a leaf -> name of its tensor, in the order in which they are written."""
+
+FORMATS: dict[str, Callable[[Mapping[str, Any]], Format]] = {
+    "gptq": gptq.from_config,
+    "compressed-tensors": compressed_tensors.from_config,
+}
+"""`quant_method` -> what reads the rest of `quantization_config`."""
 
 COPIED = (
     "generation_config.json",
@@ -48,14 +82,14 @@ COPIED = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Files that go with a model from folder to folder, byte for byte."""
+"""Files that are copied with a model, byte for byte."""
 
 MAX_SHARD_BYTES = 4_000_000_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pretrained:
-    """A model and everything that its folder says about it.
+    """A model folder in memory.
 
     Attributes:
       model: the decoder; `model.apply({'params': params}, tokens)` gives logits.
@@ -78,25 +112,12 @@ class Pretrained:
 
     @property
     def stored_dtype(self) -> str | None:
-        """Name of the dtype that the files are in, if config.json says it."""
+        """Name of the dtype of the files, if config.json says it."""
         return self.hf_config.get("dtype") or self.hf_config.get("torch_dtype")
 
-    def save(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        dtype: DTypeLike | None = None,
-        max_shard_bytes: int = MAX_SHARD_BYTES,
-    ) -> None:
+    def save(self, folder: str | os.PathLike[str], **options: Any) -> None:
         """Writes a folder that `jes.load` and `transformers` read; see `save`."""
-        save(
-            folder,
-            self.params,
-            self.hf_config,
-            self.files,
-            dtype=dtype,
-            max_shard_bytes=max_shard_bytes,
-        )
+        save(folder, self.params, self.hf_config, self.files, **options)
 
 
 def load(
@@ -107,18 +128,18 @@ def load(
     """Reads a Hugging Face folder of a Qwen2, Qwen3 or Llama model.
 
     Where the folder is quantised (GPTQ with 4 or 8 bits, or W8A8 of
-    compressed-tensors), the kernels of the layers are `Quantized` with all the bits of
-    the files. Peak memory is the parameters in `dtype` and one tensor of the file.
+    compressed-tensors), the kernels of the layers are `Quantized`, exactly as stored.
+    Peak memory is the parameters in `dtype` and one tensor of the file.
 
     Args:
       path_or_hub_id: a folder, 'tiny' for the embedded model, or a hub id.
       dtype: dtype of float parameters, whatever the dtype in the files.
-      mesh: devices to spread the parameters over, see `jes.models.partition`; by
+      mesh: devices to distribute the parameters over, see `jes.models.partition`; by
         default they are on one.
 
     Raises:
       WeightsError: if the folder cannot be found or read, names an architecture or a
-        quantisation that is not supported, or its tensors are not those of its
+        quantisation that is not supported, or its tensors do not match its
         config.json. One error lists all tensors that are missing, unexpected or have
         another shape.
     """
@@ -128,18 +149,18 @@ def load(
     hf_config = read_json(folder / "config.json")
     config, quantized = _configs(hf_config, str(folder / "config.json"))
     tensors = open_tensors(folder)
-    what = f"the tensors in {folder} are not those of its config.json"
-    if quantized:
-        what += f", {quantized}"
-    check_tensors(what, config, quantized, tensors)
-
-    def where(path: str) -> Any:
-        return None if mesh is None else leaf_sharding(path, config, mesh)
-
-    leaves = {
-        path: read_leaf(path, shape, tensors, np.dtype(dtype), quantized, where(path))
-        for path, shape in leaf_shapes(config).items()
-    }
+    _check_tensors(folder, config, quantized, tensors)
+    leaves = {}
+    for path, shape in leaf_shapes(config).items():
+        if quantized and is_kernel(path):
+            layers = [name.removesuffix(".weight") for name in _names(path, shape)]
+            layer_shape = (shape[0], shape[1], shape[2])
+            leaves[path] = quantized.read(layers, layer_shape, tensors)
+        else:
+            sharding = None if mesh is None else leaf_sharding(path, config, mesh)
+            leaves[path] = jax.device_put(
+                _read_floats(path, shape, tensors, np.dtype(dtype)), sharding
+            )
     tokenizer = _load_tokenizer(folder)
     files = {n: (folder / n).read_bytes() for n in COPIED if (folder / n).is_file()}
     return Pretrained(
@@ -168,30 +189,35 @@ def save(
     neither a full disk nor a kill leaves half a model. Peak memory is one tensor.
 
     Args:
-      folder: where to; a model that is there is replaced.
+      folder: the target; a model that is there is replaced.
       params: parameters with stacked layers, in the shapes of `hf_config`.
       hf_config: contents of config.json; its dtype field is set. Its
-        `quantization_config` says in which format quantised kernels are written.
+        `quantization_config` is the format in which quantised kernels are written.
       files: other files by name: generation_config.json, the tokenizer.
       dtype: float32, float16 or bfloat16, of all that is not quantised; by default
         that of the parameters.
       max_shard_bytes: above it the weights are split into several files.
 
     Raises:
-      WeightsError: if `params` do not fit `hf_config`, if `folder` holds something
-        else than a model, or if it cannot be written.
+      WeightsError: if `params` do not fit `hf_config`, if `folder` holds anything but
+        a model, or if it cannot be written.
     """
     leaves = flatten_dict(dict(params), sep="/")
     config, quantized = _configs(hf_config, "config.json")
-    check_leaves(config, quantized, leaves)
+    _check_leaves(config, quantized, leaves)
     dtype = np.dtype(dtype or leaves["embed/embedding"].dtype)
-    tensors = dict(written_tensors(leaves, dtype, quantized))
+    if dtype not in FLOATS.values():
+        raise WeightsError(f"weights are not saved as {dtype}, only as {[*FLOATS]}")
+    # transformers 5 renamed the field.
+    fields = [f for f in ("torch_dtype", "dtype") if f in hf_config] or ["dtype"]
+    described = {**hf_config, **dict.fromkeys(fields, dtype.name)}
+    tensors = dict(_tensors_of(leaves, dtype, quantized))
     with replaced(Path(folder), ("config.json", *COPIED)) as partial_folder:
         write_tensors(partial_folder, tensors, max_shard_bytes)
         for name, contents in files.items():
             (partial_folder / name).write_bytes(contents)
         # Last: a folder without it is not a model.
-        text = json.dumps(_with_dtype(hf_config, dtype), indent=2) + "\n"
+        text = json.dumps(described, indent=2) + "\n"
         (partial_folder / "config.json").write_text(text, encoding="utf-8")
 
 
@@ -206,29 +232,192 @@ def fingerprint(params: Any) -> str:
     named = {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
     for path, leaf in sorted(named.items()):
         digest.update(f"{path} {leaf.dtype} {tuple(leaf.shape)}\n".encode())
-        # Layer by layer: an array on an accelerator keeps the host copy of itself
-        # that numpy asked for, but a slice of it is gone after the use.
-        stacked = path.startswith("layers/")
-        for index in range(leaf.shape[0]) if stacked else [...]:
+        # Layer by layer: JAX keeps a host copy of an array that numpy has read as
+        # long as the array lives, and a slice is freed after its use.
+        for index in range(leaf.shape[0]) if _is_stacked(path) else [...]:
             values = np.ascontiguousarray(np.asarray(leaf[index]))
             digest.update(values.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
+def is_kernel(path: str) -> bool:
+    """Whether a leaf is the weights of linear layers, which can be quantised."""
+    return path.endswith("kernel")
+
+
+def _is_stacked(path: str) -> bool:
+    return path.startswith("layers/")
+
+
+def _is_transposed(path: str) -> bool:
+    """Whether the file has [out, in] where the leaf has [in, out]."""
+    return is_kernel(path) or path == "lm_head"
+
+
+def _names(path: str, shape: tuple[int, ...]) -> list[str]:
+    """The tensors of a leaf, one a layer."""
+    if _is_stacked(path):
+        return [NAMES[path].format(layer) for layer in range(shape[0])]
+    return [NAMES[path]]
+
+
 def _configs(
     hf_config: Mapping[str, Any], source: str
 ) -> tuple[ModelConfig, Format | None]:
-    """The shape of the model, and the format of quantised weights."""
+    """The shape of the model, and the format of quantised weights if it has them."""
     try:
-        return ModelConfig.from_hf(hf_config), quantized_format(hf_config)
-    except (ValueError, KeyError, TypeError) as error:
+        config = ModelConfig.from_hf(hf_config)
+        if not (settings := hf_config.get("quantization_config")):
+            return config, None
+        source += ": quantization_config"
+        method = settings.get("quant_method")
+        check_setting("quant_method", method, *FORMATS)
+        return config, FORMATS[method](settings)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{source}: {error}") from error
 
 
-def _with_dtype(hf_config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
-    """`hf_config` with its dtype field, which transformers 5 renamed, set."""
-    fields = [f for f in ("torch_dtype", "dtype") if f in hf_config] or ["dtype"]
-    return {**hf_config, **dict.fromkeys(fields, dtype.name)}
+@functools.cache
+def leaf_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Shape of every leaf of the parameters, by its path ('layers/mlp/up/kernel')."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    variables = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)
+    leaves = flatten_dict(variables["params"], sep="/")
+    return MappingProxyType({path: leaf.shape for path, leaf in leaves.items()})
+
+
+def expected_tensors(
+    config: ModelConfig, quantized: Format | None = None
+) -> dict[str, Expected]:
+    """Requirements on the tensors of a folder, by their Hugging Face names.
+
+    Raises:
+      WeightsError: if the format does not support the shapes of the model.
+    """
+    expected: dict[str, Expected] = {}
+    leaves = leaf_shapes(config)
+    for path, shape in leaves.items():
+        one = shape[1:] if _is_stacked(path) else shape
+        for name in _names(path, shape):
+            if not (quantized and is_kernel(path)):
+                shape_on_disk = one[::-1] if _is_transposed(path) else one
+                expected[name] = Expected(shape_on_disk)
+                continue
+            layer = name.removesuffix(".weight")
+            expected |= quantized.tensors(layer, *one)
+            if path.replace("kernel", "bias") not in leaves:
+                # AutoGPTQ wrote a bias for every layer.
+                bias = Expected((one[1],), needed=False, zero=True)
+                expected[f"{layer}.bias"] = bias
+    return expected
+
+
+def _check_tensors(
+    folder: Path,
+    config: ModelConfig,
+    quantized: Format | None,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Raises one `WeightsError` for all tensors that do not meet the requirements."""
+
+    def ignored(name: str) -> bool:
+        # Old files hold the rotary frequencies; tied ones may hold the head twice.
+        tied_head = name == "lm_head.weight" and config.tie_word_embeddings
+        return tied_head or name.endswith("rotary_emb.inv_freq")
+
+    expected = expected_tensors(config, quantized)
+    found = {name: t for name, t in tensors.items() if not ignored(name)}
+    problems = []
+    for name, tensor in found.items():
+        wanted = expected.get(name, Expected(tensor.shape, (tensor.dtype,)))
+        if tensor.dtype not in wanted.dtypes:
+            allowed = ", ".join(wanted.dtypes)
+            problems.append(f"dtype: {name} is {tensor.dtype}, expected {allowed}")
+        elif wanted.zero and tensor.read().any():
+            problems.append(f"values: {name} must be all zero")
+    needed = {n: e.shape for n, e in expected.items() if e.needed or n in found}
+    problems += _differences(needed, {name: t.shape for name, t in found.items()})
+    form = f", {quantized}" if quantized else ""
+    _raise_all(f"the tensors in {folder} do not match its config.json{form}", problems)
+
+
+def _check_leaves(
+    config: ModelConfig, quantized: Format | None, leaves: Mapping[str, Any]
+) -> None:
+    """Raises one `WeightsError` for all leaves that files cannot hold."""
+    problems = []
+    for path, leaf in leaves.items():
+        if isinstance(leaf, Quantized) != bool(quantized and is_kernel(path)):
+            has = "quantised" if isinstance(leaf, Quantized) else "not quantised"
+            says = quantized or "floats"
+            problems.append(f"{path} is {has}, but the config says {says}")
+        elif quantized and is_kernel(path) and (problem := quantized.problem(leaf)):
+            problems.append(f"{path} {problem}")
+    found = {path: leaf.shape for path, leaf in leaves.items()}
+    problems += _differences(leaf_shapes(config), found)
+    _raise_all("the parameters do not fit the config", problems)
+    expected_tensors(config, quantized)
+
+
+def _differences(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Everything that is missing, unexpected or misshapen."""
+    return [
+        *(f"missing: {n} {expected[n]}" for n in expected if n not in found),
+        *(f"unexpected: {n} {found[n]}" for n in found if n not in expected),
+        *(
+            f"shape: {n} is {found[n]}, expected {expected[n]}"
+            for n in expected
+            if n in found and found[n] != expected[n]
+        ),
+    ]
+
+
+def _raise_all(what: str, problems: list[str]) -> None:
+    if problems:
+        raise WeightsError("\n  ".join([f"{what}:", *problems]))
+
+
+def _read_floats(
+    path: str, shape: tuple[int, ...], tensors: Mapping[str, Tensor], dtype: np.dtype
+) -> np.ndarray:
+    """A leaf that is not quantised, filled tensor by tensor."""
+    leaf = aligned_empty(shape, dtype)
+    rows = leaf if _is_stacked(path) else leaf[None]
+    for row, name in zip(rows, _names(path, shape), strict=True):
+        values = tensors[name].read()
+        if _is_transposed(path):
+            copy_transposed(values, row)
+        else:
+            row[...] = values
+    return leaf
+
+
+def _tensors_of(
+    leaves: Mapping[str, Any], dtype: np.dtype, quantized: Format | None
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors to write, by name, in the order of `NAMES`."""
+
+    def values(leaf: Any, index: Any, path: str) -> np.ndarray:
+        array = np.asarray(leaf[index])
+        if _is_transposed(path):
+            return transposed(array, dtype)
+        return np.ascontiguousarray(array, dtype)
+
+    for path in filter(leaves.__contains__, NAMES):
+        leaf = leaves[path]
+        shape = leaf.shape[1:] if _is_stacked(path) else leaf.shape
+        for i, name in enumerate(_names(path, leaf.shape)):
+            if quantized and is_kernel(path):
+                yield from quantized.write(
+                    name.removesuffix(".weight"), leaf, i
+                ).items()
+                continue
+            index = i if _is_stacked(path) else ...
+            shape_on_disk = shape[::-1] if _is_transposed(path) else shape
+            read = functools.partial(values, leaf, index, path)
+            yield name, Tensor(shape_on_disk, dtype_name(dtype), read)
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -238,10 +427,10 @@ def _load_tokenizer(folder: Path) -> Any:
     # Here, because the import takes seconds.
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # tokenizer.json says all about a tokenizer, but AutoTokenizer of transformers 5
-    # takes only the vocabulary from it where config.json names a Qwen2.
-    whole = (folder / "tokenizer.json").is_file()
-    kind = PreTrainedTokenizerFast if whole else AutoTokenizer
+    # tokenizer.json describes a tokenizer completely, but AutoTokenizer of
+    # transformers 5 takes only the vocabulary from it where config.json names a Qwen2.
+    complete = (folder / "tokenizer.json").is_file()
+    kind = PreTrainedTokenizerFast if complete else AutoTokenizer
     try:
         return kind.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -255,7 +444,7 @@ def _load_tokenizer(folder: Path) -> Any:
 def _eos_ids(
     folder: Path, hf_config: Mapping[str, Any], tokenizer: Any
 ) -> tuple[int, ...]:
-    """What ends an answer: as in generation (an id or several), else in training."""
+    """Ids that end an answer: from the generation config, the config, the tokenizer."""
     path = folder / "generation_config.json"
     sources = [read_json(path) if path.is_file() else {}, hf_config]
     for source in sources:
