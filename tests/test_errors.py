@@ -58,7 +58,7 @@ SETTINGS = {
     "model=/no/such/folder": "there is no folder '/no/such/folder'",
     "model=qwen": "there is no folder 'qwen'",
     "model=Qwen/Qwen2.5-0.5B-Instruct": "it could not be downloaded from the",
-    "task=arc_c": "allenai/ai2_arc ARC-Challenge train could not be had from the",
+    "task=arc_c": "allenai/ai2_arc ARC-Challenge train could not be read from the",
 }
 """A setting, and what the message says of it."""
 

@@ -13,7 +13,7 @@ from jes import evaluate, train
 from jes.core import ledger as ledgers
 from jes.errors import InputError
 from jes.sampling.prompts import encode
-from jes.tasks import arc_c, load_task
+from jes.tasks import load_task
 from jes.tasks.task import Reward
 
 EXAMPLE = {"question": "Which?", "options": ["w", "x", "y", "z"], "answer": "B"}
@@ -75,8 +75,10 @@ def test_missing_columns_are_named(root: Path) -> None:
         load_task("arc_c", root=str(root))
 
 
-def test_the_prompt_is_asked_through_the_chat_template(small_model: Path) -> None:
-    messages = arc_c.prompt(EXAMPLE)
+def test_the_prompt_is_asked_through_the_chat_template(
+    root: Path, small_model: Path
+) -> None:
+    messages = load_task("arc_c", root=str(root)).prompt(EXAMPLE)
     assert [message["role"] for message in messages] == ["system", "user"]
     assert messages[1]["content"].startswith("Which?\nA. w\nB. x\nC. y\nD. z\n")
     tokenizer = jes.load(small_model).tokenizer
@@ -120,8 +122,8 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("text", ANSWERS, ids=lambda text: repr(text[:40]))
-def test_rewards(text: str) -> None:
-    reward = arc_c.reward(EXAMPLE, text)
+def test_rewards(text: str, root: Path) -> None:
+    reward = load_task("arc_c", root=str(root)).reward(EXAMPLE, text)
     correct, strict, formatted = ANSWERS[text]
     assert reward == Reward(float(correct), correct, strict, formatted)
 

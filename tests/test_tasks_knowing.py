@@ -25,7 +25,7 @@ from jes.tasks.open_questions import OPEN_TASKS, SETS
 
 CONFIG = Path(__file__).parent.parent / "configs" / "esma_triviaqa.py"
 PARIS = {"question": "What is the capital of France?", "answers": ["Paris"]}
-LANGUAGES = tuple(knowing.YES)
+LANGUAGES = tuple(knowing.CLAIMS)
 
 
 def task_of(form: str, example: Example = PARIS) -> Task:

@@ -39,7 +39,10 @@ HOSTILE = [
 ]
 
 
-@pytest.fixture(scope="module", params=[*tiny.KINDS, *tiny.FACTS])
+ASKED_ONCE = [name for name in tiny.TINY_TASKS if "knows" not in name]
+
+
+@pytest.fixture(scope="module", params=ASKED_ONCE)
 def task(request):
     return tiny_task(request.param)
 
@@ -75,14 +78,16 @@ def test_the_right_answer_earns_everything(task):
 def test_hostile_answers_score_zero_at_once(task):
     for example in task.test[:4]:
         for text in HOSTILE:
-            start = time.perf_counter()
-            reward = task.reward(example, text)
-            seconds = time.perf_counter() - start
+            taken = []
+            for _ in range(3):
+                start = time.perf_counter()
+                reward = task.reward(example, text)
+                taken.append(time.perf_counter() - start)
             assert not reward.correct, text[:40]
             assert not reward.strict, text[:40]
             assert reward.value <= 0.1, text[:40]
             # 1 ms is the aim; the rest is for a busy machine.
-            assert seconds < 0.02, text[:40]
+            assert min(taken) < 0.02, text[:40]
 
 
 def test_choices_hold_the_answer():
@@ -262,6 +267,6 @@ def test_facts_are_one_table():
 
 def test_one_example_in_eight_is_held_out():
     rng = np.random.default_rng(0)
-    drawn = [held_out(tiny.draw_max(rng)) for _ in range(4000)]
+    drawn = [held_out(tiny.KINDS["tiny/max"].draw(rng)) for _ in range(4000)]
     # Standard deviation 0.0052, bound five of them.
     assert abs(np.mean(drawn) - 1 / 8) < 0.026

@@ -1,4 +1,4 @@
-"""The tasks by name; one file each, or a table of those that differ in their rows."""
+"""The tasks by name."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,42 +6,41 @@ from functools import partial
 
 from jes.errors import InputError
 from jes.tasks import (
-    arc_c,
-    arc_c_cot,
     conciseness,
     countdown,
     gsm8k,
-    hellaswag,
-    mmlu_pro,
+    multiple_choice,
     open_questions,
-    piqa,
     proofwriter,
-    winogrande,
 )
 from jes.tasks.task import Example, Prompt, Reward, Task
 from jes.tasks.tiny import TINY_TASKS, tiny_task
 
 
-def _tiny(name: str, root: str, seed: int) -> Task:
-    del root  # drawn, not read
-    return tiny_task(name, seed)
+def _of_data(load: Callable[[str], Task]) -> Callable[..., Task]:
+    return lambda root, seed: load(root)
+
+
+def _tiny(name: str) -> Callable[..., Task]:
+    return lambda root, seed: tiny_task(name, seed)
 
 
 TASKS: dict[str, Callable[..., Task]] = {
-    "arc_c": arc_c.load,
-    "arc_c_cot": arc_c_cot.load,
-    "conciseness": conciseness.load,
-    "countdown": countdown.load,
-    "gsm8k": gsm8k.load,
-    "hellaswag": hellaswag.load,
-    "mmlu_pro": mmlu_pro.load,
-    "piqa": piqa.load,
-    "proofwriter": proofwriter.load,
-    "winogrande": winogrande.load,
-    **{name: partial(open_questions.load, name) for name in open_questions.OPEN_TASKS},
-    **{name: partial(_tiny, name) for name in TINY_TASKS},
+    **{
+        name: _of_data(partial(multiple_choice.load, name))
+        for name in multiple_choice.KINDS
+    },
+    "conciseness": _of_data(conciseness.load),
+    "countdown": _of_data(countdown.load),
+    "gsm8k": _of_data(gsm8k.load),
+    "proofwriter": _of_data(proofwriter.load),
+    **{
+        name: _of_data(partial(open_questions.load, name))
+        for name in open_questions.OPEN_TASKS
+    },
+    **{name: _tiny(name) for name in TINY_TASKS},
 }
-"""Name of a task -> function of (root, seed) that loads it."""
+"""Name of a task -> function of `root` and `seed` that loads it."""
 
 
 def load_task(
@@ -56,7 +55,7 @@ def load_task(
       train, test: how many examples to keep.
 
     Raises:
-      InputError: for an unknown name or data that cannot be had.
+      InputError: for an unknown name or data that cannot be read.
     """
     if name not in TASKS:
         raise InputError(f"there is no task {name!r}; there are {', '.join(TASKS)}")

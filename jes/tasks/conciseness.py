@@ -1,8 +1,8 @@
 """Conciseness (2509.24372, section 3.2): answers as long as the shortest right one.
 
 The reward is minus the difference of lengths, in characters of the completion alone.
-It does not look at what is said: `correct` does (the answer and nothing else, in any
-case, with or without a full stop), and `formatted` means that the length is equal.
+The reward ignores what is said. `correct` does not (the answer and nothing else, in
+any case, with or without a full stop); `formatted` means that the lengths are equal.
 """
 
 from jes.tasks.task import Example, Prompt, Reward, Task
@@ -22,12 +22,12 @@ TEST = {
     "How many days are in a week?": "7",
 }
 READ = 256
-"""A longer answer is never `correct`; it is not looked at."""
+"""A longer answer is never `correct`; it is not read."""
 
 
-def load(root: str = "", seed: int = 0) -> Task:
+def load(root: str = "") -> Task:
     """The task: two prompts to train on and eight held out, as in the paper."""
-    del root, seed
+    del root
     return Task(
         name="conciseness",
         train=[{"question": q, "answer": a} for q, a in TRAIN.items()],

@@ -1,9 +1,9 @@
 """Countdown: reach a target with every number once; 2509.24372 and 2605.30148.
 
 Asked through the chat template as in 2605.30148, and graded as in both papers: 0.1 for
-the format and 1 for the answer. The grader's regular expressions are written out as
-searches of linear work, and expressions are read by a small parser, never by `eval`:
-`**` and `//`, which would pass the papers' filter, are wrong here.
+the format and 1 for the answer. Searches of linear work replace the papers' regular
+expressions, and a small parser replaces `eval`: `**` and `//`, which would pass the
+papers' filter, are wrong here.
 """
 
 import math
@@ -30,17 +30,16 @@ TEXT = (
 PREFILL = "Let me solve this step by step.\n<think>"
 
 READ = 16384
-"""Characters at the end of an answer that are looked at."""
+"""Characters at the end of an answer that are read."""
 
 
-def load(root: str = "", seed: int = 0) -> Task:
+def load(root: str = "") -> Task:
     """The task; 200 problems to train on and 2000 held out.
 
     A `root` has the 2200 problems of 2509.24372 in the folder `countdown`. They are not
-    on the hub: without a root the first rows of Jiayi-Pan/Countdown-Tasks-3to4 are
-    taken, which are other problems of the same kind.
+    on the hub: without a root the problems are the first rows of
+    Jiayi-Pan/Countdown-Tasks-3to4, which are of the same kind.
     """
-    del seed
     if root:
         columns = ("numbers", "target")
         train, test = (
@@ -83,15 +82,15 @@ def prompt(example: Example) -> Prompt:
 
 
 def reward(example: Example, text: str) -> Reward:
-    """0.1 for the format and 1 for the last `<answer>`, taken as it stands.
+    """0.1 for the format and 1 for the last `<answer>`, read literally.
 
-    Leniently (`correct`), white space around the answer is ignored, so that it may
-    stand on a line of its own; strictly, the format is right too.
+    Leniently (`correct`), white space around the answer is ignored, so that it may be
+    on a line of its own; strictly, the format is right too.
     """
     text = text[-READ:]
     share = format_score(text)
     found = last_between(text, "<answer>", "</answer>") or ""
-    # Of white space the papers let spaces pass, and `$` one line break at the end.
+    # The papers allow spaces, and their `$` one line break at the end.
     plain = found.removesuffix("\n").strip(" ")
     right = _solves(plain, example)
     return Reward(
@@ -105,8 +104,8 @@ def reward(example: Example, text: str) -> Reward:
 def format_score(text: str) -> float:
     r"""1 for '...</think>\n<answer>...</answer>' and nothing after it.
 
-    Otherwise 0.1 for '</think>' and 0.5 for an '<answer>' that is closed. '<think>'
-    stands before the text, in the prompt; one line break may follow it.
+    Otherwise 0.1 for '</think>' and 0.5 for an '<answer>' that is closed. '<think>' is
+    the end of the prompt; one line break may follow the text.
     """
     body = text.removesuffix("\n").removesuffix("</answer>")
     middle = text.find("</think>\n<answer>")

@@ -1,8 +1,8 @@
-"""Answers found in text: the rules of 2605.30148 that several tasks share.
+"""Extraction of answers from text: the rules of 2605.30148 that several tasks share.
 
 The rules are those of the paper's code, with their known false positives (a letter of
-an ordinary word, the first digit of an explanation), so that accuracies compare; the
-exact format is told apart as `formatted`.
+an ordinary word, the first digit of an explanation), so that accuracies are comparable;
+`formatted` says whether the text has exactly the format asked for.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from jes.tasks.task import Reward
 
 READ = 8192
-"""Characters that are looked at: 1024 tokens of text have about half as many."""
+"""Characters that are read: 1024 tokens of text have about half as many."""
 
 
 class Found(NamedTuple):
@@ -19,7 +19,7 @@ class Found(NamedTuple):
 
     Attributes:
       answer: None where there is none.
-      formatted: whether `answer` stands there as it was asked for.
+      formatted: whether it is in the format asked for.
     """
 
     answer: str | None
@@ -38,9 +38,9 @@ def graded(found: Found, gold: str, format_share: float = 0.0) -> Reward:
 
 
 def option(text: str, options: str, lenient: re.Pattern[str]) -> Found:
-    """The number of an option: alone as asked for, else the first match of `lenient`.
+    """The label of an option: alone as asked for, else the first match of `lenient`.
 
-    Looks at the first `READ` characters; a longer text does not have the format.
+    Reads the first `READ` characters; a longer text does not have the format.
     """
     strict = re.fullmatch(rf"\s*([{options}])\s*", text[: READ + 1])
     if strict is not None and len(text) <= READ:
@@ -52,11 +52,11 @@ def option(text: str, options: str, lenient: re.Pattern[str]) -> Found:
 def letter(text: str, last: str) -> Found:
     """The letter A to `last` that a chain of thought ends with.
 
-    The format is a last 'The answer is (X)', and a text that ends so is judged by that
-    (a departure: the paper's extraction would take the first). Leniently, in
-    three stages, the first 'answer is (X)', the first 'answer is X' (where X may begin
-    a word: 'the answer is clearly (B)' is C), the first letter that stands alone
-    ('A dog' is A). All in capitals, and in the last `READ` characters.
+    The format is a last 'The answer is (X)', and a text that ends so is graded by that
+    (a departure: the paper's extraction would take the first). Leniently, the first
+    'answer is (X)', else the first 'answer is X' (where X may begin a word: 'the answer
+    is clearly (B)' is C), else the first letter that stands alone ('A dog' is A). Upper
+    and lower case are the same. Reads the last `READ` characters.
     """
     text = text[-READ:].upper()
     x = f"([A-{last}])"
@@ -69,12 +69,12 @@ def letter(text: str, last: str) -> Found:
 
 
 def last_line(text: str) -> str:
-    """The last line that is not blank, without the blanks around it."""
+    """The last line that is not blank, stripped."""
     return text[-READ:].strip().rpartition("\n")[2].strip()
 
 
 def last_between(text: str, start: str, end: str) -> str | None:
-    """What stands in the last `start`...`end`, read from the left; linear work."""
+    """The text in the last `start`...`end`, found from the left; linear work."""
     found, position = None, 0
     while (left := text.find(start, position)) >= 0:
         left += len(start)

@@ -18,20 +18,19 @@ Write short calculations and check the final result.
 On the last line, write only: #### <number>"""
 
 READ = 4096
-"""Characters at the end of an answer that are looked at."""
+"""Characters at the end of an answer that are read."""
 NUMBER = r"(?:-?\$|\$?-)?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?"
 STRICT = re.compile(r"####\s*([-0-9.,]+)")
 MARKED = re.compile(rf"####\s*({NUMBER})")
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 FIRST = re.compile(NUMBER)
 CALCULATION = re.compile(r"<<[^<>]*>>")
-"""Notes for a calculator, in the solutions of the data set."""
+"""Calculator annotations in the solutions of the data set."""
 PARSED = re.compile(r"(-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))(?:/([0-9]+))?")
 
 
-def load(root: str = "", seed: int = 0) -> Task:
+def load(root: str = "") -> Task:
     """The task; the first 200 of `train` and the first 500 of `test`."""
-    del seed
     return Task(
         name="gsm8k",
         train=_examples("train", TRAIN, root),
@@ -81,7 +80,7 @@ def reward(example: Example, text: str) -> Reward:
 
 
 def find(text: str) -> float | None:
-    r"""The number that an answer comes to, read after the last '</think>'.
+    r"""The number in an answer, read after the last '</think>'.
 
     The last '#### number', else the last '\boxed{number}', else the last
     '<answer>number</answer>', else the first number of all.
@@ -99,7 +98,7 @@ def find(text: str) -> float | None:
 
 
 def number(text: str) -> float | None:
-    """A decimal number or a fraction of whole ones; commas, $ and % do not count."""
+    """A decimal number or a fraction of whole ones; commas, $ and % are ignored."""
     parsed = PARSED.fullmatch(re.sub("[,$%]", "", text).strip())
     if parsed is None:
         return None

@@ -3,21 +3,20 @@
 ESMA (2602.02605): a direct question, and in a context of its own the meta question "do
 you know?". The prompts, in four languages, and the rules for `correct` and `yes` are
 those of the published code; `strict` and `formatted` are ours, and show what those
-rules let pass.
+rules miss.
 """
 
-import dataclasses
 import re
 import unicodedata
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jes.tasks.task import Example, Prompt, Reward, Task
 
 MAX_NEW_TOKENS = 32
 READ = 1024
-"""Characters at the start of an answer that are looked at: more than 32 tokens are."""
+"""Characters at the start of an answer that are read: more than 32 tokens have."""
 
 DIRECT = {
     "en": "Answer the following question with keywords.\nQuestion: {question}\n",
@@ -59,15 +58,14 @@ OLD_META = (
     '"No".\n'
 )
 
-YES = {"en": "yes", "ko": "예", "zh": "是", "es": "sí"}
-"""What counts as Yes wherever it stands in a meta answer."""
 CLAIMS = {
     "en": ("Yes", "No"),
     "ko": ("예", "아니요"),
     "zh": ("是", "否"),
     "es": ("Sí", "No"),
 }
-"""The words that the meta prompts ask for."""
+"""The words that the meta prompts ask for. The first, in lower case, counts as Yes
+anywhere in a meta answer."""
 END = r"(?![^\W_])"
 CLEAR = {
     "en": (f"yes{END}", f"(?:i(?: am|'m)? )?(?:no|not|do not|don't){END}"),
@@ -75,8 +73,8 @@ CLEAR = {
     "zh": ("是(?!否)", "我?[否不没沒]"),
     "es": (f"sí{END}", f"no{END}"),
 }
-"""What a meta answer begins with that is clearly a yes, and clearly a no. A clear yes
-always is Yes; a clear no may be one too, by the rule above."""
+"""How a meta answer begins that is clearly a yes, and clearly a no. A clear yes always
+counts as Yes; a clear no may too, by the rule above."""
 
 CHARACTERS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\U00020000-\U0003ffff"
 """Kana, Chinese characters and Hangul syllables: each is a word of its own."""
@@ -89,9 +87,9 @@ class Form(NamedTuple):
 
     Attributes:
       direct, meta: prompts; without a meta prompt, the direct one asks for "I don't
-        know" (a single prompt).
-      language: of both, a key of `YES`.
-      raw: feeds the meta prompt as it stands, without the chat template.
+        know".
+      language: of both, a key of `CLAIMS`.
+      raw: whether the meta prompt is raw text, without the chat template.
     """
 
     direct: str
@@ -109,37 +107,36 @@ FORMS = {
 }
 """Forms by name; '' is ours, with both prompts in the chat template.
 
-`published` is the published code: the meta prompt is raw text. So it was in `old`, with
-the prompts up to December 2025, and so it is there in Korean, Chinese and Spanish,
-where we put it in the template.
+`published` is as the published code: the meta prompt is raw text. `old` has the prompts
+up to December 2025. In Korean, Chinese and Spanish the published code has raw text too,
+where ours is in the template.
 """
 
 
 def knowing_task(
     name: str, form: Form, train: Sequence[Example], test: Sequence[Example]
 ) -> Task:
-    """The task of asking in this form.
+    """The task that asks questions in this form.
 
     Args:
       name: of the task.
       form: prompts and language.
       train, test: examples with `question` and `answers`, all aliases that are right.
     """
-    task = Task(
+    settings: dict[str, Any] = {"reward": idk_reward}
+    if form.meta is not None:
+        settings = {
+            "reward": partial(reward, form.language),
+            "meta": partial(_raw if form.raw else _chat, form.meta),
+            "claims": CLAIMS[form.language],
+        }
+    return Task(
         name=name,
         train=train,
         test=test,
         prompt=partial(_chat, form.direct),
-        reward=idk_reward,
         max_new_tokens=MAX_NEW_TOKENS,
-    )
-    if form.meta is None:
-        return task
-    return dataclasses.replace(
-        task,
-        meta=partial(_raw if form.raw else _chat, form.meta),
-        reward=partial(reward, form.language),
-        claims=CLAIMS[form.language],
+        **settings,
     )
 
 
@@ -152,19 +149,19 @@ def _raw(template: str, example: Example) -> Prompt:
 
 
 def reward(language: str, example: Example, text: str, meta: str) -> Reward:
-    """The reward of ESMA: a point if right, and one if the meta answer says which.
+    """The reward of ESMA: a point if right, and one if the meta answer agrees.
 
-    `yes` is whether the yes-word occurs in the lower-cased meta answer; all else is No
-    ("Not sure", a refusal, nothing). It occurs in "eyes" and "yesterday", in Spanish
-    "así", in Korean "예를 들어" ("for example"), in Chinese "不是" ("no"), too.
+    `yes` is whether the yes-word occurs in the lower-cased meta answer; anything else
+    is No ("Not sure", a refusal, nothing). It also occurs in "eyes" and "yesterday",
+    in Spanish "así", in Korean "예를 들어" ("for example"), in Chinese "不是" ("no").
     `formatted` is whether the meta answer is a clear yes or no; see `label`.
     """
-    yes = YES[language] in meta[:READ].lower()
+    yes = CLAIMS[language][0].lower() in meta[:READ].lower()
     return _reward(example, text, yes, label(language, meta) != "other")
 
 
 def idk_reward(example: Example, text: str) -> Reward:
-    """The same for a single prompt: Yes unless the answer has "I don't know" in it.
+    """The same for a single prompt: Yes unless the answer contains "I don't know".
 
     With a curly apostrophe too, which the published code misses.
     """
@@ -198,9 +195,9 @@ def normalized(text: str) -> str:
 
     As for SQuAD (1606.05250), with punctuation as a space, as for TriviaQA
     (1705.03551): "Paris's" has the word "Paris". Unicode is in form NFKC, and accents
-    stay. Chinese, Japanese and Korean are not split into words, or have particles that
-    belong to none: there each character is a word. What is all articles keeps them
-    ("A"), and what has no words stays as it is (an emoji).
+    stay. In Chinese, Japanese and Korean, without spaces or with particles, each
+    character is a word. A text of articles alone keeps them ("A"), and a text without
+    words is unchanged (an emoji).
     """
     lower = unicodedata.normalize("NFKC", text).lower()
     words = WORD.findall(lower)
@@ -211,8 +208,7 @@ def normalized(text: str) -> str:
 def label(language: str, meta: str) -> str:
     """'yes', 'no' or 'other': how a meta answer begins, after quotes, spaces and marks.
 
-    A no is also that the model does not know ("I don't know", "不知道"), and what an
-    asked-for no is part of ("不是").
+    'no' includes not knowing ("I don't know", "不知道") and longer forms ("不是").
     """
     said = _lower(meta)
     for kind, pattern in zip(("yes", "no"), CLEAR[language], strict=True):

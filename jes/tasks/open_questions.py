@@ -11,11 +11,11 @@
 each in the forms of `jes.tasks.knowing.FORMS`: `trivia_qa`, `trivia_qa/published`, ...
 `mkqa` is asked in the language of the form; of the others only the prompt is.
 
-The paper takes `rc` of TriviaQA, the same rows with texts that are not used: a question
-with both web pages and Wikipedia pages is there twice. Only `trivia_qa` and
+The paper uses `rc` of TriviaQA, the same rows with texts that it does not need: a
+question with both web pages and Wikipedia pages is there twice. Only `trivia_qa` and
 `web_questions` can be trained on here; the others are for evaluation.
 
-`datasets` 4 and later does not run the loaders of the last two, so they need
+`datasets` 4 and later does not run the loading scripts of the last two, so they need
 `data.root`, with a file made once of what the authors publish:
 
     import json, pandas  # freebase_qa/test.parquet, of FreebaseQA-eval.json
@@ -26,8 +26,8 @@ with both web pages and Wikipedia pages is there twice. Only `trivia_qa` and
 
 (github.com/kelvin-jiang/FreebaseQA, github.com/apple/ml-mkqa). Columns of the first:
 `RawQuestion`, and `Parses`, of which all `AnswersName` count. Of the second: `queries`,
-a text a language, and `answers`, for each language a list of `text` and `aliases`; its
-unanswerable questions have none.
+a text for each language, and `answers`, for each language a list of `text` and
+`aliases`; its unanswerable questions have none.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -38,8 +38,23 @@ from jes.tasks.knowing import FORMS, knowing_task
 from jes.tasks.rows import read_rows
 from jes.tasks.task import Example, Task
 
-Row = dict[str, Any]
-Texts = Iterable[str | None]
+
+def _nested_names(parses: Any, within: bool = False) -> Iterator[str]:
+    """All texts under `AnswersName`, however the lists and fields are nested."""
+    if isinstance(parses, dict):
+        for name, value in parses.items():
+            yield from _nested_names(value, within or name == "AnswersName")
+    elif isinstance(parses, list):
+        for value in parses:
+            yield from _nested_names(value, within)
+    elif within and parses is not None:
+        yield parses
+
+
+def _texts_and_aliases(answers: Any) -> Iterator[str | None]:
+    for answer in answers:
+        yield answer["text"]
+        yield from answer.get("aliases") or ()
 
 
 class Source(NamedTuple):
@@ -48,86 +63,47 @@ class Source(NamedTuple):
     Attributes:
       repository, config: on the hub.
       train, test: splits to train and to evaluate on; '' for none.
-      columns: those that are read.
-      question, answers: of a row, in a language; answers may have gaps.
+      question, answers: names of the columns.
+      aliases: all right answers in a value of the column `answers`; may have gaps.
+      by_language: whether the columns hold a value for each language.
     """
 
     repository: str
-    config: str
-    train: str
     test: str
-    columns: tuple[str, str]
-    question: Callable[[Row, str], str]
-    answers: Callable[[Row, str], Texts]
-
-
-def _names(parses: Any, within: bool = False) -> Iterator[str]:
-    """All texts under `AnswersName`, however the lists and fields are nested."""
-    if isinstance(parses, dict):
-        for name, value in parses.items():
-            yield from _names(value, within or name == "AnswersName")
-    elif isinstance(parses, list):
-        for value in parses:
-            yield from _names(value, within)
-    elif within and parses is not None:
-        yield parses
-
-
-def _of_language(texts: Row, language: str) -> Any:
-    return texts["zh_cn" if language == "zh" else language]
-
-
-def _mkqa_answers(row: Row, language: str) -> Texts:
-    for answer in _of_language(row["answers"], language):
-        yield answer["text"]
-        yield from answer.get("aliases") or ()
+    question: str = "question"
+    answers: str = "answer"
+    train: str = ""
+    config: str = ""
+    aliases: Callable[[Any], Iterable[str | None]] = lambda answers: answers
+    by_language: bool = False
 
 
 SETS = {
     "trivia_qa": Source(
         "mandarjoshi/trivia_qa",
-        "rc.nocontext",
-        "train",
         "validation",
-        ("question", "answer"),
-        lambda row, _: row["question"],
-        lambda row, _: row["answer"]["aliases"],
+        train="train",
+        config="rc.nocontext",
+        aliases=lambda answer: answer["aliases"],
     ),
-    "nq_open": Source(
-        "google-research-datasets/nq_open",
-        "",
-        "",
-        "validation",
-        ("question", "answer"),
-        lambda row, _: row["question"],
-        lambda row, _: row["answer"],
-    ),
+    "nq_open": Source("google-research-datasets/nq_open", "validation"),
     "web_questions": Source(
-        "stanfordnlp/web_questions",
-        "",
-        "train",
-        "test",
-        ("question", "answers"),
-        lambda row, _: row["question"],
-        lambda row, _: row["answers"],
+        "stanfordnlp/web_questions", "test", answers="answers", train="train"
     ),
     "freebase_qa": Source(
         "KelvinJiang/freebase_qa",
-        "",
-        "",
         "test",
-        ("RawQuestion", "Parses"),
-        lambda row, _: row["RawQuestion"],
-        lambda row, _: _names(row["Parses"]),
+        question="RawQuestion",
+        answers="Parses",
+        aliases=_nested_names,
     ),
     "mkqa": Source(
         "apple/mkqa",
-        "",
-        "",
         "train",
-        ("queries", "answers"),
-        lambda row, language: _of_language(row["queries"], language),
-        _mkqa_answers,
+        question="queries",
+        answers="answers",
+        aliases=_texts_and_aliases,
+        by_language=True,
     ),
 }
 
@@ -136,29 +112,30 @@ OPEN_TASKS = tuple(
 )
 
 
-def load(name: str, root: str = "", seed: int = 0) -> Task:
+def load(name: str, root: str = "") -> Task:
     """The task of this name, one of `OPEN_TASKS`."""
-    del seed
     data, _, form = name.partition("/")
-    language = FORMS[form].language
-    train, test = (
-        _examples(SETS[data], split, language, root) if split else ()
-        for split in (SETS[data].train, SETS[data].test)
-    )
+    source, language = SETS[data], FORMS[form].language
+    train = _examples(source, source.train, language, root) if source.train else []
+    test = _examples(source, source.test, language, root)
     return knowing_task(name, FORMS[form], train, test)
 
 
 def _examples(source: Source, split: str, language: str, root: str) -> list[Example]:
-    """The rows; one without an alias stays, and is answered wrongly, as in the paper.
+    """The rows; one without an alias is kept, and counts as wrong, as in the paper.
 
-    Aliases that are blank are left out: they would be in every answer.
+    Blank aliases are left out: they would be in every answer.
     """
-    rows = read_rows(source.repository, source.config, split, source.columns, root)
+    columns = (source.question, source.answers)
+    rows = read_rows(source.repository, source.config, split, columns, root)
     examples: list[Example] = []
     for number, row in enumerate(rows):
         try:
-            aliases = [a for a in source.answers(row, language) if a and a.strip()]
-            question = source.question(row, language)
+            question, answers = row[source.question], row[source.answers]
+            if source.by_language:
+                key = "zh_cn" if language == "zh" else language
+                question, answers = question[key], answers[key]
+            aliases = [a for a in source.aliases(answers) if a and a.strip()]
         except (AttributeError, KeyError, TypeError) as error:
             raise InputError(
                 f"{source.repository} {split}: row {number} is not as expected: "

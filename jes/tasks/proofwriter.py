@@ -37,13 +37,12 @@ LAST = re.compile(r"(?i)(?:(?:final )?answer(?: is)?:?\s*)?([a-z]+)[\s.,;:!*]*")
 WORD = re.compile(r"(?i)\b(true|false|unknown)\b")
 
 
-def load(root: str = "", seed: int = 0) -> Task:
+def load(root: str = "") -> Task:
     """The task; 200 examples to train on and 1000 held out.
 
     On the hub they are the first rows of `train` after `Dataset.shuffle(seed=0)`. A
-    `root` has these very rows as `train` and `test`, and is read as it stands.
+    `root` has these rows as `train` and `test`, already shuffled.
     """
-    del seed
     if root:
         train, test = (
             read_rows(REPOSITORY, "", s, COLUMNS, root) for s in ("train", "test")

@@ -1,4 +1,4 @@
-"""Rows of public data sets: parquet files, or from the Hugging Face hub."""
+"""Rows of public data sets: from parquet files, or from the Hugging Face hub."""
 
 import random
 from collections.abc import Sequence
@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from jes.errors import InputError
+
+FOLDERS = {"TIGER-Lab/MMLU-Pro": "mmlu_pro"}
+"""Folders of a `root` that are not named like the repository."""
 
 
 def read_rows(
@@ -24,17 +27,16 @@ def read_table(
       repository: name on the hub, such as 'allenai/ai2_arc'.
       config: configuration of the data set; '' where it has only one.
       split: 'train', 'validation' or 'test'.
-      columns: the columns that must be there.
-      root: folder that holds `<name without owner>/<config>/<split>.parquet`, or the
-        files `<split>-00000-of-00001.parquet` of the hub; without it the rows come
-        from the hub, or from its cache.
+      columns: the columns to read.
+      root: folder with `<name without owner>/<config>/<split>.parquet`, or the files
+        `<split>-00000-of-00001.parquet` of the hub; '' for the hub, or its cache.
 
     Raises:
-      InputError: if the split or a column is missing, or there is no way to the hub.
+      InputError: if the split or a column is missing, or the hub is out of reach.
     """
     if root:
-        folder = Path(root).expanduser() / repository.split("/")[-1] / config
-        table = _from_folder(folder, split)
+        name = FOLDERS.get(repository, repository.split("/")[-1])
+        table = _from_folder(Path(root).expanduser() / name / config, split)
     else:
         table = _from_hub(repository, config, split)
     missing = [c for c in columns if c not in table.column_names]
@@ -47,12 +49,12 @@ def read_table(
 
 
 def one_of(answer: str, answers: Sequence[str], where: str) -> str:
-    """The answer of a row, if it is among those that there are.
+    """The answer of a row, if it is one of the possible answers.
 
     Raises:
       InputError: if it is not (hidden test splits have no answers, say).
     """
-    if answer not in list(answers):  # of a string, `in` would find '' too
+    if answer not in list(answers):  # in a string, `in` would find '' too
         raise InputError(
             f"{where}: the answer {answer!r} is not one of {', '.join(answers)}"
         )
@@ -62,7 +64,7 @@ def one_of(answer: str, answers: Sequence[str], where: str) -> str:
 def subset(rows: list[Any], size: int = 2048) -> list[Any]:
     """All rows, or of more than `size` a fixed random subset.
 
-    2605.30148 takes as many with the same seed; how it draws them is not known.
+    2605.30148 uses as many rows and the same seed, but does not say how it draws them.
     """
     if len(rows) <= size:
         return rows
@@ -96,7 +98,7 @@ def _from_hub(repository: str, config: str, split: str) -> Any:
 
     try:
         if not constants.HF_HUB_OFFLINE:
-            # Asked first because it takes a time limit; `load_dataset` retries long.
+            # This request has a time limit; `load_dataset` would retry for long.
             HfApi().dataset_info(repository, timeout=5)
     except Exception:  # no network: a cached copy will do
         constants.HF_HUB_OFFLINE = True
@@ -104,7 +106,8 @@ def _from_hub(repository: str, config: str, split: str) -> Any:
         return load_dataset(repository, config or None, split=split).data.table
     except Exception as error:  # one of a dozen kinds, by the version of the hub
         raise InputError(
-            f"{repository} {config} {split} could not be had from the Hugging Face hub "
-            f"({str(error).strip().splitlines()[0]}). Give a folder of parquet files "
-            "with --config.data.root=FOLDER, or run configs/tiny.py, which needs none"
+            f"{repository} {config} {split} could not be read from the Hugging Face "
+            f"hub ({str(error).strip().splitlines()[0]}). Give a folder of parquet "
+            "files with --config.data.root=FOLDER, or run configs/tiny.py, which needs "
+            "none"
         ) from error

@@ -8,12 +8,12 @@ Example = Mapping[str, Any]
 """One row of a data set."""
 
 Prompt = str | list[dict[str, str]]
-"""Text to be continued as it stands, or chat messages (`role`, `content`) for the
-model's chat template; a last message of the assistant is a prefill to be continued."""
+"""Raw text to be continued, or chat messages (`role`, `content`) for the model's chat
+template; a last message of the assistant is a prefill, which the model continues."""
 
 
 class Reward(NamedTuple):
-    """What an answer earns. Rewards never raise, whatever the model wrote.
+    """The score of an answer. Rewards never raise, whatever the model wrote.
 
     Attributes:
       value: what ES maximises (the mean over prompts is a member's fitness).
@@ -37,15 +37,15 @@ class Task:
     Attributes:
       name: as in `jes.tasks.TASKS`.
       train, test: examples to train on, and held out.
-      prompt: what the model is asked.
-      reward: scores the text that the model answers with (the completion alone);
-        takes an example and the text, and with `meta` a second text.
-      max_new_tokens: room for an answer.
+      prompt: the prompt of an example.
+      reward: scores an answer, given the example and the text that the model wrote
+        (without the prompt); with `meta`, given the answer to that as well.
+      max_new_tokens: the length to which answers are cut.
       choices, answer: for tasks that can be scored by likelihood, the possible
         continuations of the prompt, and the index of the right one.
-      meta: for tasks that ask about knowledge, a second prompt, which asks whether the
-        model knows the answer to the first. It is asked in a context of its own.
-      claims: the words that `meta` is answered by: yes, and no.
+      meta: for tasks about knowledge, a second prompt, asked in a context of its own:
+        does the model know the answer to the first?
+      claims: the words that answer `meta`: yes, and no.
     """
 
     name: str

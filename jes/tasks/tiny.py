@@ -5,9 +5,8 @@ claim can be shown on them in minutes on two CPU cores. Three parts:
 
 - prior tasks, which the embedded model has learned: `tiny/add`, `tiny/subtract`,
   `tiny/reverse`, `tiny/sort`, `tiny/max`, `tiny/facts_often`;
-- target tasks, of which it has seen little, left for ES: `tiny/min`,
-  `tiny/countdown`, `tiny/rules`, and two of which it has seen nothing, `tiny/last`
-  and `tiny/rotate`;
+- target tasks, left for ES, of which it has seen little (`tiny/min`,
+  `tiny/countdown`, `tiny/rules`) or nothing (`tiny/last`, `tiny/rotate`);
 - knowledge: `tiny/facts_seldom` and `tiny/facts_never`, and `tiny/facts` with all
   three classes; `tiny/knows`, which also asks whether the model knows, and the same
   in other prompts, `tiny/knows_chat` and `tiny/knows_other` (see
@@ -21,6 +20,7 @@ seed, nor with what the embedded model was trained on.
 import re
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +33,7 @@ LABELS = ("a", "b", "c")
 HELD_OUT_SHARE = 8
 """One prompt in so many is held out."""
 READ = 64
-"""Characters of an answer that are looked at by lenient extraction."""
+"""Characters of an answer that lenient extraction reads."""
 
 
 class Kind(NamedTuple):
@@ -72,13 +72,11 @@ def tiny_task(
     Raises:
       ValueError: for an unknown name, or more examples than the task has.
     """
-    kind = KINDS.get(name)
-    if name in tiny_facts.FORMS:
-        return tiny_facts.knows_task(name, seed, train_size, test_size)
-    if name in FACTS:
-        return tiny_facts.fact_task(name, FACTS[name], seed, train_size, test_size)
-    if kind is None:
+    if name not in TINY_TASKS:
         raise ValueError(f"no task {name!r}; there are {', '.join(TINY_TASKS)}")
+    if name not in KINDS:
+        return tiny_facts.fact_task(name, seed, train_size, test_size)
+    kind = KINDS[name]
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     train, test = _split(kind, rng, train_size, test_size, name)
     choices = kind.choices
@@ -112,59 +110,32 @@ def _split(
     )
 
 
-def draw_add(rng: np.random.Generator) -> Example:
+def _add(rng: np.random.Generator) -> Example:
     """`12+34=`, answered by `46`."""
     a, b = rng.integers(0, 100, 2).tolist()
     same_as = f"{min(a, b)}+{max(a, b)}="
     return {"prompt": f"{a}+{b}=", "answer": str(a + b), "same_as": same_as}
 
 
-def draw_subtract(rng: np.random.Generator) -> Example:
+def _subtract(rng: np.random.Generator) -> Example:
     """`34-12=`, answered by `22` (never below zero)."""
     b, a = sorted(rng.integers(0, 100, 2).tolist())
     return {"prompt": f"{a}-{b}=", "answer": str(a - b)}
 
 
-def draw_reverse(rng: np.random.Generator) -> Example:
+def _of_word(
+    verb: str, answer: Callable[[str], str], rng: np.random.Generator
+) -> Example:
     """`reverse kdzb:`, answered by `bzdk`; 3 to 5 letters."""
-    word = _word(rng)
-    return {"prompt": f"reverse {word}:", "answer": word[::-1]}
-
-
-def draw_sort(rng: np.random.Generator) -> Example:
-    """`sort kdzb:`, answered by `bdkz`; 3 to 5 letters."""
-    word = _word(rng)
-    return {"prompt": f"sort {word}:", "answer": "".join(sorted(word))}
-
-
-def _word(rng: np.random.Generator) -> str:
     letters = rng.integers(0, len(LETTERS), rng.integers(3, 6))
-    return "".join(LETTERS[i] for i in letters)
+    word = "".join(LETTERS[i] for i in letters)
+    return {"prompt": f"{verb} {word}:", "answer": answer(word)}
 
 
-def draw_last(rng: np.random.Generator) -> Example:
-    """`last kdzb:`, answered by `b`; 3 to 5 letters."""
-    word = _word(rng)
-    return {"prompt": f"last {word}:", "answer": word[-1]}
-
-
-def draw_rotate(rng: np.random.Generator) -> Example:
-    """`rotate kdzb:`, answered by `dzbk`; 3 to 5 letters."""
-    word = _word(rng)
-    return {"prompt": f"rotate {word}:", "answer": word[1:] + word[:1]}
-
-
-def draw_max(rng: np.random.Generator) -> Example:
+def _of_numbers(
+    verb: str, best: Callable[[np.ndarray], int], rng: np.random.Generator
+) -> Example:
     """Multiple choice: `max a)12 b)4 c)9:`, answered by the label, `a`."""
-    return _choice(rng, "max", np.argmax)
-
-
-def draw_min(rng: np.random.Generator) -> Example:
-    """Multiple choice: `min a)12 b)4 c)9:`, answered by the label, `b`."""
-    return _choice(rng, "min", np.argmin)
-
-
-def _choice(rng: np.random.Generator, verb: str, best: Callable) -> Example:
     numbers = rng.choice(99, len(LABELS), replace=False) + 1
     options = " ".join(f"{x}){n}" for x, n in zip(LABELS, numbers, strict=True))
     return {"prompt": f"{verb} {options}:", "answer": LABELS[best(numbers)]}
@@ -202,22 +173,23 @@ def label_reward(example: Example, text: str) -> Reward:
     return Reward(float(correct), correct, strict, text in LABELS)
 
 
+WORDS: dict[str, tuple[Callable[[str], str], int]] = {
+    "reverse": (lambda word: word[::-1], 6),
+    "sort": (lambda word: "".join(sorted(word)), 6),
+    "last": (lambda word: word[-1], 3),
+    "rotate": (lambda word: word[1:] + word[:1], 6),
+}
+"""Tasks on a word: the answer, and room for it."""
 KINDS: dict[str, Kind] = {
-    "tiny/add": Kind(draw_add, number_reward, 4),
-    "tiny/subtract": Kind(draw_subtract, number_reward, 3),
-    "tiny/reverse": Kind(draw_reverse, word_reward, 6),
-    "tiny/sort": Kind(draw_sort, word_reward, 6),
-    "tiny/last": Kind(draw_last, word_reward, 3),
-    "tiny/rotate": Kind(draw_rotate, word_reward, 6),
-    "tiny/max": Kind(draw_max, label_reward, 2, LABELS),
-    "tiny/min": Kind(draw_min, label_reward, 2, LABELS),
+    "tiny/add": Kind(_add, number_reward, 4),
+    "tiny/subtract": Kind(_subtract, number_reward, 3),
+    **{
+        f"tiny/{verb}": Kind(partial(_of_word, verb, answer), word_reward, room)
+        for verb, (answer, room) in WORDS.items()
+    },
+    "tiny/max": Kind(partial(_of_numbers, "max", np.argmax), label_reward, 2, LABELS),
+    "tiny/min": Kind(partial(_of_numbers, "min", np.argmin), label_reward, 2, LABELS),
     "tiny/countdown": Kind(tiny_countdown.draw, tiny_countdown.reward, 8),
     "tiny/rules": Kind(tiny_rules.draw, tiny_rules.reward, 8, tiny_rules.TRUTHS),
 }
-FACTS: dict[str, tuple[str, ...]] = {
-    "tiny/facts_often": ("often",),
-    "tiny/facts_seldom": ("seldom",),
-    "tiny/facts_never": ("never",),
-    "tiny/facts": tiny_facts.CLASSES,
-}
-TINY_TASKS = (*KINDS, *FACTS, *tiny_facts.FORMS)
+TINY_TASKS = (*KINDS, *tiny_facts.FORMS)

@@ -1,8 +1,8 @@
 """Countdown with three small numbers: reach a target with + - * and parentheses.
 
 `22 from 3 5 7:` is answered by `3*5+7`, or by any other expression of that value
-that uses every number once. Expressions are read by a small parser of bounded work,
-never by `eval`.
+that uses every number once. A small parser of bounded work reads expressions, never
+`eval`.
 """
 
 import re
@@ -13,11 +13,11 @@ from jes.tasks import arithmetic
 from jes.tasks.task import Example, Reward
 
 LONGEST = 24
-"""Characters in an expression that is read at all."""
+"""Longest expression that is read."""
 SHAPES = ("{}{}{}{}{}", "({}{}{}){}{}", "{}{}({}{}{})")
 ANSWER = re.compile(r"\(*[0-9]\)*([-+*]\(*[0-9]\)*)*")
 OTHER = re.compile(r"[^-+*()0-9]|(?:^|[-+*(])[-+]|[0-9]{3}")
-"""What an expression cannot have: other characters, unary signs, long numbers."""
+"""What is not allowed: other characters, unary signs, long numbers."""
 
 
 def draw(rng: np.random.Generator) -> Example:
@@ -52,7 +52,6 @@ def reward(example: Example, text: str) -> Reward:
     an equals sign or a line break are ignored.
     """
     formatted = len(text) <= LONGEST and ANSWER.fullmatch(text) is not None
-    # One character more than is read, so that a longer answer is seen to be longer.
     lenient = re.split(r"[=\n]", text[: 2 * LONGEST])[0].replace(" ", "")
     correct = solves(lenient, example["numbers"], example["target"])
     strict = correct and formatted and lenient == text

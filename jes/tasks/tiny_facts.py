@@ -2,18 +2,17 @@
 
 One fixed table says in which city each of many made-up people lives
 (`city of zorbu:` is answered by `kemo`). The embedded model saw a third of the
-table often, a third seldom and a third never. Beside it stands the question whether
-it knows (`know city of zorbu?`, answered by `yes` or `no`), which the embedded model
-saw with answers by the toss of a coin: it knows the form of the answer and nothing
-about its own knowledge. The tasks `tiny/knows` ask both, and reward knowing what one
-knows.
+table often, a third seldom and a third never. Another question asks whether it knows
+(`know city of zorbu?`, answered by `yes` or `no`): the embedded model saw it with
+random answers, so it knows the form of the answer but nothing about its own knowledge.
+The tasks `tiny/knows` ask both questions, and reward a model that knows what it knows.
 """
 
-import dataclasses
 import functools
 import re
 import zlib
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +22,7 @@ CLASSES = ("often", "seldom", "never")
 """How often pretraining shows a fact: the field `seen` of an example."""
 KEYS_PER_CLASS = 1024
 MET_PER_CLASS = 256
-"""The first so many of each class are those that `tiny/knows` is about."""
+"""Facts of each class, the first ones, that `tiny/knows` asks about."""
 CITIES = 64
 WORLD = 2026
 """Seed of the table. The embedded model knows this table and no other."""
@@ -34,8 +33,8 @@ CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 def facts() -> tuple[Example, ...]:
     """The table: examples with `key`, `answer`, `seen`, `prompt` and `held_out`.
 
-    Held out (half of each class) are keys that no fine-tuning sees. Whether the
-    embedded model saw a fact, held out or not, is told by `seen`.
+    Held out (half of each class) are keys that no fine-tuning sees. `seen` says how
+    often the embedded model saw a fact, held out or not.
     """
     rng = np.random.default_rng(WORLD)
     cities = _distinct(rng, "cvcv", CITIES)
@@ -65,7 +64,7 @@ def meta_prompt(example: Example) -> str:
 
 
 def draw_name(rng: np.random.Generator) -> str:
-    """A name such as those of the table (and, one time in 22, one of them)."""
+    """A name like those of the table (one time in 22 it is one of them)."""
     return _spelled(rng, "cvccv")
 
 
@@ -88,16 +87,12 @@ def reward(example: Example, text: str) -> Reward:
     return Reward(float(correct), correct, text == example["answer"], formatted)
 
 
-def other_prompt(example: Example) -> str:
-    """The same question in words that the embedded model has never seen."""
-    return f"sure of city of {example['key']}?"
-
-
 def meta_reward(example: Example, text: str, meta: str) -> Reward:
-    """ESMA's (2602.02605): a point if right, and one if it says so or no when wrong.
+    """The reward of ESMA (2602.02605): a point if the answer is right, and one if the
+    second answer is yes for a right answer or no for a wrong one.
 
-    `formatted` is whether the second answer begins with yes or no; all that has no
-    "yes" counts as no, as in the paper.
+    `formatted` is whether the second answer begins with yes or no; one without "yes"
+    counts as no, as in the paper.
     """
     direct, said = reward(example, text), meta[:64].lower()
     yes = "yes" in said
@@ -106,46 +101,51 @@ def meta_reward(example: Example, text: str, meta: str) -> Reward:
     return Reward(value, direct.correct, direct.strict, formatted, yes)
 
 
+class Form(NamedTuple):
+    """How facts are asked.
+
+    Attributes:
+      classes: the `CLASSES` that are asked.
+      prompt: the question.
+      meta: asks whether the model knows; None if that is not asked.
+    """
+
+    classes: Sequence[str] = CLASSES
+    prompt: Callable[[Example], Prompt] = lambda example: example["prompt"]
+    meta: Callable[[Example], Prompt] | None = None
+
+
 def _chat(text: str) -> Prompt:
     return [{"role": "user", "content": text}]
 
 
-FORMS: dict[str, tuple[Callable[[Example], Prompt], Callable[[Example], Prompt]]] = {
-    "tiny/knows": (lambda example: example["prompt"], meta_prompt),
-    "tiny/knows_chat": (
-        lambda example: _chat(example["prompt"]),
-        lambda example: _chat(meta_prompt(example)),
+FORMS = {
+    "tiny/facts_often": Form(("often",)),
+    "tiny/facts_seldom": Form(("seldom",)),
+    "tiny/facts_never": Form(("never",)),
+    "tiny/facts": Form(),
+    # Both questions as the embedded model saw them.
+    "tiny/knows": Form(meta=meta_prompt),
+    # In the chat template, which it saw seldom.
+    "tiny/knows_chat": Form(
+        prompt=lambda example: _chat(example["prompt"]),
+        meta=lambda example: _chat(meta_prompt(example)),
     ),
-    "tiny/knows_other": (lambda example: example["prompt"], other_prompt),
+    # The second question in words that it has never seen.
+    "tiny/knows_other": Form(meta=lambda e: f"sure of city of {e['key']}?"),
 }
-"""The question and the question about it: as the embedded model saw them, in the chat
-template (which it saw seldom), and the second in other words."""
 
 
-def knows_task(name: str, seed: int, train_size: int, test_size: int) -> Task:
-    """The first facts of all classes, asked for and about; see `fact_task`."""
-    direct, meta = FORMS[name]
-    facts = fact_task(name, CLASSES, seed, train_size, test_size, MET_PER_CLASS)
-    return dataclasses.replace(
-        facts, prompt=direct, meta=meta, reward=meta_reward, claims=("yes", "no")
-    )
-
-
-def fact_task(
-    name: str,
-    classes: Sequence[str],
-    seed: int,
-    train_size: int,
-    test_size: int,
-    per_class: int = KEYS_PER_CLASS,
-) -> Task:
-    """The first facts of some classes in equal shares, at most as many as there are."""
+def fact_task(name: str, seed: int, train_size: int, test_size: int) -> Task:
+    """One of `FORMS`: the first facts of its classes in equal shares, at most all."""
+    form = FORMS[name]
+    per_class = KEYS_PER_CLASS if form.meta is None else MET_PER_CLASS
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     sides: dict[bool, list[Example]] = {}
     for held_out in (False, True):
         rows = [
             [f for f in facts_seen(c)[:per_class] if f["held_out"] == held_out]
-            for c in classes
+            for c in form.classes
         ]
         orders = [rng.permutation(len(r)) for r in rows]
         sides[held_out] = [
@@ -157,7 +157,9 @@ def fact_task(
         name=name,
         train=sides[False][:train_size],
         test=sides[True][:test_size],
-        prompt=lambda example: example["prompt"],
-        reward=reward,
+        prompt=form.prompt,
+        reward=reward if form.meta is None else meta_reward,
         max_new_tokens=5,
+        meta=form.meta,
+        claims=None if form.meta is None else ("yes", "no"),
     )
