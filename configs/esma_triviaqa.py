@@ -93,7 +93,7 @@ def tiny(codes: bool) -> ConfigDict:
     config.eval_tasks = ("tiny/knows_chat", "tiny/knows_other")
     config.eval_every = 10
     if codes:
-        # Perturbations as long as in floats (jes/rounding_protocol.py), and steps twice
+        # Perturbations as long as in floats (studies/paper_configs.py), and steps twice
         # as long: with the same, hardly a code moves.
         config.quantize = "int4"
         config.group_size = 32

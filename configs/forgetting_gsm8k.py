@@ -2,7 +2,8 @@
 
     python -m jes.train --config=configs/forgetting_gsm8k.py
     python -m jes.train --config=configs/forgetting_gsm8k.py:tiny
-    python -m jes.forgetting --config=configs/forgetting_gsm8k.py --seeds=0,1,2 \\
+    python -m jes.studies.forgetting --seeds=0,1,2 \\
+        --config=configs/forgetting_gsm8k.py \\
         --methods=es,l2:10,l1:0.01,n:128,n:256,grpo:1e-6
 
 The first is L2 with λ = 10, `:l1` λ = 0.01; `:l1_norm` and `:l2_norm` are the λ that
@@ -20,7 +21,7 @@ the authors about 4 hours on a node of eight H200. `:tiny` is the embedded model
 
 from ml_collections import ConfigDict
 
-from jes.forgetting.protocol import forgetting_config
+from jes.studies.paper_configs import forgetting_config
 
 
 def get_config(variant: str | None = None) -> ConfigDict:

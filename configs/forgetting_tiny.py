@@ -1,7 +1,7 @@
 """Forgetting on the tiny world: what ES unlearns, and what keeps it (2605.30148).
 
     python -m jes.train --config=configs/forgetting_tiny.py              # one run
-    python -m jes.forgetting --config=configs/forgetting_tiny.py:quick   # the study
+    python -m jes.studies.forgetting --config=configs/forgetting_tiny.py:quick  # study
 
 The embedded model learns to name the least of three numbers (`tiny/min`, 18 % at the
 start), with anchored weight decay; five tasks that it knows are watched, and the KL
@@ -18,7 +18,7 @@ VARIANTS = (None, "quick", "last")
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    """Settings of one run; `jes.forgetting` changes method and seed."""
+    """Settings of one run; `jes.studies.forgetting` changes method and seed."""
     if variant not in VARIANTS:
         raise ValueError(f"there is no variant {variant!r}; there are {VARIANTS[1:]}")
     config = default()

@@ -2,7 +2,7 @@
 
     python -m jes.train --config=configs/qes_w8a8_countdown.py
     python -m jes.train --config=configs/qes_w8a8_countdown.py:tiny
-    python -m jes.forgetting --config=configs/qes_w8a8_countdown.py:tiny \\
+    python -m jes.studies.forgetting --config=configs/qes_w8a8_countdown.py:tiny \\
         --seeds=0,1,2 --methods=replay,residual,quzo,naive
 
 The first is Qwen2.5-1.5B with the paper's settings, `:3b` the larger model,
@@ -18,7 +18,7 @@ with the residual kept; nothing for 1.5B.
 
 from ml_collections import ConfigDict
 
-from jes.rounding_protocol import qes_config
+from jes.studies.paper_configs import qes_config
 
 
 def get_config(variant: str | None = None) -> ConfigDict:

@@ -1,6 +1,7 @@
 """Rise-then-decay under fixed settings (2602.00170, Fig. 1).
 
-    python -m jes.landscape.decay --config=configs/rise_then_decay.py:tiny --seeds=0,1,2
+    python -m jes.studies.rise_then_decay --seeds=0,1,2 \\
+        --config=configs/rise_then_decay.py:tiny
 
 One hundred training questions, the same every generation, on which the reward is
 looked at too. `:tiny` is the embedded model on `tiny/countdown`; without it, it is
@@ -16,7 +17,7 @@ VARIANTS = (None, "tiny", "quick")
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    """Settings of one run; `jes.landscape.decay` changes method and seed."""
+    """Settings of one run; `jes.studies.rise_then_decay` changes method and seed."""
     if variant not in VARIANTS:
         raise ValueError(f"there is no variant {variant!r}; there are {VARIANTS[1:]}")
     config = default()

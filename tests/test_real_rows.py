@@ -14,10 +14,10 @@ import pytest
 from random_checkpoint import QWEN2, write_checkpoint
 
 import jes
-from jes.forgetting.protocol import forgetting_config
 from jes.models.weights import Pretrained
 from jes.questions import Evaluation, longest, prepare
 from jes.rollout import examine
+from jes.studies.paper_configs import forgetting_config
 from jes.tasks import Example, Task, load_task
 
 ROOT = os.environ.get("JES_DATA", "")

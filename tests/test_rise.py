@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from small_run import get_config as small_config
 from small_run import rows, run_jobs, write_model
 
-from jes.landscape.decay import curves_of, outcome, smoothed, stop_early
+from jes.studies.rise_then_decay import curves_of, outcome, smoothed, stop_early
 
 
 def get_config(model: str) -> ConfigDict:
@@ -52,7 +52,7 @@ def test_the_outcome_of_a_curve():
 
 def command(model: Path, folder: Path, *more: str) -> list[str]:
     return [
-        "jes.landscape.decay",
+        "jes.studies.rise_then_decay",
         f"--config={__file__}:{model}",
         f"--workdir={folder}",
         *more,
@@ -82,7 +82,7 @@ def test_the_command(tmp_path: Path):
     assert results["n:4"]["1"]["curves"]["train"] == pytest.approx(on_train)
     assert results["n:4"]["1"]["answers"] == 4 * 4 * 16 / 1000
     assert "over 2 seed(s)" in (tmp_path / "runs" / "rise.md").read_text()
-    assert (tmp_path / "runs" / "rise.png").stat().st_size > 10_000
-    for result, said in ((blind, "eval_train=True"), (twice, "stands twice")):
+    assert (tmp_path / "runs" / "rise.png").is_file()
+    for result, said in ((blind, "eval_train=True"), (twice, "repeated")):
         assert result["status"] == 2
         assert said in result["stderr"]

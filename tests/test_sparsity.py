@@ -17,7 +17,6 @@ from jes.core.noise import leaf_path
 from jes.errors import InputError
 from jes.export import read_ledger, rebuild
 from jes.metacognition import masks, sparsity, sparsity_report
-from jes.metacognition.answers import Answers
 from jes.metacognition.masks import (
     exclude,
     keep_largest,
@@ -31,6 +30,7 @@ from jes.metacognition.masks import (
     rescale,
     shrink,
 )
+from jes.studies.knowing import Answers
 
 SHARES = (0.0, 0.01, 0.2, 0.5, 0.9, 1.0)
 

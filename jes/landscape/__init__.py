@@ -7,7 +7,7 @@ From 2602.00170; plain functions on numpy or jax arrays, a module a subject:
 - measurements: `probes` (random perturbations), `curvature`, `lanczos`, `measures`,
   `subspaces`.
 
-The commands are `jes.probe`, `jes.landscape.spectrum` and `jes.landscape.decay`.
+The commands are in `jes.studies`: `probe`, `spectrum` and `rise_then_decay`.
 """
 
 from jes.landscape import (

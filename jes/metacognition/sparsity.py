@@ -46,7 +46,6 @@ from jes.io.command_line import at_least, guarded
 from jes.io.console import console
 from jes.io.metrics import finite, keep_rows, read_rows
 from jes.io.runs import alone, claim_results, recorded
-from jes.metacognition.answers import Answers, collect
 from jes.metacognition.masks import (
     exclude,
     keep_largest,
@@ -63,6 +62,7 @@ from jes.metacognition.masks import (
 from jes.metacognition.sparsity_report import write_report
 from jes.models.weights import Pretrained, fingerprint, load
 from jes.questions import Evaluation, prepare
+from jes.studies.knowing import Answers, collect
 from jes.tasks import load_task
 
 Part = Callable[[float], PyTree]

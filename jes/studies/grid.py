@@ -118,7 +118,7 @@ def method_config(base: ConfigDict, method: str, seed: int) -> ConfigDict:
         raise InputError(
             f"{method!r} is no method of a study: es, l2:λ, l1:λ, n:N, answers:N, "
             "shuffled, rate:FACTOR, half_alpha:G, half_sigma:G, objective:NAME, "
-            "grpo:RATE:ITERATIONS, sft:RATE:STEPS; of codes replay:K:DECAY, "
+            "grpo:RATE:ITERATIONS, sft:RATE:STEPS; quantized: replay:K:DECAY, "
             "residual:DECAY, naive, quzo; several are joined by +"
         ) from error
     return config
@@ -343,15 +343,25 @@ def band(axes: Axes, at: Sequence[float], curves: Sequence[Any], **style: Any) -
         axes.fill_between(at, *edges, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def tidy(axes: Axes, title: str, x: str = "", y: str = "", **legend: Any) -> None:
-    """Title and labels, no box; a legend where something is labelled.
+def tidy(
+    axes: Axes,
+    title: str,
+    x: str = "",
+    y: str = "",
+    *,
+    legend: bool = True,
+    **options: Any,
+) -> None:
+    """Title and labels, no box, and a legend of what is labelled.
 
     Args:
-      title, x, y: what the panel and its axes show.
-      legend: options of `axes.legend`.
+      axes: the panel.
+      title, x, y: its title and the labels of its axes.
+      legend: whether to draw one.
+      options: of `axes.legend`.
     """
     axes.set_title(title, fontsize="medium")
     axes.set(xlabel=x, ylabel=y)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(**{"frameon": False, "fontsize": "small"} | legend)
+    if legend and axes.get_legend_handles_labels()[0]:
+        axes.legend(**{"frameon": False, "fontsize": "small"} | options)

@@ -1,1 +1,0 @@
-"""The forgetting study: many runs, their table and their figures."""

@@ -1,0 +1,387 @@
+"""Measures whether one model knows what it knows (2602.02605): a table and a figure.
+
+    python -m jes.studies.knowing --model=runs/esma_triviaqa_tiny --out=FOLDER
+    python -m jes.studies.knowing --model=tiny --tasks=tiny/knows,tiny/knows_chat
+    python -m jes.studies.knowing --model=FOLDER --tasks=trivia_qa --root=DATA
+
+The model answers every question, and in a separate context whether it knows the answer.
+d' and c are log-linear; in brackets a 95 % interval over questions. The column
+`threshold` ignores the generated yes or no: it says yes where log p(yes) - log p(no) is
+above the value that agrees best with the model's own correctness on training questions.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+from scipy.special import expit
+
+from jes.config import DTYPES
+from jes.core.noise import PyTree
+from jes.core.tree import with_dtype
+from jes.errors import InputError
+from jes.evaluate import load_model, make_evaluation
+from jes.io.command_line import at_least, guarded
+from jes.io.console import console
+from jes.io.metrics import write_json
+from jes.metacognition import auroc2, best_threshold, bootstrap, counts, d_prime, report
+from jes.models.weights import Pretrained
+from jes.questions import Evaluation, Question, prepare
+from jes.sampling.generate import generate
+from jes.sampling.likelihood import log_likelihoods, pad_choices
+from jes.sampling.prompts import encode
+from jes.scoring import rewards_of
+from jes.studies.grid import tidy, write_csv
+from jes.tasks import TASKS, load_task
+from jes.tasks.task import Example
+
+SHOWN = {
+    "accuracy": "accuracy %",
+    "strict": "accuracy by strict match %",
+    "yes_rate": "says yes %",
+    "other_rate": "says neither yes nor no %",
+    "alignment": "alignment, yes = right %",
+    "yes_failure_rate": "wrong, of yes %",
+    "no_failure_rate": "right, of no %",
+    "d_prime": "d'",
+    "d_prime_clip": "d', rates cut at 1e-4 as in the paper",
+    "d_prime_without_other": "d' where it says yes or no",
+    "criterion": "criterion c",
+    "auroc2": "AUROC2",
+    "rmi": "relative meta-information",
+}
+"""Metric -> its name in the table."""
+BINS = 10
+"""Of the calibration, with equally many questions each."""
+
+
+class Answers(NamedTuple):
+    """Greedy answers to Q questions, from which every metric can be computed.
+
+    Attributes:
+      examples: the questions.
+      texts, metas: the answers, and the answers to 'do you know' ('' where the task
+        does not ask it in a separate context).
+      correct, strict: bool [Q], by the task's lenient and strict match.
+      yes: bool [Q], whether the model says that it knows.
+      other: bool [Q], whether it says neither clearly yes nor clearly no; a late yes
+        counts as yes all the same.
+      confidence: float64 [Q], log p(yes) - log p(no) in nats as the first words of the
+        answer to 'do you know'; NaN where the task has no such words.
+    """
+
+    examples: Sequence[Example]
+    texts: list[str]
+    metas: list[str]
+    correct: np.ndarray
+    strict: np.ndarray
+    yes: np.ndarray
+    other: np.ndarray
+    confidence: np.ndarray
+
+    def report(self) -> dict[str, float]:
+        """The metrics of `jes.metacognition.report`, and strict accuracy."""
+        metrics = report(self.correct, self.yes, self.other, self.confidence)
+        return {**metrics, "strict": float(self.strict.mean())}
+
+    def d_prime_interval(self) -> tuple[float, float]:
+        """A 95 % interval of the log-linear d', over questions."""
+        return bootstrap(
+            lambda correct, yes: d_prime(counts(correct, yes)), self.correct, self.yes
+        )
+
+
+def collect(
+    evaluation: Evaluation,
+    params: PyTree,
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 256,
+) -> Answers:
+    """Asks the questions, and whether the model knows.
+
+    Args:
+      evaluation: the model and the task.
+      params: its weights.
+      questions: of the task.
+      batch_size: prompts answered at once.
+
+    Raises:
+      InputError: if the task does not ask whether the model knows.
+    """
+    prompts = [q.prompt for q in questions]
+    asks = 1 if evaluation.task.meta is None else 2
+    if asks == 2:
+        prompts += [list(q.meta) for q in questions]
+    weights = with_dtype(params, jnp.dtype(evaluation.dtype))
+    said = generate(
+        evaluation.model,
+        weights,
+        prompts,
+        evaluation.max_new_tokens,
+        eos_ids=evaluation.eos_ids,
+        batch_size=batch_size,
+        buckets=evaluation.buckets,
+    )
+    count = len(questions)
+    texts = [map(tuple, said[k * count :][:count]) for k in range(asks)]
+    asked = list(enumerate(zip(*texts, strict=True)))
+    earned = rewards_of(evaluation, questions, asked)
+    if np.isnan(earned[:, 4]).any():
+        raise InputError(
+            f"task {evaluation.task.name} does not ask whether the model knows"
+        )
+    words = evaluation.tokenizer.backend_tokenizer.decode_batch(said)
+    return Answers(
+        examples=[q.example for q in questions],
+        texts=words[:count],
+        metas=words[count:] or [""] * count,
+        correct=earned[:, 1] == 1,
+        strict=earned[:, 2] == 1,
+        yes=earned[:, 4] == 1,
+        other=earned[:, 3] == 0,
+        confidence=confidence(evaluation, weights, questions, batch_size),
+    )
+
+
+def confidence(
+    evaluation: Evaluation,
+    params: PyTree,
+    questions: Sequence[Question],
+    batch_size: int,
+) -> np.ndarray:
+    """log p(yes) - log p(no) after 'do you know', float64 [Q].
+
+    Where both words are single tokens this is the difference of their logits; its
+    sigmoid is the confidence of 2602.02605. Other spellings are not counted.
+    """
+    words = evaluation.task.claims
+    if words is None:
+        return np.full(len(questions), np.nan)
+    claims = [encode(evaluation.tokenizer, word) for word in words]
+    # Sorted by length, so that few shapes are compiled.
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i].meta))
+    size = min(batch_size, len(questions))
+    differences = np.zeros(len(questions))
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        filled = chosen + chosen[-1:] * (size - len(chosen))
+        batch = pad_choices(
+            [list(questions[i].meta) for i in filled],
+            [claims] * size,
+            evaluation.buckets,
+            evaluation.parts,
+        )
+        (logs,) = log_likelihoods(evaluation.model, None, batch, 1, params)
+        yes, no = np.asarray(logs, float).reshape(-1, 2).T
+        differences[chosen] = (yes - no)[: len(chosen)]
+    return differences
+
+
+def measure(
+    pretrained: Pretrained,
+    name: str,
+    *,
+    examples: int = 0,
+    root: str = "",
+    dtype: Any = "float32",
+    batch_size: int = 256,
+    seed: int = 0,
+) -> tuple[Answers, dict[str, dict[str, Any]]]:
+    """Answers to a task's held-out questions, and their metrics.
+
+    Args:
+      pretrained: the model.
+      name: of a task in `jes.tasks.TASKS`.
+      examples: how many held-out questions, 0 for all. The threshold is fitted on as
+        many training questions.
+      root, seed: see `jes.tasks.load_task`.
+      dtype: of the weights that answer.
+      batch_size: prompts answered at once.
+
+    Returns:
+      The answers, and metrics by way to say yes: 'answers', as generated, and, where
+      the task has training questions and words for yes and no, 'threshold'.
+    """
+    task = load_task(name, root=root, seed=seed, test=examples)
+    evaluation = make_evaluation(pretrained, task, dtype=dtype)
+
+    def answers_to(rows: Sequence[Example]) -> Answers:
+        questions = prepare(evaluation, rows)
+        return collect(evaluation, pretrained.params, questions, batch_size=batch_size)
+
+    if not task.test:
+        raise InputError(f"task {name} has no examples to evaluate on")
+    answers = answers_to(task.test)
+    measured = {"answers": with_intervals(answers)}
+    train = task.train[: len(task.test)]
+    if train and task.claims is not None and np.isfinite(answers.confidence).all():
+        fitted = answers_to(train)
+        threshold = best_threshold(fitted.confidence, fitted.correct)
+        by_threshold = answers._replace(
+            yes=answers.confidence > threshold, other=np.zeros_like(answers.other)
+        )
+        measured["threshold"] = with_intervals(by_threshold) | {"threshold": threshold}
+    return answers, measured
+
+
+def with_intervals(answers: Answers) -> dict[str, Any]:
+    """The metrics of `Answers.report`, and intervals (low, high) of d' and AUROC2."""
+    metrics: dict[str, Any] = dict(answers.report())
+    metrics["d_prime_interval"] = answers.d_prime_interval()
+    if np.isfinite(answers.confidence).all():
+        metrics["auroc2_interval"] = bootstrap(
+            auroc2, answers.confidence, answers.correct
+        )
+    return metrics
+
+
+def metrics_table(name: str, ways: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The metrics of a task, a column for each way to say yes."""
+
+    def cell(metrics: Mapping[str, Any], metric: str) -> str:
+        value = metrics[metric]
+        if np.isnan(value):
+            return ""
+        if SHOWN[metric].endswith("%"):
+            return f"{100 * value:.1f}"
+        low, high = metrics.get(f"{metric}_interval", (np.nan, np.nan))
+        return f"{value:.2f}" + ("" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]")
+
+    shown = Table(name, *(f"by {way}" for way in ways))
+    for metric, title in SHOWN.items():
+        shown.add_row(title, *(cell(metrics, metric) for metrics in ways.values()))
+    return shown
+
+
+def figure(answers: Mapping[str, Answers]) -> Figure:
+    """For each task the ROC of the confidence, the rate of yes, and the calibration."""
+    made = Figure(figsize=(12, 3.6 * len(answers)), layout="constrained")
+    grid = made.subplots(len(answers), 3, squeeze=False)
+    for (name, each), (left, middle, right) in zip(answers.items(), grid, strict=True):
+        draw_roc(left, each, f"{name}: telling right from wrong answers")
+        draw_rates(middle, each)
+        draw_calibration(right, each)
+    return made
+
+
+def draw_roc(axes: Axes, answers: Answers, title: str) -> None:
+    """Yes when right against yes when wrong: as generated, and over all thresholds."""
+    right = answers.correct
+    axes.plot([0, 1], [0, 1], ":", color="gray")
+    if 0 < right.mean() < 1:
+        if np.isfinite(answers.confidence).all():
+            order = np.argsort(-answers.confidence, kind="stable")
+            last = np.append(np.diff(answers.confidence[order]) != 0, True)
+            hits = np.cumsum(right[order])[last] / right.sum()
+            alarms = np.cumsum(~right[order])[last] / (~right).sum()
+            area = auroc2(answers.confidence, right)
+            label = f"by log p(yes) - log p(no), area {area:.2f}"
+            axes.plot(np.append(0, alarms), np.append(0, hits), label=label)
+        point = answers.yes[~right].mean(), answers.yes[right].mean()
+        axes.plot(*point, "o", label="as answered")
+    tidy(axes, title, "yes, of the wrong", "yes, of the right", loc="lower right")
+
+
+def draw_rates(axes: Axes, answers: Answers) -> None:
+    """What it says about right and about wrong answers; bars add up to 100 %."""
+    groups = {"right": answers.correct, "wrong": ~answers.correct}
+    labels = [f"{name}\n({group.sum()})" for name, group in groups.items()]
+    said = {
+        "clearly yes": answers.yes & ~answers.other,
+        "clearly no": ~answers.yes & ~answers.other,
+        "other": answers.other,
+    }
+    bottom = np.zeros(len(groups))
+    for name, chosen in said.items():
+        shares = [100 * chosen[g].mean() if g.any() else 0.0 for g in groups.values()]
+        axes.bar(labels, shares, bottom=bottom, width=0.5, label=name)
+        bottom += shares
+    axes.set_ylim(0, 119)  # room for the legend
+    title = "what it says, by whether the answer is right"
+    tidy(axes, title, "", "%", ncol=3, loc="upper center")
+
+
+def draw_calibration(axes: Axes, answers: Answers) -> None:
+    """Share of right answers against the confidence, in bins of as many questions."""
+    axes.plot([0, 1], [0, 1], ":", color="gray")
+    tidy(axes, "calibration", "confidence, p(yes) / (p(yes) + p(no))", "share right")
+    if not np.isfinite(answers.confidence).all():
+        return
+    order = np.argsort(answers.confidence, kind="stable")
+    for chosen in np.array_split(order, min(BINS, len(order))):
+        share = answers.correct[chosen].mean()
+        error = np.sqrt(share * (1 - share) / len(chosen))
+        at = expit(answers.confidence[chosen]).mean()
+        axes.errorbar(at, share, error, fmt="o", color="C0", capsize=2)
+
+
+def write_results(
+    out: Path, answers: Mapping[str, Answers], measured: Mapping[str, Any]
+) -> None:
+    """Writes metrics.json, a CSV file of answers for each task, and answers.png."""
+    write_json(out / "metrics.json", measured)
+    for name, each in answers.items():
+        rows = [
+            {"number": number, **dict(zip(Answers._fields, row, strict=True))}
+            for number, row in enumerate(zip(*each, strict=True))
+        ]
+        for row in rows:
+            row["example"] = json.dumps(row.pop("examples"), ensure_ascii=False)
+        columns = ["number", "example", *Answers._fields[1:]]
+        write_csv(out / f"{name.replace('/', '_')}.csv", rows, columns)
+    figure(answers).savefig(out / "answers.png", dpi=120)
+    console.print(f"metrics, answers and figure in {out}")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="tiny", help="folder, hub id, 'tiny', or run")
+    add("--tasks", default="tiny/knows", help="comma-separated")
+    add("--examples", type=at_least(0), default=0, help="of each task; 0: all")
+    add("--root", default="", help="folder of parquet files")
+    add("--dtype", choices=DTYPES, help="of the weights; default the run's or float32")
+    add("--batch-size", type=at_least(1), default=256)
+    add("--seed", type=at_least(0), default=0, help="of drawn examples")
+    add("--out", type=Path, help="folder for table, answers, figure")
+    args = parser.parse_args()
+
+    def command() -> None:
+        names = args.tasks.split(",")
+        for name in names:  # checked before the model is loaded
+            if name not in TASKS:
+                raise InputError(f"there is no task {name!r}")
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+        pretrained, dtype = load_model(args.model)
+        options = {
+            "examples": args.examples,
+            "root": args.root,
+            "dtype": args.dtype or dtype,
+            "batch_size": args.batch_size,
+            "seed": args.seed,
+        }
+        found = {name: measure(pretrained, name, **options) for name in names}
+        measured = {name: ways for name, (_, ways) in found.items()}
+        for name, ways in measured.items():
+            console.print(metrics_table(name, ways))
+        if args.out:
+            answers = {name: each for name, (each, _) in found.items()}
+            write_results(args.out, answers, measured)
+
+    guarded(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""The protocols of 2605.30148 and 2602.03120 as settings of `jes.train`.
+
+`configs/forgetting_*.py` and `configs/qes_*.py` are made from them.
+"""
+
+from ml_collections import ConfigDict
+
+from jes.config import default
+from jes.core.drift import coefficient_for_norm
+
+TARGETS = {
+    "countdown": "tiny/countdown",
+    "gsm8k": "tiny/min",
+    "proofwriter": "tiny/rules",
+}
+"""Target of 2605.30148 -> the task of the tiny world that takes its place."""
+PRIORS = ("hellaswag", "piqa", "arc_c_cot", "mmlu_pro")
+PUBLISHED = {"l1": (0.01, 92.13), "l2": (10.0, 67.68)}
+"""Kind of decay -> λ of the paper, and ‖θ - θ_0‖ that it reports with that λ."""
+PARAMETERS = 3_085_938_688
+"""Of Qwen2.5-3B, which the norms are of."""
+FORGETTING_VARIANTS = ("es", "l1", "l2", "l1_norm", "l2_norm", "grpo", "tiny")
+
+QES_MODELS = {
+    "int4": "Qwen/Qwen2.5-{}-Instruct-GPTQ-Int4",
+    "int8": "Qwen/Qwen2.5-{}-Instruct-GPTQ-Int8",
+    "w8a8": "neuralmagic/Qwen2.5-{}-Instruct-quantized.w8a8",
+}
+QES_RATES = {
+    ("int4", "1.5B"): (0.01, 5e-4),
+    ("int4", "3B"): (0.005, 3e-4),
+    ("int8", "1.5B"): (0.001, 1e-4),
+    ("int8", "3B"): (0.001, 1e-4),
+    ("w8a8", "1.5B"): (0.01, 1e-3),
+    ("w8a8", "3B"): (0.01, 1e-3),
+}
+"""Published sigma and alpha; the published code leaves out the 1/N of Eq. (5)."""
+QES_TINY = {
+    "int4": {"sigma": 0.26, "alpha": 0.4, "generations": 80, "population": 32},
+    "int8": {"sigma": 3.0, "alpha": 0.8, "generations": 120, "population": 16},
+    "w8a8": {"sigma": 3.0, "alpha": 0.8, "generations": 120, "population": 16},
+}
+"""Of the embedded model, in codes. A small model's weights take longer steps."""
+QES_FLOATS = {
+    "int4": (0.01, 0.0154),
+    "int8": (0.0045, 0.0012),
+    "w8a8": (0.0045, 0.0012),
+}
+"""Sigma and alpha of the same model before rounding, of the same lengths: the codes'
+times sqrt(E[delta^2]) / sigma, times the mean scale, 0.022 of int4 and 0.0015 else."""
+QES_VARIANTS = ("3b", "published", "published_3b", "tiny", "float")
+
+
+def forgetting_config(target: str, variant: str | None) -> ConfigDict:
+    """Settings of one run of 2605.30148.
+
+    Args:
+      target: the task to train, one of `TARGETS`; the others are prior tasks.
+      variant: None or 'l2' is the paper's L2 decay, 'l1' its L1 decay. 'l2_norm' and
+        'l1_norm' take the λ that reaches the norm of the paper in float32: float16
+        arithmetic rounds most of the pull away. 'es' has no decay, 'grpo' is the
+        baseline, 'tiny' the embedded model on the tiny task in place of the target.
+
+    Raises:
+      ValueError: for another variant.
+    """
+    check_variant(variant, FORGETTING_VARIANTS)
+    config = default()
+    config.model = "Qwen/Qwen2.5-3B-Instruct"
+    config.dtype = "bfloat16"
+    config.task = target
+    config.eval_tasks = (*(task for task in TARGETS if task != target), *PRIORS)
+    config.population = 30
+    config.sigma = 1e-3
+    config.alpha = 5e-4
+    config.generations = 500
+    config.eval_every = 25
+    config.kl_prompts = 50
+    config.buckets = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+    config.grpo.minibatch = 1000  # 32 prompts of 30 answers, and it divides 200 of them
+    if variant == "grpo":
+        config.method = "grpo"
+    elif variant != "es":
+        kind = "l1" if variant in ("l1", "l1_norm") else "l2"
+        coefficient, norm = PUBLISHED[kind]
+        if variant in ("l1_norm", "l2_norm"):
+            coefficient = coefficient_for_norm(
+                norm,
+                alpha=config.alpha,
+                population=config.population,
+                parameters=PARAMETERS,
+                generations=config.generations,
+                kind=kind,
+            )
+        config.decay, config.decay_coefficient = kind, coefficient
+    if variant == "tiny":
+        make_tiny(config, TARGETS[target])
+    return config
+
+
+def make_tiny(config: ConfigDict, task: str) -> None:
+    """The embedded model, in a minute on two CPU cores."""
+    config.model = "tiny"
+    config.dtype = "float32"
+    config.task = task
+    config.eval_tasks = ("tiny/reverse", "tiny/add", "tiny/max")
+    config.data.test = 128
+    config.prompts = 32
+    config.population = 16
+    config.sigma = config.alpha = 0.02
+    config.decay_coefficient = 1.0
+    config.generations = 40
+    config.eval_every = 10
+    config.kl_max_new_tokens = 8
+    config.buckets = default().buckets
+    config.grpo.learning_rate = 1e-5
+    config.grpo.minibatch = 0
+
+
+def qes_config(form: str, variant: str | None) -> ConfigDict:
+    """Settings of one run of 2602.03120.
+
+    Args:
+      form: 'int4', 'int8' or 'w8a8'.
+      variant: None is the paper with the settings of the 1.5B model, '3b' those of the
+        3B. 'published' and 'published_3b' follow the published code where it differs:
+        no 1/N, z-scores of the pairs' differences, a uniform initial residual, a clip.
+        'tiny' is the embedded model, quantized, on a task that it can learn; 'float'
+        the same without quantization, with steps and perturbations of equal length.
+
+    Raises:
+      ValueError: for another variant.
+    """
+    check_variant(variant, QES_VARIANTS)
+    config = default()
+    config.antithetic = True
+    if variant in ("tiny", "float"):
+        config.task = "tiny/min"
+        config.eval_tasks = ("tiny/reverse", "tiny/add", "tiny/max")
+        config.group_size = 32 if form == "int4" else -1
+        config.prompts = 64
+        config.update(QES_TINY[form])
+        config.eval_every = 40
+        if variant == "float":
+            config.sigma, config.alpha = QES_FLOATS[form]
+        else:
+            config.rounding = "replay"
+            config.quantize = form
+        return config
+    size = "3B" if variant in ("3b", "published_3b") else "1.5B"
+    config.model = QES_MODELS[form].format(size)
+    config.dtype = "bfloat16"
+    config.task = "countdown"
+    config.generations = 300
+    config.population = 50
+    config.rounding = "replay"
+    config.anchor = "host"
+    config.sigma, rate = QES_RATES[form, size]
+    config.alpha = config.population * rate  # ours has the 1/N
+    config.eval_every = 25
+    if variant in ("published", "published_3b"):
+        config.alpha = rate
+        config.divide_by_population = False
+        config.shaping = "pair_zscore"
+        config.initial_residual = "uniform"
+        config.residual_clip = 1.5
+    return config
+
+
+def check_variant(variant: str | None, known: tuple[str, ...]) -> None:
+    """Raises ValueError for a variant that is not known."""
+    if variant not in (None, *known):
+        raise ValueError(f"there is no variant {variant!r}; there are {known}")
