@@ -15,6 +15,8 @@ from jes.transforms import (
     error_feedback,
     es_gradient,
     seed_replay,
+    stochastic_rounding,
+    update_in_place,
 )
 
 __all__ = [
@@ -38,5 +40,7 @@ __all__ = [
     "perturb_member",
     "seed_replay",
     "shape_fitness",
+    "stochastic_rounding",
     "unpack_codes",
+    "update_in_place",
 ]

@@ -15,12 +15,13 @@ import jax
 import ml_collections
 
 from jes.core.anchor import PLACES
+from jes.core.evolution import Evolution
 from jes.core.fitness import METHODS as SHAPINGS
 from jes.core.noise import LAWS
 from jes.errors import InputError
 from jes.metacognition.objectives import OBJECTIVES
 from jes.sampling.generate import Sampling
-from jes.update import ROUNDINGS, Evolution, make_optimizer
+from jes.update import ROUNDINGS, make_optimizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Of the weights that answer. The master copy, which is trained, is float32."""
@@ -148,8 +149,12 @@ class Settings:
     @cached_property
     def evolution(self) -> Evolution:
         """The settings of the update."""
-        names = {field.name for field in dataclasses.fields(Evolution)} - {"law"}
-        return Evolution(**{n: getattr(self, n) for n in names}, law=self.noise)
+        names = {field.name for field in dataclasses.fields(Evolution)} - {
+            "distribution"
+        }
+        return Evolution(
+            **{n: getattr(self, n) for n in names}, distribution=self.noise
+        )
 
     @cached_property
     def sampling(self) -> Sampling:

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jes.config import Settings
+from jes.core.evolution import Evolution
 from jes.core.mesh import make_mesh
 from jes.core.noise import PyTree
 from jes.core.tree import is_quantized, with_dtype
@@ -22,7 +23,7 @@ from jes.sampling.generate import GREEDY
 from jes.sampling.kl import Answers, sample_answers
 from jes.sampling.prompts import bucket
 from jes.tasks import Task, load_task
-from jes.update import ROUNDINGS, Evolution, count_trained, flip_rate
+from jes.update import ROUNDINGS, count_trained, flip_rate
 
 ON_TRAIN = " (train)"
 """After a task's name: an evaluation on the training examples."""

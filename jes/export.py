@@ -18,12 +18,13 @@ from jes import quantize
 from jes.config import DTYPES
 from jes.core import ledger as ledgers
 from jes.core.anchor import keep_anchor
+from jes.core.evolution import Evolution
 from jes.errors import InputError
 from jes.io import runs
 from jes.io.command_line import at_least, guarded
 from jes.io.console import console
 from jes.models.weights import Pretrained, fingerprint
-from jes.update import Evolution, first_state, replay
+from jes.update import first_state, replay
 
 
 def rebuild(
@@ -87,7 +88,7 @@ def decay_anchor(evolution: Evolution, base: Pretrained) -> Any:
 def evolution_of(ledger: ledgers.Ledger) -> Evolution:
     """The settings of the update, as the run had them."""
     try:
-        return Evolution(**ledger.header["evolution"])
+        return Evolution.from_header(ledger.header["evolution"])
     except TypeError as error:  # of another version of jes
         raise InputError(f"{ledger.path}: its settings: {error}") from error
 

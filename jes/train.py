@@ -32,6 +32,8 @@ from jes.chunk import choose, with_slots
 from jes.config import Settings, freeze
 from jes.core import ledger as ledgers
 from jes.core.anchor import displacement, keep_anchor
+from jes.core.drift import predicted_drift
+from jes.core.evolution import Evolution
 from jes.core.noise import PyTree, generation_key
 from jes.errors import InputError
 from jes.experiment import (
@@ -48,7 +50,7 @@ from jes.models.weights import fingerprint
 from jes.record import check_length, evaluate, finish, finished, report, writing
 from jes.rollout import ask
 from jes.scoring import Score, fitness_of
-from jes.update import Evolution, drift, first_state, moves_of, replay, tell
+from jes.update import first_state, moves_of, replay, tell
 
 
 class State(NamedTuple):
@@ -356,7 +358,7 @@ def metrics_row(
         **said_to_know(scores, counted),
         "truncated": float(np.mean(scores.truncated[counted])),
         "displacement_norm": moved,
-        "displacement_norm_drift": drift(
+        "displacement_norm_drift": predicted_drift(
             experiment.evolution, experiment.parameters, state.generation
         ),
         **flips(state.optimizer, experiment.parameters),

@@ -22,11 +22,12 @@ from random_checkpoint import QWEN2, write_checkpoint
 import jes
 from jes import train
 from jes.core.anchor import keep_anchor
+from jes.core.evolution import Evolution
 from jes.core.mesh import make_mesh, mesh_of, on_mesh_of
 from jes.models.weights import Pretrained
 from jes.questions import MODES, Evaluation, prepare
 from jes.rollout import ask, rollout
-from jes.update import Evolution, _tell, first_state, tell
+from jes.update import _tell, first_state, tell
 
 SHAPE = small_run.SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}
 MESHES = [(1, 1), (4, 1), (8, 1), (2, 2), (8, 4)]
@@ -140,7 +141,7 @@ def main() -> None:
         "split": run(model, folder / "split", devices=4, model_parallel=2),
     }
     # Its arrays are small: parts of them are to be, too.
-    jes.update.PART = 64
+    jes.transforms._in_place.PART = 64
     outcomes["moved"] = run(model, folder / "moved", devices=4, share_update=True)
     (folder / "outcomes.json").write_text(json.dumps(outcomes))
 

@@ -15,7 +15,7 @@ from jes.bench import __main__ as bench
 from jes.bench import memory, prefix, scaling, start
 from jes.bench.cases import Case, generation, random_model, unperturbed
 from jes.bench.timing import compare, row_of, table
-from jes.update import Evolution
+from jes.core.evolution import Evolution
 
 EVOLUTION = Evolution(population=4, sigma=0.3, alpha=0.01)
 

@@ -14,9 +14,9 @@ import jes
 from jes import train
 from jes.core.lazy_noise import LazyNoise, Own, draw_later
 from jes.core.mesh import make_mesh
-from jes.core.noise import LAWS, LAWS_AT, Noise, PyTree
-from jes.core.normal import Place, bits_at, places
+from jes.core.noise import DISTRIBUTIONS, DISTRIBUTIONS_AT, Noise, PyTree
 from jes.core.population import draw_members
+from jes.core.random import Place, bits_at, places
 from jes.errors import InputError
 from jes.models.member_layers import deviated
 from jes.models.qwen import Decoder
@@ -39,13 +39,13 @@ def decoder_of(**changes: object) -> tuple[Decoder, PyTree]:
     return model, weights_of(model)
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", DISTRIBUTIONS)
 @pytest.mark.parametrize("shape", [(7,), (6, 5), (3, 6, 5), (5, 3, 7)])
 def test_a_number_depends_on_its_place_alone(law: str, shape: tuple[int, ...]) -> None:
-    whole = LAWS[law](KEY, shape)
+    whole = DISTRIBUTIONS[law](KEY, shape)
     size = int(np.prod(shape[1:]))
     for number, part in enumerate(whole):
-        found = LAWS_AT[law](KEY, places(shape[1:], number, size))
+        found = DISTRIBUTIONS_AT[law](KEY, places(shape[1:], number, size))
         np.testing.assert_array_equal(found.reshape(part.shape), part)
 
 
@@ -77,12 +77,12 @@ def test_other_generators_have_no_places() -> None:
         bits_at(jax.random.key(0, impl="rbg"), places((3,)))
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_members_are_those_of_the_default(law: str, dtype: str) -> None:
     """Bit for bit, of the embedded model."""
     params = jes.load("tiny").params
-    noise = Noise(sigma=0.02, antithetic=True, law=law)
+    noise = Noise(sigma=0.02, antithetic=True, distribution=law)
     settings = params, KEY, MEMBERS, noise, jnp.dtype(dtype)
     expected, later = drawn_members(*settings), drawn_later(*settings)
     kinds = jax.tree.map(type, later, is_leaf=lambda x: isinstance(x, LazyNoise | Own))

@@ -12,9 +12,11 @@ import pytest
 
 import jes
 from jes.core.codes import pack, unpack
+from jes.core.drift import predicted_drift
+from jes.core.evolution import Evolution
 from jes.core.noise import PyTree
 from jes.core.tree import is_codes, values_of
-from jes.update import Evolution, drift, first_state, flip_rate, moves_of, tell
+from jes.update import first_state, flip_rate, moves_of, tell
 
 ROOT = jax.random.key(5)
 
@@ -376,6 +378,8 @@ def test_what_noise_alone_is_expected_to_move() -> None:
         float(((values_of(a) - values_of(b)) ** 2).sum())
         for a, b in zip(leaves(codes[-1]), leaves(params), strict=True)
     )
-    law = drift(evolution, size, 100) ** 2
+    law = predicted_drift(evolution, size, 100) ** 2
     assert law < squares < law + size / 12 * 1.2
-    assert np.isnan(drift(dataclasses.replace(evolution, residual_decay=0.9), size, 9))
+    assert np.isnan(
+        predicted_drift(dataclasses.replace(evolution, residual_decay=0.9), size, 9)
+    )

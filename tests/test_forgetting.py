@@ -16,6 +16,7 @@ import jes
 from jes import evaluate, export, train
 from jes.config import freeze
 from jes.core import ledger as ledgers
+from jes.core.drift import predicted_drift
 from jes.errors import InputError
 from jes.models.weights import fingerprint
 from jes.studies import forgetting
@@ -34,7 +35,7 @@ from jes.studies.paper_configs import (
     TARGETS,
     forgetting_config,
 )
-from jes.update import drift
+from jes.core.drift import predicted_drift
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -143,7 +144,9 @@ def test_norms_and_laws_are_logged(studied: tuple[Path, ConfigDict]) -> None:
     for method in ("es", "l2:5", "l1:0.05", "n:8"):
         folder = folder_of(workdir, method, 0)
         ledger = export.read_ledger(folder)
-        law = drift(export.evolution_of(ledger), ledger.header["parameters"], 4)
+        law = predicted_drift(
+            export.evolution_of(ledger), ledger.header["parameters"], 4
+        )
         last = rows(folder / "metrics.jsonl")[-1]
         assert last["displacement_norm_drift"] == pytest.approx(law)
         # Fitness is all but noise here; 12,000 weights make the norm sharp.

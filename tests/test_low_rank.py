@@ -20,10 +20,12 @@ from jes.bench import low_rank as bench_low_rank
 from jes.config import default, freeze
 from jes.core import ledger as ledgers
 from jes.core.codes import pack
+from jes.core.drift import predicted_drift
+from jes.core.evolution import Evolution
 from jes.core.low_rank import LowRank, draw_low_rank, has_matrices
 from jes.core.mesh import make_mesh, on_mesh_of, replicated
 from jes.core.noise import (
-    LAWS,
+    DISTRIBUTIONS,
     PyTree,
     generation_key,
     leaf_noise,
@@ -37,7 +39,7 @@ from jes.models.weights import Pretrained, fingerprint
 from jes.sampling.generate import decode_members, unrolled_centre, unrolled_members
 from jes.sampling.likelihood import log_likelihoods, pad_choices
 from jes.sampling.prompts import share
-from jes.update import Evolution, drift, first_state, tell
+from jes.update import first_state, tell
 
 KEY = jax.random.key(11)
 ROWS, COLUMNS = 6, 5
@@ -50,7 +52,7 @@ def drawn(request: pytest.FixtureRequest) -> tuple[int, np.ndarray]:
     rank, law = request.param
 
     def one(key: jax.Array) -> jax.Array:
-        return draw_low_rank(key, (ROWS, COLUMNS), rank, LAWS[law]).full()
+        return draw_low_rank(key, (ROWS, COLUMNS), rank, DISTRIBUTIONS[law]).full()
 
     keys = jax.random.split(KEY, DRAWS)
     return rank, np.asarray(jax.jit(jax.vmap(one))(keys), np.float64)
@@ -126,7 +128,7 @@ def test_leaves_members_generations_and_layers_are_independent() -> None:
 
 def test_the_key_contract_holds() -> None:
     """Factors by their definition; a stack's matrices, and vectors, by theirs."""
-    noise = jes.Noise(sigma=0.1, rank=2, law="table")
+    noise = jes.Noise(sigma=0.1, rank=2, distribution="table")
     params = {
         "layers": {"up": jnp.zeros((3, 7, 4)), "norm": jnp.zeros((3, 7))},
         "head": jnp.zeros((7, 9)),
@@ -140,14 +142,16 @@ def test_the_key_contract_holds() -> None:
         return jax.random.fold_in(member, zlib.crc32(path.encode()))
 
     for layer in range(3):
-        numbers = LAWS["table"](jax.random.fold_in(of("layers/up"), layer), (2, 11))
+        numbers = DISTRIBUTIONS["table"](
+            jax.random.fold_in(of("layers/up"), layer), (2, 11)
+        )
         own = found["layers"]["up"]
         np.testing.assert_array_equal(own.a[0, layer], numbers[:, :7])
         expected = scale * numbers[:, 7:] / 2**0.5
         np.testing.assert_allclose(own.b[0, layer], expected, rtol=1e-6)
-    numbers = LAWS["table"](jax.random.fold_in(of("head"), 0), (2, 16))
+    numbers = DISTRIBUTIONS["table"](jax.random.fold_in(of("head"), 0), (2, 16))
     np.testing.assert_array_equal(found["head"].a[0], numbers[:, :7])
-    full = scale * LAWS["table"](of("layers/norm"), (3, 7))
+    full = scale * DISTRIBUTIONS["table"](of("layers/norm"), (3, 7))
     np.testing.assert_array_equal(found["layers"]["norm"][0], full)
     member_weights = perturb_member(params, key, jnp.int32(5), noise)
     for path in (("layers", "up"), ("layers", "norm"), ("head",)):
@@ -448,13 +452,10 @@ def test_settings_that_no_run_can_have(small_model: Path) -> None:
         draw_overlays(codes, KEY, jnp.arange(2), noise)
 
 
-def test_full_rank_is_what_it_was() -> None:
-    params = {"layers": {"w": jnp.zeros((2, 4, 5))}}
+def test_noise_of_a_leaf_has_the_rank_that_it_should() -> None:
     path = (jax.tree_util.DictKey("layers"), jax.tree_util.DictKey("w"))
     for rank in (0, 1):
-        drawn = jes.perturb(params, KEY, 1.0, rank=rank)["layers"]["w"]
-        expected = leaf_noise(KEY, path, (2, 4, 5), rank=rank)
-        np.testing.assert_array_equal(drawn, expected)
+        drawn = leaf_noise(KEY, path, (2, 4, 5), jes.Noise(sigma=1.0, rank=rank))
         ranks = np.linalg.matrix_rank(np.asarray(drawn))
         assert ranks.tolist() == [rank or 4] * 2
 
@@ -547,7 +548,9 @@ def test_pure_noise_walks_as_the_law_says() -> None:
     moved = float(jnp.linalg.norm(params["layers"]["w"]))
     # The squared norm of a factor product has a relative spread of about
     # sqrt(2/150 + 2/160), of 4 x 40 x 30 of them 0.23 %; the norm half that.
-    assert moved == pytest.approx(drift(evolution, 4 * 150 * 160, steps), rel=0.01)
+    assert moved == pytest.approx(
+        predicted_drift(evolution, 4 * 150 * 160, steps), rel=0.01
+    )
 
 
 def test_it_learns(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jes.core.noise import Noise, generation_key, leaf_noise, perturb, perturb_member
-from jes.core.normal import standard_normal
 from jes.core.population import chunk_size, chunks, draw_members, evaluate
+from jes.core.random import normal
 
 PARAMS = {
     "a": {"kernel": jnp.zeros((300, 200)), "other": jnp.ones((300, 200))},
@@ -33,13 +33,13 @@ def test_fused_normal_is_that_of_jax_bit_for_bit(
 ) -> None:
     key = jax.random.fold_in(jax.random.key(0), seed)
     expected = jax.random.normal(key, shape)
-    fused = jax.jit(standard_normal, static_argnums=1)(key, shape)
+    fused = jax.jit(normal, static_argnums=1)(key, shape)
     np.testing.assert_array_equal(fused, expected)
 
 
 def test_keys_of_another_generator_are_left_to_jax() -> None:
     key = jax.random.key(0, impl="rbg")
-    drawn = standard_normal(key, (5, 3))
+    drawn = normal(key, (5, 3))
     np.testing.assert_array_equal(drawn, jax.random.normal(key, (5, 3)))
 
 

@@ -18,38 +18,38 @@ from jes.config import freeze
 from jes.core import ledger as ledgers
 from jes.core.mesh import make_mesh, on_mesh_of, replicated
 from jes.core.noise import (
-    LAWS,
+    DISTRIBUTIONS,
     PyTree,
     generation_key,
     leaf_noise,
-    perturb,
     perturb_member,
 )
 from jes.core.population import draw_members
-from jes.core.table_normal import positive_values, table_normal
+from jes.core.random import positive_values, table
 from jes.errors import InputError
 from jes.export import evolution_of, rebuild
 from jes.models.weights import fingerprint
 
 KEY = jax.random.key(11)
 N = 2_000_000
+TABLE = jes.Noise(sigma=1.0, distribution="table")
 MOMENTS = {2: 1.0, 4: 2.99983, 6: 14.9912}
 """Of the table, to the digits that its docstring states."""
 
 
 @pytest.fixture(scope="module")
 def numbers() -> np.ndarray:
-    return np.asarray(table_normal(KEY, (N,)), np.float64)
+    return np.asarray(table(KEY, (N,)), np.float64)
 
 
-def table() -> np.ndarray:
+def table_values() -> np.ndarray:
     half = positive_values().astype(np.float64)
     return np.concatenate([-half[::-1], half])
 
 
 def test_the_table_is_the_means_of_equal_shares_of_the_normal() -> None:
     """Against scipy's quantiles: means are between those of the edges of a share."""
-    values = table()
+    values = table_values()
     edges = stats.norm.ppf(np.arange(1, 2**16) / 2**16)
     assert (values[1:] > edges).all()
     assert (values[:-1] < edges).all()
@@ -66,7 +66,7 @@ def test_the_table_is_the_means_of_equal_shares_of_the_normal() -> None:
 
 
 def test_moments_of_the_table_are_what_its_docstring_says() -> None:
-    values = table()
+    values = table_values()
     for power, moment in MOMENTS.items():
         digits = {2: 1e-8, 4: 5e-6, 6: 5e-5}[power]
         assert np.mean(values**power) == pytest.approx(moment, abs=digits)
@@ -91,25 +91,25 @@ def test_two_numbers_a_word_sign_first(shape: tuple[int, ...]) -> None:
     halves = np.stack([words & 0xFFFF, words >> 16], -1).ravel()[:size]
     values = positive_values()[halves & 0x7FFF]
     expected = np.where(halves >> 15, -values, values).reshape(shape)
-    for draw in (table_normal, jax.jit(table_normal, static_argnums=1)):
+    for draw in (table, jax.jit(table, static_argnums=1)):
         drawn = draw(KEY, shape)
         assert drawn.dtype == jnp.float32
         np.testing.assert_array_equal(drawn, expected)
 
 
 def test_numbers_do_not_depend_on_what_is_computed_beside_them() -> None:
-    whole = np.asarray(table_normal(KEY, (60, 51)))
-    part = jax.jit(lambda key: table_normal(key, (60, 51))[7:30, 3::5])(KEY)
+    whole = np.asarray(table(KEY, (60, 51)))
+    part = jax.jit(lambda key: table(key, (60, 51))[7:30, 3::5])(KEY)
     np.testing.assert_array_equal(part, whole[7:30, 3::5])
-    np.testing.assert_array_equal(table_normal(KEY, (1001,)), whole.ravel()[:1001])
+    np.testing.assert_array_equal(table(KEY, (1001,)), whole.ravel()[:1001])
     keys = jax.random.split(KEY, 3)
-    stacked = jax.jit(jax.vmap(lambda key: table_normal(key, (60, 51))))(keys)
+    stacked = jax.jit(jax.vmap(lambda key: table(key, (60, 51))))(keys)
     for key, drawn in zip(keys, stacked, strict=True):
-        np.testing.assert_array_equal(drawn, table_normal(key, (60, 51)))
+        np.testing.assert_array_equal(drawn, table(key, (60, 51)))
 
 
 def test_members_on_other_devices_are_the_same() -> None:
-    noise = jes.Noise(sigma=0.1, law="table")
+    noise = jes.Noise(sigma=0.1, distribution="table")
     params = {"a": jnp.ones((30, 7)), "b": jnp.zeros(5)}
 
     def draw(params: PyTree, members: jax.Array) -> PyTree:
@@ -128,25 +128,25 @@ def test_members_on_other_devices_are_the_same() -> None:
 
 
 def test_other_generators_will_do() -> None:
-    drawn = table_normal(jax.random.key(0, impl="rbg"), (100_000,))
+    drawn = table(jax.random.key(0, impl="rbg"), (100_000,))
     assert abs(float(drawn.var()) - 1) < 5 * (2 / 100_000) ** 0.5
 
 
 def test_the_key_contract_holds() -> None:
-    noise = jes.Noise(sigma=0.1, law="table")
+    noise = jes.Noise(sigma=0.1, distribution="table")
     params = {"a": {"kernel": jnp.zeros((30, 20))}}
     drawn = perturb_member(
         params, generation_key(jax.random.key(0), 3), jnp.int32(5), noise
     )
     member = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 3), 5)
     leaf = jax.random.fold_in(member, zlib.crc32(b"a/kernel"))
-    expected = np.float32(0.1) * np.asarray(table_normal(leaf, (30, 20)))
+    expected = np.float32(0.1) * np.asarray(table(leaf, (30, 20)))
     np.testing.assert_array_equal(drawn["a"]["kernel"], expected)
 
 
 def test_moments_of_the_numbers(numbers: np.ndarray) -> None:
     """Five standard errors, from the table's own moments."""
-    values = table()
+    values = table_values()
     for power in (1, 2, 3, 4, 5, 6):
         expected = np.mean(values**power)
         error = np.std(values**power) / N**0.5
@@ -166,11 +166,10 @@ def test_tails_of_the_numbers(numbers: np.ndarray) -> None:
 def pairs(numbers: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Numbers that could depend on each other, in pairs."""
     size = N // 4
-    leaves = [leaf_noise(KEY, (name,), (size,), "table") for name in ("a", "b")]
-    members = [table_normal(jax.random.fold_in(KEY, m), (size,)) for m in (0, 1)]
+    leaves = [leaf_noise(KEY, (name,), (size,), TABLE) for name in ("a", "b")]
+    members = [table(jax.random.fold_in(KEY, m), (size,)) for m in (0, 1)]
     generations = [
-        table_normal(jax.random.fold_in(generation_key(KEY, g), 0), (size,))
-        for g in (0, 1)
+        table(jax.random.fold_in(generation_key(KEY, g), 0), (size,)) for g in (0, 1)
     ]
     found = {
         "halves of a word": (numbers[0::2], numbers[1::2]),
@@ -210,7 +209,7 @@ def fitness(weights: jax.Array) -> jax.Array:
 
 def estimates(law: str) -> np.ndarray:
     """Estimates of the gradient at 0 of a quadratic: float64 [SEEDS, D]."""
-    noise = jes.Noise(sigma=0.3, law=law)
+    noise = jes.Noise(sigma=0.3, distribution=law)
     transform = jes.es_gradient(noise, shaping="none")
     zeros = {"w": jnp.zeros(D)}
 
@@ -228,7 +227,7 @@ def estimates(law: str) -> np.ndarray:
 
 def test_gradient_estimates_are_those_of_normal_noise() -> None:
     """Mean -σ∇J, by z-tests of all coordinates, and the variance of exact noise."""
-    drawn = {law: estimates(law) for law in LAWS}
+    drawn = {law: estimates(law) for law in DISTRIBUTIONS}
     expected = -0.3 * np.asarray(jax.grad(fitness)(jnp.zeros(D)))
     z = (drawn["table"].mean(0) - expected) / (
         drawn["table"].std(0, ddof=1) / SEEDS**0.5
@@ -246,7 +245,7 @@ def test_gradient_estimates_are_those_of_normal_noise() -> None:
 
 
 def test_estimate_is_of_the_noise_that_members_have() -> None:
-    noise = jes.Noise(sigma=0.1, antithetic=True, law="table")
+    noise = jes.Noise(sigma=0.1, antithetic=True, distribution="table")
     params = {"a": {"w": jnp.zeros((3, 5))}, "b": jnp.zeros(7)}
     values = jnp.array([0.3, 0.1, 0.7, 0.4])
     transform = jes.es_gradient(noise, shaping="none")
@@ -264,16 +263,12 @@ def test_estimate_is_of_the_noise_that_members_have() -> None:
 
 def test_laws_are_named() -> None:
     with pytest.raises(ValueError, match=r"one of \('normal', 'table'\), not 'cauchy'"):
-        jes.Noise(sigma=1.0, law="cauchy")
-    params = {"w": jnp.zeros((4, 5))}
-    exact = perturb(params, KEY, 1.0)["w"]
-    np.testing.assert_array_equal(exact, perturb(params, KEY, 1.0, "normal")["w"])
-    assert not np.array_equal(exact, perturb(params, KEY, 1.0, "table")["w"])
+        jes.Noise(sigma=1.0, distribution="cauchy")
 
 
 def test_settings_that_no_run_can_have(small_model: Path) -> None:
     config = get_config(str(small_model))
-    assert freeze(config).evolution.noise.law == "normal"
+    assert freeze(config).evolution.noise.distribution == "normal"
     config.noise = "cauchy"
     with pytest.raises(InputError, match=r"\('normal', 'table'\), not 'cauchy'"):
         freeze(config)
@@ -290,7 +285,7 @@ def test_a_run_with_the_table_trains_and_replays(
     workdir = tmp_path / "run"
     train.run(config, workdir)
     ledger = ledgers.read(workdir / "ledger.jsonl")
-    assert ledger.header["evolution"]["law"] == "table"
+    assert ledger.header["evolution"]["distribution"] == "table"
     assert fingerprint(rebuild(ledger).params) == outcome(workdir).fingerprint
     assert outcome(workdir).fingerprint != outcome(finished_run).fingerprint
     last = rows(workdir / "metrics.jsonl")[-1]
@@ -301,18 +296,18 @@ def test_a_run_with_the_table_trains_and_replays(
 
 def test_ledgers_that_do_not_say_have_normal_noise(finished_run: Path) -> None:
     ledger = ledgers.read(finished_run / "ledger.jsonl")
-    del ledger.header["evolution"]["law"]
-    assert evolution_of(ledger).noise.law == "normal"
+    del ledger.header["evolution"]["distribution"]
+    assert evolution_of(ledger).noise.distribution == "normal"
     assert fingerprint(rebuild(ledger).params) == outcome(finished_run).fingerprint
 
 
 def test_the_benchmark_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(laws, "SIZE", 1001)
     key = jax.random.key(0)
-    for law in LAWS:
-        drawn = LAWS[law](key, (1001,))
+    for law in DISTRIBUTIONS:
+        drawn = DISTRIBUTIONS[law](key, (1001,))
         np.testing.assert_array_equal(laws.used("drawn", law)(), drawn)
-        own = [LAWS[law](jax.random.fold_in(key, m), (1001,)) for m in (0, 1)]
+        own = [DISTRIBUTIONS[law](jax.random.fold_in(key, m), (1001,)) for m in (0, 1)]
         total = laws.used("summed over 2 members", law)()
         np.testing.assert_allclose(total, -0.5 * own[0] - 1.5 * own[1], atol=1e-5)
     measured = laws.rows(2)

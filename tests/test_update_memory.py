@@ -1,4 +1,4 @@
-"""Updates are made in place, a matrix at a time."""
+"""Updates in place: the bits of the whole update, with little memory."""
 
 import re
 from functools import partial
@@ -15,10 +15,12 @@ import jes.config
 from jes.config import freeze
 from jes.core.anchor import keep_anchor
 from jes.core.codes import pack
-from jes.core.mesh import make_mesh, mesh_of, on_mesh_of, replicated
-from jes.core.noise import PyTree, part_noise
+from jes.core.evolution import Evolution
+from jes.core.mesh import make_mesh, mesh_of, replicated
+from jes.core.noise import PyTree, leaf_noise
 from jes.errors import InputError
-from jes.update import Evolution, first_state, make_optimizer, parts, tell
+from jes.transforms import count_parts
+from jes.update import _tell, first_state, make_optimizer, tell
 
 REPLAY = {"rounding": "replay", "window": 3}
 DECAY = {"decay": "l2", "decay_coefficient": 0.5}
@@ -61,8 +63,7 @@ def test_what_moves_in_place_is_what_the_updates_say(changes: dict[str, Any]) ->
     @jax.jit
     def whole(state: Any, params: PyTree, key: jax.Array, fitness: jax.Array) -> Any:
         zeros = optax.tree.zeros_like(params)
-        optimizer = make_optimizer(evolution, anchor)
-        return optimizer.update(
+        return make_optimizer(evolution).update(
             zeros, state, params, key=key, fitness=fitness, anchor=anchor
         )
 
@@ -79,24 +80,28 @@ def test_what_moves_in_place_is_what_the_updates_say(changes: dict[str, Any]) ->
     assert moved > 100
 
 
+def compiled(evolution: Evolution, params: PyTree, share: bool) -> Any:
+    """The program of an update whose weights are donated."""
+    mesh, state = mesh_of(params), first_state(evolution, params)
+    key, fitness = jax.random.key(0), jnp.ones(4)
+    arguments = evolution, mesh, share, params, state, key, fitness, None
+    return _tell.lower(*arguments).compile()
+
+
+def beside_weights(program: Any) -> int:
+    """Bytes that a program takes beside the arrays that are donated to it."""
+    found = program.memory_analysis()
+    new = found.output_size_in_bytes - found.alias_size_in_bytes
+    return new + found.temp_size_in_bytes
+
+
 def test_an_update_takes_no_more_memory_for_more_layers() -> None:
     """By the compiler's analysis, of two stacks of 32 matrices over two of 2."""
 
     def beside(layers: int) -> int:
-        """Bytes that an update takes beside the codes that are given away."""
-        evolution = evolution_of(**REPLAY)
         stack = {"codes": pack(jnp.full((layers, 256, 256), 8), bits=4)}
         params = {"up": stack, "down": stack}
-        program = jax.jit(tell, static_argnums=0, donate_argnums=(1, 2)).lower(
-            evolution,
-            params,
-            first_state(evolution, params),
-            jax.random.key(0),
-            jnp.zeros(4),
-        )
-        found = program.compile().memory_analysis()
-        new = found.output_size_in_bytes - found.alias_size_in_bytes
-        return new + found.temp_size_in_bytes
+        return beside_weights(compiled(evolution_of(**REPLAY), params, share=False))
 
     one_matrix = 256 * 256 // 2
     assert beside(32) < beside(2) + one_matrix
@@ -135,18 +140,17 @@ def test_floats_that_move_in_parts_are_those_that_move_at_once(
     law: str, decay: dict[str, Any]
 ) -> None:
     """`tell`, bit for bit, is the update of the whole tree, added afterwards."""
-    evolution = evolution_of(law=law, **decay)
+    evolution = evolution_of(distribution=law, **decay)
     params, anchor = floats(0), floats(1) if decay else None
-    assert [parts(leaf.shape) for leaf in jax.tree.leaves(params)] == [2, 1, 1, 4]
+    assert [count_parts((), leaf) for leaf in jax.tree.leaves(params)] == [2, 1, 1, 4]
     state = first_state(evolution, params)
     key, fitness = jes.generation_key(jax.random.key(0), 0), jnp.arange(4.0) ** 2
 
     @jax.jit
     def whole(params: PyTree, state: Any) -> Any:
         zeros = optax.tree.zeros_like(params)
-        optimizer = make_optimizer(evolution, anchor)
-        updates, state = optimizer.update(
-            zeros, state, params, key=key, fitness=fitness
+        updates, state = make_optimizer(evolution).update(
+            zeros, state, params, key=key, fitness=fitness, anchor=anchor
         )
         return optax.apply_updates(params, updates), state
 
@@ -161,7 +165,7 @@ def test_what_devices_share_is_what_each_would_compute(
     rank: int, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, with parts that two devices share evenly, and three that not."""
-    monkeypatch.setattr("jes.update.PART", 16)
+    monkeypatch.setattr("jes.transforms._in_place.PART", 16)
     evolution = evolution_of(rank=rank, **DECAY)
     key, fitness = jes.generation_key(jax.random.key(0), 0), jnp.arange(4.0) ** 2
 
@@ -194,15 +198,6 @@ def on_two(layers: int) -> PyTree:
     return {"layers": replicated(jnp.ones((layers, 1024, 1024)), mesh)}
 
 
-def compiled(evolution: Evolution, params: PyTree, share: bool) -> Any:
-    """The program of an update that is given its weights away."""
-    state = first_state(evolution, params)
-    update = jax.jit(partial(tell, share=share), static_argnums=0, donate_argnums=1)
-    with on_mesh_of(params):
-        key, fitness = jax.random.key(0), jnp.ones(4)
-        return update.lower(evolution, params, state, key, fitness).compile()
-
-
 def test_devices_that_share_send_what_they_have_moved() -> None:
     """And hold a part of each device for a while; without sharing nothing is sent."""
     evolution = evolution_of()
@@ -212,9 +207,7 @@ def test_devices_that_share_send_what_they_have_moved() -> None:
     assert gathers == ["2,1,1024,1024"]
 
     def beside(layers: int) -> int:
-        found = compiled(evolution, on_two(layers), share=True).memory_analysis()
-        new = found.output_size_in_bytes - found.alias_size_in_bytes
-        return new + found.temp_size_in_bytes
+        return beside_weights(compiled(evolution, on_two(layers), share=True))
 
     assert beside(8) < beside(2) + 1000
     assert beside(8) < 2 * (2 + 3) * 4 * 1024 * 1024  # both devices are in one process
@@ -225,11 +218,11 @@ def test_devices_that_share_draw_each_part_once(
 ) -> None:
     drawn: list[int] = []
 
-    def counted(*args: Any, part: jax.Array, **settings: Any) -> jax.Array:
-        jax.debug.callback(lambda number: drawn.append(int(number)), part)
-        return part_noise(*args, part=part, **settings)
+    def counted(*args: Any) -> jax.Array:
+        jax.debug.callback(lambda number: drawn.append(int(number)), args[-1])
+        return leaf_noise(*args)
 
-    monkeypatch.setattr("jes.transforms._es_gradient.part_noise", counted)
+    monkeypatch.setattr("jes.transforms._es_gradient.leaf_noise", counted)
     evolution, params = evolution_of(sigma=0.123), on_two(3)  # compiled here alone
     state = first_state(evolution, params)
     tell(evolution, params, state, jax.random.key(0), jnp.arange(4.0), share=True)
@@ -242,22 +235,33 @@ def test_devices_that_share_draw_each_part_once(
 def test_an_update_of_floats_takes_no_more_memory_for_more_layers(law: str) -> None:
     """By the compiler's analysis: some numbers for each weight of a part."""
 
-    def beside(layers: int) -> int:
-        evolution = evolution_of(law=law)
-        program = jax.jit(tell, static_argnums=0, donate_argnums=1).lower(
-            evolution,
-            floats(0, layers),
-            first_state(evolution, {}),
-            jax.random.key(0),
-            jnp.zeros(4),
-        )
-        found = program.compile().memory_analysis()
-        new = found.output_size_in_bytes - found.alias_size_in_bytes
-        return new + found.temp_size_in_bytes
+    evolution, one_part = evolution_of(distribution=law), 4 * 6000 * 400 // 2
 
-    one_part = 4 * 6000 * 400 // 2
+    def beside(layers: int) -> int:
+        return beside_weights(compiled(evolution, floats(0, layers), share=False))
+
     assert beside(8) < beside(2) + 1000
     assert beside(8) < 5 * one_part
+
+
+def test_a_chain_of_ones_own_takes_no_more_memory_than_that_of_a_run() -> None:
+    """`jes.update_in_place`, jitted by a user of the library, beside `tell`."""
+    evolution, params = evolution_of(**DECAY), floats(0)
+    anchor, key, fitness = floats(1), jax.random.key(0), jnp.arange(4.0)
+    optimizer = optax.chain(
+        jes.es_gradient(jes.Noise(sigma=0.1)),
+        optax.scale_by_learning_rate(0.2),
+        jes.anchored_weight_decay(0.2, 0.5, None),
+    )
+    own = jax.jit(partial(jes.update_in_place, optimizer), donate_argnums=(0, 1))
+    inputs = params, optimizer.init(params)
+    program = own.lower(*inputs, key=key, fitness=fitness, anchor=anchor).compile()
+    state = first_state(evolution, params)
+    arguments = evolution, None, False, params, state, key, fitness, anchor
+    assert beside_weights(program) <= beside_weights(_tell.lower(*arguments).compile())
+    found, _ = own(*inputs, key=key, fitness=fitness, anchor=anchor)
+    expected, _ = tell(evolution, floats(0), state, key, fitness, anchor)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.parametrize(

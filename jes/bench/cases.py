@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jes.core.evolution import Evolution
 from jes.core.noise import Noise, generation_key
 from jes.io import memory
 from jes.models.config import ModelConfig
@@ -16,7 +17,7 @@ from jes.models.weights import Pretrained, load
 from jes.questions import Evaluation, Question
 from jes.rollout import ask, examine
 from jes.tasks.task import Reward, Task
-from jes.update import Evolution, first_state, tell
+from jes.update import first_state, tell
 
 MEMBERS = 16
 """Of a generation that is timed."""
@@ -125,7 +126,7 @@ def fitting(case: Case, noise: Noise, members: int, dtype: Any) -> int:
 
 def settings(members: int, law: str) -> Evolution:
     """Of the generations that are timed, which leave the weights as they are."""
-    return Evolution(population=members, sigma=1e-3, alpha=0.0, law=law)
+    return Evolution(population=members, sigma=1e-3, alpha=0.0, distribution=law)
 
 
 def unperturbed(case: Case, mode: str = "generate") -> Callable[[], Any]:

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jes.bench.timing import Row, compare
-from jes.core.normal import standard_normal
-from jes.core.table_normal import table_normal
+from jes.core.random import normal, table
 
 SIZE = 10_000_000
 MEMBERS = 2
@@ -19,8 +18,8 @@ Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 LAWS: dict[str, Draw] = {
     "jax.random.normal": jax.random.normal,
-    "normal": standard_normal,
-    "table": table_normal,
+    "normal": normal,
+    "table": table,
 }
 """Whose speeds are compared: that of jax, and those of `config.noise`."""
 

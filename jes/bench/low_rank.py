@@ -15,12 +15,12 @@ import numpy as np
 
 from jes.bench.cases import Case, generation, larger_model
 from jes.bench.timing import Row, compare, row_of
+from jes.core.evolution import Evolution
 from jes.core.noise import Noise
 from jes.core.population import draw_deviations, draw_members
 from jes.models.weights import Pretrained, load
 from jes.sampling.generate import decode_members, unrolled_centre, unrolled_members
 from jes.sampling.prompts import pad
-from jes.update import Evolution
 
 MEMBERS, PROMPTS, PROMPT, NEW = 32, 4, 16, 128
 SIGMA = 1e-3

@@ -25,6 +25,7 @@ import numpy as np
 from jes.bench.cases import Case, generation, random_model, unperturbed
 from jes.bench.timing import Row, row_of
 from jes.config import DTYPES
+from jes.core.evolution import Evolution
 from jes.core.tree import is_quantized
 from jes.errors import InputError
 from jes.io import command_line, memory
@@ -32,7 +33,6 @@ from jes.io.console import console
 from jes.models.weights import Pretrained, load
 from jes.quantize import load_base
 from jes.questions import DRAWS, MODES
-from jes.update import Evolution
 
 
 def measure(args: argparse.Namespace) -> dict[str, int]:

@@ -14,11 +14,12 @@ import numpy as np
 
 from jes.bench.timing import Row, compare
 from jes.core.codes import Codes, pack
+from jes.core.evolution import Evolution
 from jes.core.integer_noise import dense_noise
 from jes.core.noise import generation_key, leaf_key
 from jes.core.tree import map_leaves
 from jes.transforms import error_feedback, es_gradient
-from jes.update import Evolution, first_state, tell
+from jes.update import first_state, tell
 
 SHAPE = (896, 4864)
 MEMBERS = 50

@@ -8,8 +8,8 @@ import numpy as np
 
 from jes.bench.cases import Case, generation, random_model
 from jes.bench.timing import Row, row_of, timed
+from jes.core.evolution import Evolution
 from jes.models.weights import Pretrained, load
-from jes.update import Evolution
 
 USUAL = {"members": 8, "prompts": 64, "new": 8, "hidden": 128}
 RANGES = {

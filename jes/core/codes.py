@@ -163,6 +163,17 @@ def allowed(codes: Codes, values: jax.Array, moves: jax.Array) -> jax.Array:
     return jnp.where(inside, moves, 0)
 
 
+def matrix_numbers(codes: Codes, part: jax.typing.ArrayLike | None) -> jax.Array:
+    """Numbers of the matrices [L], or of one alone [1], within their whole stack.
+
+    Args:
+      codes: all of them, or a part of the stack.
+      part: its number among parts of this length; None for all.
+    """
+    numbers = jnp.arange(codes.shape[0] if codes.ndim == 3 else 1)
+    return numbers if part is None else numbers + part * len(numbers)
+
+
 def difference(codes: Codes, moves: jax.Array) -> Codes:
     """Moves as an update that `optax.apply_updates` adds to `codes`.
 

@@ -13,6 +13,12 @@ many weights.
 import math
 from functools import partial
 
+from scipy.optimize import brentq
+
+from jes.core.evolution import Evolution
+from jes.core.fitness import typical_spread
+from jes.core.integer_noise import variance
+
 KINDS = ("none", "l2", "l1")
 
 
@@ -100,7 +106,7 @@ def coefficient_for_norm(
     For the stationary norm in closed form, with :math:`s^2` the budget of squares a
     weight: L2 :math:`\lambda = (1 - \sqrt{s^2/(s^2 + \alpha^2/N)})/\alpha`, L1
     :math:`\lambda = \alpha/(\sqrt{2} N s)`. For a finite number of generations the law
-    of `drift_norm`, which falls with λ, is inverted by bisection.
+    of `drift_norm`, which falls with λ, is inverted numerically.
 
     Args:
       norm: ‖θ - θ_0‖ not to be exceeded by drift, in units of the weights.
@@ -132,10 +138,50 @@ def coefficient_for_norm(
         high = alpha / (math.sqrt(2) * population * math.sqrt(square))
     if generations == math.inf:
         return high
+
     # In finite time the walk is shorter than for ever, so a weaker pull is enough.
-    low = 0.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        far = drift(kind=kind, coefficient=middle) > norm
-        low, high = (middle, high) if far else (low, middle)
-    return high
+    def excess(coefficient: float) -> float:
+        return drift(kind=kind, coefficient=coefficient) - norm
+
+    return brentq(excess, 0.0, high, xtol=1e-15 * high) if excess(high) < 0 else high
+
+
+def predicted_drift(evolution: Evolution, parameters: int, generations: int) -> float:
+    """‖θ - θ_0‖ that noise alone would reach with these settings; see `drift_norm`.
+
+    Of a quantised model in codes, and of the weights with their residual, W + e: on
+    the grid it is less while steps wait in the residual, and later up to 1/12 a weight
+    more, squared. NaN where rounding loses steps or adds some, for a decay of codes or
+    with a falling α, and for shaping 'none', whose steps scale with the rewards.
+
+    Args:
+      evolution: settings.
+      parameters: number of trained weights.
+      generations: number of updates.
+    """
+    step, steps = evolution.alpha, float(generations)
+    if evolution.alpha_half_life:
+        if evolution.decay != "none":
+            return math.nan
+        steps = _equal_steps(generations, evolution.alpha_half_life)
+    if evolution.rounding != "none":
+        kept = {"residual": math.inf, "replay": evolution.window}
+        lossless = evolution.residual_decay == 1 and evolution.decay == "none"
+        if not lossless or generations > kept.get(evolution.rounding, 0):
+            return math.nan
+        step = evolution.rate * math.sqrt(variance(evolution.sigma))
+    return drift_norm(
+        alpha=step,
+        population=evolution.population,
+        parameters=parameters,
+        generations=steps,
+        kind=evolution.decay,
+        coefficient=evolution.decay_coefficient,
+        spread=typical_spread(evolution.shaping, evolution.population),
+    )
+
+
+def _equal_steps(generations: int, half_life: int) -> float:
+    """How many steps of the first length sum to the squares of so many halving ones."""
+    halvings, rest = divmod(generations, half_life)
+    return half_life * (1 - 0.25**halvings) / 0.75 + rest * 0.25**halvings

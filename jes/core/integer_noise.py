@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jes.core.normal import random_bits
+from jes.core.random import random_bits
 
 DEVIATIONS = 8
 """Entries are drawn for the expected number that are not 0 and so many standard

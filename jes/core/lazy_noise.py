@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 from jes.core.low_rank import has_matrices, is_stack
 from jes.core.mesh import by_member
-from jes.core.noise import LAWS_AT, Noise, PyTree, leaf_key, leaf_noise
-from jes.core.normal import Place, places
+from jes.core.noise import DISTRIBUTIONS_AT, Noise, PyTree, leaf_key, leaf_noise
 from jes.core.placement import not_before
+from jes.core.random import Place, places
 
 BLOCKS = 16
 """Of an embedding: one has about as many weights as a layer then."""
@@ -34,15 +34,17 @@ class LazyNoise:
       key: uint32 [..., 2], data of the leaf's key.
       scale: float32 [...], σ with the member's sign.
       matrix: int32 [...], which matrix of a stack, or 0.
-      law: of `jes.core.noise.LAWS`.
+      distribution: of `jes.core.noise.DISTRIBUTIONS`.
       dtype: of the member's weight.
+      partitioned: see `Noise.partitioned`.
     """
 
     key: jax.Array
     scale: jax.Array
     matrix: jax.Array
-    law: str = dataclasses.field(metadata={"static": True})
+    distribution: str = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
+    partitioned: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def after(self, x: jax.Array) -> "LazyNoise":
         """The same, but not to be drawn before `x` is there."""
@@ -81,7 +83,7 @@ def draw_later(
         def one(path: tuple[Any, ...], leaf: jax.Array) -> LazyNoise | Own:
             scale, matrix = noise.sigma * sign, jnp.int32(0)
             if not has_matrices(path, leaf.shape):
-                drawn = leaf_noise(direction_key, path, leaf.shape, noise.law)
+                drawn = leaf_noise(direction_key, path, leaf.shape, noise)
                 return Own((leaf.astype(jnp.float32) + scale * drawn).astype(dtype))
             data = jax.random.key_data(leaf_key(direction_key, path))
             if is_stack(path):
@@ -89,7 +91,8 @@ def draw_later(
                 matrix = jnp.arange(count)
                 data = jnp.broadcast_to(data, (count, *data.shape))
                 scale = jnp.broadcast_to(scale, count)
-            return LazyNoise(data, scale, matrix, noise.law, jnp.dtype(dtype))
+            settings = noise.distribution, jnp.dtype(dtype), noise.partitioned
+            return LazyNoise(data, scale, matrix, *settings)
 
         return jax.tree_util.tree_map_with_path(one, params)
 
@@ -98,14 +101,16 @@ def draw_later(
 
 def add(weight: jax.Array, drawn: LazyNoise) -> jax.Array:
     """The member's weight, with all of its noise."""
-    place = places(weight.shape, drawn.matrix, weight.size)
+    size, spread = weight.size, drawn.partitioned
+    place = places(weight.shape, drawn.matrix, size, partitioned=spread)
     return _sum(weight, drawn, place)
 
 
 def add_rows(table: jax.Array, drawn: LazyNoise, rows: jax.Array) -> jax.Array:
     """Some rows of the member's matrix [V, D] alone: int [...] -> [..., D]."""
     width = table.shape[1]
-    place = places((width,), rows[..., None], width)
+    spread = drawn.partitioned
+    place = places((width,), rows[..., None], width, partitioned=spread)
     return _sum(table[rows], drawn, place)
 
 
@@ -134,7 +139,8 @@ def use_blocks(
         block = jax.lax.dynamic_slice_in_dim(weight, start, length, axis)
         row, column = (start, 0) if axis == 0 else (0, start)
         rows = row + jnp.arange(block.shape[0])[:, None]
-        place = places(block.shape[1:], rows, weight.shape[1], column)
+        width, spread = weight.shape[1], drawn.partitioned
+        place = places(block.shape[1:], rows, width, column, spread)
         return use(_sum(block, drawn, place))
 
     return jax.lax.map(one, jnp.arange(count))
@@ -142,6 +148,6 @@ def use_blocks(
 
 def _sum(weight: jax.Array, drawn: LazyNoise, place: Place) -> jax.Array:
     key = jax.random.wrap_key_data(drawn.key, impl="threefry2x32")
-    noise = LAWS_AT[drawn.law](key, place).reshape(weight.shape)
+    noise = DISTRIBUTIONS_AT[drawn.distribution](key, place).reshape(weight.shape)
     total = weight.astype(jnp.float32) + drawn.scale * noise
     return total.astype(drawn.dtype)

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
-"""A law of noise, of mean 0 and variance 1: a function of (key, shape)."""
+"""A distribution of mean 0 and variance 1: a function of (key, shape)."""
 
 STACK = "layers"
 """Leaves below this name are stacks of layers, on their first axis."""
@@ -80,7 +80,7 @@ def draw_matrix(
       matrix: its number in the stack, 0 for a matrix alone.
       shape: I and O.
       rank: r.
-      draw: the law of the factors' entries.
+      draw: the distribution of the factors' entries.
     """
     rows, columns = shape
     drawn = draw(jax.random.fold_in(leaf_key, matrix), (rank, rows + columns))

@@ -9,6 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -107,6 +108,8 @@ def by_member(own: Sequence[str], shared: Sequence[str] = ()) -> Callable:
             # With an axis of size 1 left to the compiler, it makes another program of
             # the same function, which rounds differently.
             spread_out = mesh.shape.get(MODEL, 1) > 1
+            if spread_out and settings.get("noise") is not None:
+                settings["noise"] = replace(settings["noise"], partitioned=True)
             manual = {POPULATION} if spread_out else set(mesh.axis_names)
             return jax.shard_map(
                 lambda arrays: function(**settings, **arrays),
@@ -123,12 +126,6 @@ def by_member(own: Sequence[str], shared: Sequence[str] = ()) -> Callable:
     return decorate
 
 
-def model_is_spread() -> bool:
-    """Whether what is traced here runs on a mesh with more than one 'model' device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.shape.get(MODEL, 1) > 1
-
-
-def population_devices() -> int:
-    """How many devices members are spread over, where this is traced."""
-    return jax.sharding.get_abstract_mesh().shape.get(POPULATION, 1)
+def model_is_spread(mesh: Mesh | None) -> bool:
+    """Whether the arrays of a model on this mesh are spread over several devices."""
+    return mesh is not None and mesh.shape.get(MODEL, 1) > 1

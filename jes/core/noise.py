@@ -1,4 +1,4 @@
-"""Keys and Gaussian perturbations: everything random in a run comes from here.
+"""Keys and perturbations: everything random in a run comes from here.
 
 The key contract. One root key a run; then
 
@@ -21,27 +21,26 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jes.core import random
 from jes.core.integer_noise import integer_noise
 from jes.core.low_rank import draw_low_rank, has_matrices
-from jes.core.normal import Place, normal_at, places, standard_normal
-from jes.core.table_normal import table_at, table_normal
 
 PyTree = Any
 
-LAWS: dict[str, Callable[[jax.Array, tuple[int, ...]], jax.Array]] = {
-    "normal": standard_normal,
-    "table": table_normal,
+DISTRIBUTIONS: dict[str, Callable[..., jax.Array]] = {
+    "normal": random.normal,
+    "table": random.table,
 }
 """Distributions of ε, all of mean 0 and variance 1: functions of (key, shape)."""
 
-LAWS_AT: dict[str, Callable[[jax.Array, Place], jax.Array]] = {
-    "normal": normal_at,
-    "table": table_at,
+DISTRIBUTIONS_AT: dict[str, Callable[[jax.Array, random.Place], jax.Array]] = {
+    "normal": random.normal_at,
+    "table": random.table_at,
 }
 """The same numbers one by one: functions of (key, their places)."""
 
@@ -58,24 +57,29 @@ class Noise:
         measure with the one and to move by the other (QuZO).
       scale_sigma: of quantised weights, standard deviation of the perturbation of
         their scales, in units of these; 0 leaves them alone.
-      law: the distribution of ε, see `LAWS`: 'normal', or 'table', which is about
-        normal and faster on CPUs. The integer noise of codes has a law of its own.
+      distribution: of ε, see `DISTRIBUTIONS`: 'normal', or 'table', which is about
+        normal and faster on CPUs. Codes have integer noise whatever it is.
+      rank: of the noise of matrices, see `jes.core.low_rank`; 0 for full rank.
+      partitioned: whether the arrays are spread over devices. The numbers are the same,
+        but computed from one counter per axis, of which a device can compute its part.
     """
 
     sigma: float
     antithetic: bool = False
     rounds: int = 1
     scale_sigma: float = 0.0
-    law: str = "normal"
+    distribution: str = "normal"
     rank: int = 0
+    partitioned: bool = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.sigma) and self.sigma > 0):
             raise ValueError(f"sigma must be positive and finite, not {self.sigma}")
         if not (math.isfinite(self.scale_sigma) and self.scale_sigma >= 0):
             raise ValueError(f"scale_sigma cannot be {self.scale_sigma}")
-        if self.law not in LAWS:
-            raise ValueError(f"noise must be one of {tuple(LAWS)}, not {self.law!r}")
+        if self.distribution not in DISTRIBUTIONS:
+            names = tuple(DISTRIBUTIONS)
+            raise ValueError(f"noise must be one of {names}, not {self.distribution!r}")
         if self.rank < 0:
             raise ValueError(f"rank cannot be negative: {self.rank}")
 
@@ -128,39 +132,49 @@ def leaf_key(direction_key: jax.Array, path: tuple[Any, ...]) -> jax.Array:
     return jax.random.fold_in(direction_key, zlib.crc32(leaf_path(path).encode()))
 
 
+STANDARD = Noise(sigma=1.0)
+"""Normal noise of full rank."""
+
+
+class PartKey(NamedTuple):
+    """What `jes.update_in_place` passes as `key` where it updates a part of a leaf.
+
+    Attributes:
+      key: the generation key.
+      part: int32 scalar, the number of the part among equal parts of the first axis of
+        the leaf; None for the whole leaf.
+    """
+
+    key: jax.Array
+    part: jax.Array | None
+
+    @classmethod
+    def of(cls, key: "jax.Array | PartKey") -> "PartKey":
+        """The same for a plain key, which stands for whole leaves."""
+        return key if isinstance(key, cls) else cls(key, None)  # type: ignore[arg-type]
+
+
 def leaf_noise(
     direction_key: jax.Array,
     path: tuple[Any, ...],
     shape: tuple[int, ...],
-    law: str = "normal",
-    rank: int = 0,
+    noise: Noise = STANDARD,
+    part: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
-    """Standard normal float32 noise of one leaf; independent of every other leaf.
-
-    With another law of `LAWS`, noise of that; with a rank, its matrices in full.
-    """
-    key = leaf_key(direction_key, path)
-    if rank and has_matrices(path, shape):
-        return draw_low_rank(key, shape, rank, LAWS[law]).full()
-    return LAWS[law](key, shape)
-
-
-def part_noise(
-    direction_key: jax.Array,
-    path: tuple[Any, ...],
-    shape: tuple[int, ...],
-    part: jax.typing.ArrayLike,
-    law: str = "normal",
-) -> jax.Array:
-    """A part of a leaf's noise, without the rest of it.
+    """The noise ε of one leaf: float32, of mean 0 and variance 1.
 
     Args:
-      direction_key, path, law: as for `leaf_noise`.
-      shape: of the part: so many rows of the leaf, or one of its matrices.
-      part: its number among parts of this shape.
+      direction_key: see the key contract.
+      path: of the leaf in the parameters.
+      shape: of the leaf, or of a part of it.
+      noise: the distribution and rank; σ is not read.
+      part: number of the part, see `PartKey`; of noise of full rank only.
     """
-    place = places(shape, part, math.prod(shape))
-    return LAWS_AT[law](leaf_key(direction_key, path), place).reshape(shape)
+    key = leaf_key(direction_key, path)
+    draw = DISTRIBUTIONS[noise.distribution]
+    if noise.rank and has_matrices(path, shape):
+        return draw_low_rank(key, shape, noise.rank, draw).full()
+    return draw(key, shape, part, noise.partitioned)
 
 
 def codes_noise(
@@ -191,21 +205,13 @@ def codes_noise(
     return integer_noise(key, size, noise.sigma, noise.rounds)
 
 
-def perturb(
-    params: PyTree,
-    key: jax.Array,
-    sigma: jax.typing.ArrayLike,
-    law: str = "normal",
-    rank: int = 0,
-) -> PyTree:
-    """θ + σε, with ε drawn from `key`, a direction key (2509.24372, Algorithm 1).
+def perturb(params: PyTree, key: jax.Array, sigma: jax.typing.ArrayLike) -> PyTree:
+    """θ + σε, with normal ε drawn from `key` (2509.24372, Algorithm 1).
 
     Args:
       params: pytree of floating-point arrays.
-      key: typed PRNG key; the same key gives the same ε.
+      key: typed PRNG key, a direction key; the same key gives the same ε.
       sigma: scalar, in units of the weights; negative for the antithetic member.
-      law: the distribution of ε, see `LAWS`.
-      rank: of the ε of matrices, 0 for full; see `jes.core.low_rank`.
 
     Returns:
       A new pytree with the dtypes of `params`; the sum is taken in float32.
@@ -213,17 +219,7 @@ def perturb(
     Raises:
       TypeError: for weights that are not floats.
     """
-
-    def add(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(
-                f"{leaf_path(path)} holds {leaf.dtype}: members of a quantised model "
-                "differ from it by `jes.draw_overlays`"
-            )
-        noise = leaf_noise(key, path, leaf.shape, law, rank)
-        return (leaf.astype(jnp.float32) + sigma * noise).astype(leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(add, params)
+    return _perturb(params, key, sigma, STANDARD)
 
 
 def perturb_member(
@@ -231,4 +227,19 @@ def perturb_member(
 ) -> PyTree:
     """The weights of one member of the generation with this generation key."""
     direction_key, sign = noise.direction(key, member)
-    return perturb(params, direction_key, noise.sigma * sign, noise.law, noise.rank)
+    return _perturb(params, direction_key, noise.sigma * sign, noise)
+
+
+def _perturb(
+    params: PyTree, key: jax.Array, scale: jax.typing.ArrayLike, noise: Noise
+) -> PyTree:
+    def add(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{leaf_path(path)} holds {leaf.dtype}: members of a quantised model "
+                "differ from it by `jes.draw_overlays`"
+            )
+        epsilon = leaf_noise(key, path, leaf.shape, noise)
+        return (leaf.astype(jnp.float32) + scale * epsilon).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(add, params)

@@ -13,7 +13,7 @@ from jes.core.codes import Codes, Overlay, allowed, pick
 from jes.core.low_rank import LowRank, draw_low_rank, has_matrices
 from jes.core.mesh import by_member
 from jes.core.noise import (
-    LAWS,
+    DISTRIBUTIONS,
     Noise,
     PyTree,
     codes_noise,
@@ -101,7 +101,7 @@ def draw_overlays(
 
         def deviation(path: tuple[Any, ...], leaf: Any) -> Any:
             if not is_codes(leaf):
-                drawn = leaf_noise(direction_key, path, leaf.shape, noise.law)
+                drawn = leaf_noise(direction_key, path, leaf.shape, noise)
                 return noise.scale_sigma * sign * drawn
             one = partial(_overlay, direction_key, path, sign=sign, noise=noise)
             if leaf.ndim == 2:
@@ -151,10 +151,12 @@ def draw_deviations(
 
         def deviation(path: tuple[Any, ...], leaf: Any) -> Any:
             if not has_matrices(path, leaf.shape):
-                drawn = leaf_noise(direction_key, path, leaf.shape, noise.law)
+                drawn = leaf_noise(direction_key, path, leaf.shape, noise)
                 return (scale * drawn).astype(dtype)
             own = leaf_key(direction_key, path)
-            low = draw_low_rank(own, leaf.shape, noise.rank, LAWS[noise.law])
+            low = draw_low_rank(
+                own, leaf.shape, noise.rank, DISTRIBUTIONS[noise.distribution]
+            )
             return LowRank(low.a.astype(dtype), (scale * low.b).astype(dtype))
 
         return jax.tree_util.tree_map_with_path(deviation, params)

@@ -92,11 +92,11 @@ def _is_scales(path: tuple[Any, ...]) -> bool:
     return jax.tree_util.keystr(path[-1:], simple=True) == "scales"
 
 
-def transpose(params: PyTree, out: PyTree) -> tuple[PyTree, ...]:
+def transpose(params: PyTree, out: PyTree, width: int) -> tuple[PyTree, ...]:
     """A tree of tuples, one for each leaf of the parameters, as a tuple of trees."""
     outer = structure(params)
     rows = outer.flatten_up_to(out)
-    return tuple(outer.unflatten(column) for column in zip(*rows, strict=True))
+    return tuple(outer.unflatten([row[n] for row in rows]) for n in range(width))
 
 
 def total(tree: PyTree) -> jax.Array:

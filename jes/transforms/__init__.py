@@ -1,4 +1,4 @@
-"""Gradient transformations in the manner of optax."""
+"""Gradient transformations in the manner of optax, and updates in place by them."""
 
 from jes.transforms._anchored_weight_decay import (
     AnchoredWeightDecayState,
@@ -6,15 +6,24 @@ from jes.transforms._anchored_weight_decay import (
 )
 from jes.transforms._error_feedback import ErrorFeedbackState, error_feedback
 from jes.transforms._es_gradient import EsGradientState, es_gradient
+from jes.transforms._in_place import count_parts, update_in_place
 from jes.transforms._seed_replay import SeedReplayState, seed_replay
+from jes.transforms._stochastic_rounding import (
+    StochasticRoundingState,
+    stochastic_rounding,
+)
 
 __all__ = [
     "AnchoredWeightDecayState",
     "ErrorFeedbackState",
     "EsGradientState",
     "SeedReplayState",
+    "StochasticRoundingState",
     "anchored_weight_decay",
+    "count_parts",
     "error_feedback",
     "es_gradient",
     "seed_replay",
+    "stochastic_rounding",
+    "update_in_place",
 ]

@@ -10,14 +10,14 @@ import optax
 from jes.core.drift import KINDS
 from jes.core.noise import PyTree
 from jes.core.placement import on_device
-from jes.core.tree import values_of
+from jes.core.tree import structure, values_of
 
 
 class AnchoredWeightDecayState(NamedTuple):
-    """What the pull depends on.
+    """Where the schedules are.
 
     Attributes:
-      count: int32 scalar, updates so far; where the schedules are.
+      count: int32 scalar, updates so far.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name that optax has for it
@@ -97,6 +97,11 @@ def anchored_weight_decay(
             raise ValueError("anchored_weight_decay needs params: update(..., params)")
         if anchor is None:
             raise ValueError("anchored_weight_decay has no anchor to pull to")
+        if structure(anchor) != structure(params):
+            raise ValueError(
+                "the anchor is not a tree like the parameters; jes.update_in_place "
+                "takes it as an argument, anchor=..."
+            )
         strength = at(learning_rate, state.count) * at(coefficient, state.count)
         chosen = mask(params) if callable(mask) else mask
         if chosen is None:

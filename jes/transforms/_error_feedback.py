@@ -1,4 +1,4 @@
-"""Updates on a grid: what rounding leaves over is kept for the next one."""
+"""Updates on a grid: carries the rounding error into the next update."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jes.core.codes import Codes, allowed, difference
+from jes.core.codes import Codes, allowed, difference, matrix_numbers
 from jes.core.noise import PyTree, leaf_key
 from jes.core.tree import is_codes, map_leaves, total, transpose, values_of
 
@@ -15,13 +15,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class ErrorFeedbackState(NamedTuple):
-    """What rounding has left over.
+    """The rounding error, and counts of the last update.
 
     Attributes:
       residual: e, a tree like the parameters of arrays in their shapes (of codes, in
         codes); None with decay 0, which needs none.
-      changed: float32 scalar, how many weights the last update has changed.
-      blocked: float32 scalar, how many moves the ends of the range have stopped.
+      changed: float32 scalar, how many weights the last update changed.
+      blocked: float32 scalar, how many moves the range of the codes stopped.
     """
 
     residual: PyTree
@@ -111,7 +111,7 @@ def error_feedback(
             return as_update(leaf, moves), left.astype(dtype), *counts
 
         out = jax.tree.map(one, params, updates, residual, is_leaf=is_codes)
-        updates, residual, changed, blocked = transpose(params, out)
+        updates, residual, changed, blocked = transpose(params, out, 4)
         residual = residual if decay else None
         return updates, ErrorFeedbackState(residual, total(changed), total(blocked))
 
@@ -158,14 +158,14 @@ def round_step(
 
 
 def initial_residual(
-    path: tuple[Any, ...], leaf: Any, initial: str, matrix: Any = 0
+    path: tuple[Any, ...], leaf: Any, initial: str, part: Any = None
 ) -> jax.Array:
-    """The residual before the first update, float32; uniform only of codes.
+    """The residual before the first update, float32; uniform only for codes.
 
     Args:
-      path, leaf: of the parameters; the leaf may be one matrix of a stack.
+      path, leaf: of the parameters; the leaf may be a part of a stack.
       initial: 'zero' or 'uniform'.
-      matrix: its number there.
+      part: its number, see `PartKey`.
     """
     if initial == "zero" or not is_codes(leaf):
         return jnp.zeros(leaf.shape, jnp.float32)
@@ -175,7 +175,8 @@ def initial_residual(
         own = jax.random.fold_in(key, number)
         return jax.random.uniform(own, leaf.shape[-2:], minval=-0.5, maxval=0.5)
 
-    return one(matrix) if leaf.ndim == 2 else jax.vmap(one)(jnp.arange(leaf.shape[0]))
+    numbers = matrix_numbers(leaf, part)
+    return one(numbers[0]) if leaf.ndim == 2 else jax.vmap(one)(numbers)
 
 
 def count_moves(

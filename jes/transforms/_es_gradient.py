@@ -8,17 +8,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jes.core.codes import matrix_numbers
 from jes.core.fitness import METHODS, finite_members, shape_fitness
 from jes.core.integer_noise import entries
 from jes.core.low_rank import draw_matrix, has_matrices
 from jes.core.noise import (
-    LAWS,
+    DISTRIBUTIONS,
     Noise,
+    PartKey,
     PyTree,
     codes_noise,
     leaf_key,
     leaf_noise,
-    part_noise,
 )
 from jes.core.tree import is_codes, map_leaves
 
@@ -49,7 +50,7 @@ def es_gradient(
     alone.
 
     For `Codes` ε is the integer perturbation δ of 2602.03120 Eq. (3) and (5), of which
-    only what is not 0 is drawn: an update of the shape of the codes, in codes.
+    only the nonzero entries are drawn: an update of the shape of the codes, in codes.
 
     Args:
       noise: as the members were perturbed.
@@ -59,9 +60,8 @@ def es_gradient(
       A transformation whose `update` takes, beside the incoming updates (only their
       shapes matter; zeros will do), `key`, the generation key, and `fitness`, float
       [N], and returns float32 updates. Members with non-finite fitness count neither
-      in the sum nor in N. `matrix`, an int, says that the arrays given are a part of
-      what the parameters have there, and which: of codes a matrix of the stack, of
-      floats one of equal parts of the first axis (with a rank, of stacks only).
+      in the sum nor in N. Noise of a part of a leaf is drawn where `key` is a
+      `PartKey`, see `jes.update_in_place`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jes
@@ -92,11 +92,11 @@ def es_gradient(
         *,
         key: jax.Array,
         fitness: jax.Array,
-        matrix: jax.typing.ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, EsGradientState]:
         del params, extra_args
         fitness = jnp.asarray(fitness, jnp.float32)
+        key, part = PartKey.of(key)
         noise.check_population(fitness.shape[0])
         weights = shape_fitness(fitness, shaping) / finite_members(fitness)
         weights = noise.direction_weights(weights)
@@ -105,12 +105,10 @@ def es_gradient(
             if not is_codes(leaf):
                 low = noise.rank and has_matrices(path, leaf.shape)
                 of_floats = _of_factors if low else _of_floats
-                return of_floats(path, leaf.shape, key, weights, noise, matrix)
-            shape = leaf.shape[-2:]
-            one = partial(_of_codes, path, shape, key, weights, noise)
-            if leaf.ndim == 2:
-                return one(0 if matrix is None else matrix)
-            return jax.lax.map(one, jnp.arange(leaf.shape[0]))
+                return of_floats(path, leaf.shape, key, weights, noise, part)
+            one = partial(_of_codes, path, leaf.shape[-2:], key, weights, noise)
+            numbers = matrix_numbers(leaf, part)
+            return one(numbers[0]) if leaf.ndim == 2 else jax.lax.map(one, numbers)
 
         return map_leaves(estimate, updates), state
 
@@ -125,11 +123,9 @@ def _of_floats(
     noise: Noise,
     part: jax.typing.ArrayLike | None,
 ) -> jax.Array:
-    draw = leaf_noise if part is None else partial(part_noise, part=part)
-
     def add(direction: jax.Array, total: jax.Array) -> jax.Array:
         direction_key = jax.random.fold_in(key, direction)
-        drawn = draw(direction_key, path, shape, law=noise.law)
+        drawn = leaf_noise(direction_key, path, shape, noise, part)
         return total - weights[direction] * drawn
 
     start = jnp.zeros(shape, jnp.float32)
@@ -146,14 +142,17 @@ def _of_factors(
 ) -> jax.Array:
     """The estimate for a stack of matrices with noise of low rank, one by one."""
     *stack, rows, columns = shape
+    if part is not None and not stack:
+        raise ValueError(f"noise of low rank cannot be drawn for rows of {path}")
     count = weights.shape[0]
+    draw_factors = DISTRIBUTIONS[noise.distribution]
     # Factors of so many members at a time that they take no more than the matrix.
     entries_each = noise.rank * (rows + columns)
     at_once = min(count, max(1, max(AT_ONCE, rows * columns) // entries_each))
 
     def draw(direction: jax.Array, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
         own = leaf_key(jax.random.fold_in(key, direction), path)
-        drawn = draw_matrix(own, matrix, (rows, columns), noise.rank, LAWS[noise.law])
+        drawn = draw_matrix(own, matrix, (rows, columns), noise.rank, draw_factors)
         # Those after the last member count nothing.
         weight = jnp.where(direction < count, weights[direction], 0)
         return drawn.a, -weight * drawn.b

@@ -1,13 +1,13 @@
 r"""QuZO (2502.12346), as 2602.03120 compares with it: unbiased rounding, no residual.
 
 One Gaussian u is rounded stochastically twice: members are perturbed by the one
-rounding, the weights are moved by the other, so that their product has no bias
+rounding and the weights are moved by the other, so that their product has no bias
 (`Noise(rounds=2)`). The summed step is rounded stochastically once more and added;
-moves out of range are left out. Rounding is right on average, but adds a random walk.
+moves out of range are skipped. Rounding is right on average, but adds a random walk.
 
-This is the form in the published code of 2602.03120: shaped fitness in place of the
-measured slopes :math:`\mu_i`, and one rounding of the sum, not one of every query.
-(With pairs that code halves α, which is left to the setting here.)
+As in the published code of 2602.03120, shaped fitness takes the place of the measured
+slopes :math:`\mu_i`, and the sum is rounded once, not every query. (With pairs that
+code halves α, which is left to the setting here.)
 """
 
 import zlib
@@ -18,16 +18,16 @@ import jax.numpy as jnp
 import optax
 
 from jes.core.codes import Codes, allowed, difference
-from jes.core.noise import PyTree, leaf_key
+from jes.core.noise import PartKey, PyTree, leaf_key
+from jes.core.random import uniform
 from jes.core.tree import is_codes, map_leaves, total, transpose, values_of
 
 
 class StochasticRoundingState(NamedTuple):
-    """What the last update came to.
+    """Counts of the last update.
 
     Attributes:
-      changed: float32 scalar, how many weights it has changed.
-      blocked: float32 scalar, how many moves the ends of the range have stopped.
+      changed, blocked: as in `ErrorFeedbackState`.
     """
 
     changed: jax.Array
@@ -55,20 +55,22 @@ def stochastic_rounding() -> optax.GradientTransformationExtraArgs:
         key: jax.Array,
         **extra_args: Any,
     ) -> tuple[PyTree, StochasticRoundingState]:
-        del extra_args
+        del state, extra_args
         if params is None:
             raise ValueError("stochastic_rounding needs params: update(..., params)")
+        key, part = PartKey.of(key)
         key = jax.random.fold_in(key, zlib.crc32(b"rounding"))
 
         def one(path: tuple[Any, ...], leaf: Codes, update: jax.Array) -> Any:
             floor = jnp.floor(update)
-            up = jax.random.bernoulli(leaf_key(key, path), update - floor)
+            up = uniform(leaf_key(key, path), update.shape, part) < update - floor
             wanted = floor + up
             moves = allowed(leaf, values_of(leaf), wanted)
             counts = ((moves != 0).sum(), (moves != wanted).sum())
             return difference(leaf, moves), *(c.astype(jnp.float32) for c in counts)
 
-        updates, changed, blocked = transpose(params, map_leaves(one, params, updates))
+        rows = map_leaves(one, params, updates)
+        updates, changed, blocked = transpose(params, rows, 3)
         return updates, StochasticRoundingState(total(changed), total(blocked))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
