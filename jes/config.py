@@ -17,7 +17,7 @@ import ml_collections
 from jes.core.anchor import PLACES
 from jes.core.evolution import Evolution
 from jes.core.fitness import METHODS as SHAPINGS
-from jes.core.noise import LAWS
+from jes.core.noise import DISTRIBUTIONS
 from jes.errors import InputError
 from jes.metacognition.objectives import OBJECTIVES
 from jes.sampling.generate import Sampling
@@ -149,12 +149,9 @@ class Settings:
     @cached_property
     def evolution(self) -> Evolution:
         """The settings of the update."""
-        names = {field.name for field in dataclasses.fields(Evolution)} - {
-            "distribution"
-        }
-        return Evolution(
-            **{n: getattr(self, n) for n in names}, distribution=self.noise
-        )
+        names = {field.name for field in dataclasses.fields(Evolution)}
+        own = {name: getattr(self, name) for name in names - {"distribution"}}
+        return Evolution(**own, distribution=self.noise)
 
     @cached_property
     def sampling(self) -> Sampling:
@@ -178,7 +175,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "quantize": ("", "int4", "int8", "w8a8"),
     "dtype": DTYPES,
     "mode": ("generate", "likelihood"),
-    "noise": tuple(LAWS),
+    "noise": tuple(DISTRIBUTIONS),
     "draw": ("member", "layer"),
     "shaping": tuple(SHAPINGS),
     "objective": ("reward", *OBJECTIVES),
