@@ -35,7 +35,6 @@ from jes.studies.paper_configs import (
     TARGETS,
     forgetting_config,
 )
-from jes.core.drift import predicted_drift
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
