@@ -7,7 +7,7 @@ import jes
 from jes import pretrain_knowing as knowing
 from jes.pretrain import LONG, SHORT, TOKENS
 from jes.studies.knowing import measure
-from jes.tasks import tiny_facts
+from jes.tasks import load_task, tiny_facts
 
 LETTERS = {i: token for token, i in TOKENS.items()}
 ANSWERS = {"yes": 1.0, "no": 0.0}
@@ -68,7 +68,7 @@ def test_faded_facts_are_recalled_in_their_step_alone() -> None:
 def test_the_embedded_model_knows_more_of_itself_than_it_says() -> None:
     """Near chance as it answers (d' below 0.4), above it in its log-odds."""
     pretrained = jes.load("tiny-knowing")
-    answers, ways = measure(pretrained, "tiny/knows")
+    answers, ways = measure(pretrained, load_task("tiny/knows"))
     assert abs(ways["answers"]["d_prime"]) < 0.4
     low, _ = ways["answers"]["auroc2_interval"]
     assert low > 0.5

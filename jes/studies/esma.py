@@ -26,20 +26,8 @@ from jes.io import runs
 from jes.io.metrics import write_json
 from jes.models.weights import load
 from jes.quantize import load_base
-from jes.studies.grid import (
-    Grid,
-    Row,
-    grouped,
-    main,
-    mean_error,
-    method_config,
-    precision,
-    read_csv,
-    spread,
-    table,
-    tidy,
-    write_csv,
-)
+from jes.studies import grid as grids
+from jes.studies.grid import Grid, Row, grouped, mean_error, method_config
 from jes.studies.knowing import measure
 from jes.tasks import load_task
 
@@ -64,7 +52,7 @@ def collect(grid: Grid) -> None:
     if not asks_about_knowing(grid.config, grid.config.task):
         raise InputError(f"task {grid.config.task} does not ask 'do you know'")
     grid.run()
-    write_csv(grid.out / "results.csv", measure_all(grid))
+    grids.write_csv(grid.out / "results.csv", measure_all(grid))
 
 
 def measure_all(grid: Grid) -> list[Row]:
@@ -110,15 +98,10 @@ def measure_model(grid: Grid, method: str, seed: int, names: Sequence[str]) -> R
     elif missing:
         model = load(folder / "model")
     for name in missing:
-        _, found[name] = measure(
-            model,
-            name,
-            examples=config.data.test,
-            root=config.data.root,
-            dtype=config.dtype,
-            batch_size=config.eval_batch,
-            seed=seed,
-        )
+        size = {"root": config.data.root, "test": config.data.test}
+        task = load_task(name, seed=seed, **size)
+        options = {"dtype": config.dtype, "batch_size": config.eval_batch}
+        _, found[name] = measure(model, task, **options)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {"of": of, "tasks": found})
     return {name: found[name] for name in names}
@@ -138,7 +121,7 @@ def flat(metrics: Mapping[str, Any]) -> Row:
 
 def draw(out: Path) -> str:
     """Writes results.md and metacognition.png from results.csv."""
-    rows = read_csv(out / "results.csv")
+    rows = grids.read_csv(out / "results.csv")
     methods = list(grouped(rows, "method"))
     ways = sorted(
         grouped(rows, "method", "yes_by"),
@@ -150,8 +133,8 @@ def draw(out: Path) -> str:
     heads = ["method", *(heading for heading, _ in COLUMNS.values())]
     for task in tasks:
         lines = [cells(groups.get((task, *way), []), way, seeds) for way in ways]
-        text += f"\n{task}:\n\n" + table(heads, lines)
-    text += f"\n{precision(seeds, rows[0]['correct'] + rows[0]['wrong'])}\n"
+        text += f"\n{task}:\n\n" + grids.table(heads, lines)
+    text += f"\n{grids.precision(seeds, rows[0]['correct'] + rows[0]['wrong'])}\n"
     (out / "results.md").write_text(text)
     figure(groups, ways, tasks).savefig(out / "metacognition.png", dpi=120)
     return text
@@ -184,10 +167,10 @@ def figure(
         for i, task in enumerate(tasks):
             found = [groups.get((task, *way), [{}]) for way in ways]
             values = [[row.get(name, np.nan) for row in rows] for rows in found]
-            mean, error = zip(*map(spread, values), strict=True)
+            mean, error = zip(*map(grids.spread, values), strict=True)
             y = at + 0.16 * (i - (len(tasks) - 1) / 2)
             axes.errorbar(mean, y, xerr=error, fmt="o", capsize=2, label=task)
-        tidy(axes, title, legend=False)
+        grids.tidy(axes, title, legend=False)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.set_yticks(at, [label(*way).replace("`", "") for way in ways])
     axes.invert_yaxis()
@@ -196,4 +179,4 @@ def figure(
 
 
 if __name__ == "__main__":
-    main(collect, draw)
+    grids.main(collect, draw)

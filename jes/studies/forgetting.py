@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from jax.flatten_util import ravel_pytree
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
@@ -37,20 +38,7 @@ from jes.io.metrics import read_rows, write_json
 from jes.models.weights import load
 from jes.rollout import examine
 from jes.studies import grid as grids
-from jes.studies.grid import (
-    Grid,
-    Row,
-    band,
-    grouped,
-    mean_error,
-    method_config,
-    precision,
-    read_csv,
-    spread,
-    table,
-    tidy,
-    write_csv,
-)
+from jes.studies.grid import Grid, Row, grouped, mean_error, method_config, spread
 
 COLUMNS = {
     "target": ("target %", ".1f"),
@@ -104,12 +92,12 @@ def collect_runs(grid: Grid) -> None:
         curves.setdefault(method, {})[str(seed)] = curve
         hours += summary["seconds"] / 3600
     for method in matched(grid):
-        rows += [shrunk_row(grid, method, seed) for seed in grid.seeds]
+        rows += [final(grid, f"shrunk to {method}", seed) for seed in grid.seeds]
         for row in [row for row in rows if row["method"] == method]:
             rows += stopped_rows(grid, row, curves["es"][str(row["seed"])])
     target, priors = grid.config.task, list(grid.config.eval_tasks)
     columns = ["method", "seed", *COLUMNS, *MORE, *priors]
-    write_csv(grid.out / "results.csv", rows, columns)
+    grids.write_csv(grid.out / "results.csv", rows, columns)
     write_json(grid.out / "curves.json", curves)
     study = {
         "target": target,
@@ -127,7 +115,7 @@ def result(grid: Grid, method: str, seed: int, curve: dict[str, list]) -> Row:
     far, priors = summary["distance"], grid.config.eval_tasks
     last = ("prior_strict", "prior_format", "target_strict", "target_format")
     row = {
-        **final(grid, method, seed, summary),
+        **final(grid, method, seed),
         "trough": min(curve["prior"]),
         "recovery": curve["prior"][-1] - min(curve["prior"]),
         **{key: curve[key][-1] for key in last},
@@ -145,8 +133,9 @@ def result(grid: Grid, method: str, seed: int, curve: dict[str, list]) -> Row:
     return row
 
 
-def final(grid: Grid, method: str, seed: int, summary: Row) -> Row:
-    """Accuracies in percent at the end, and the norm, of a summary."""
+def final(grid: Grid, method: str, seed: int) -> Row:
+    """Accuracies in percent at the end, and the norm."""
+    summary = grid.summary(method, seed)
     after = {name: 100 * e["after"] for name, e in summary["evaluations"].items()}
     priors = {name: after[name] for name in grid.config.eval_tasks}
     return {
@@ -162,8 +151,8 @@ def final(grid: Grid, method: str, seed: int, summary: Row) -> Row:
 
 def mean_kl(row: Row, tasks: Sequence[str]) -> float | None:
     """Mean over tasks of the KL in nats per token; None where it was not measured."""
-    found = [row.get(f"kl/{task}/full", np.nan) for task in tasks]
-    return None if np.isnan(found).any() else float(np.mean(found))
+    found: list[Any] = [row.get(f"kl/{task}/full") for task in tasks]
+    return None if None in found else float(np.mean(found))
 
 
 def curve_of(grid: Grid, method: str, seed: int) -> dict[str, list]:
@@ -228,28 +217,14 @@ def shrink(grid: Grid) -> None:
         for method, folder in todo.items():
             share = min(1.0, grid.summary(method, seed)["displacement_norm"] / full)
             params = jax.tree.map(lambda a, b, s=share: a + s * (b - a), base, tuned)
+            found = {}
+            for name, (evaluation, questions) in experiment.evaluations.items():
+                size = experiment.settings.eval_batch
+                score = examine(evaluation, params, questions, batch_size=size)
+                found[name] = {"after": score.accuracy, "examples": len(questions)}
             folder.mkdir(parents=True, exist_ok=True)
-            summary = {
-                "evaluations": evaluations(experiment, params),
-                "displacement_norm": share * full,
-            }
+            summary = {"evaluations": found, "displacement_norm": share * full}
             write_json(folder / "summary.json", summary)
-
-
-def evaluations(experiment: Any, params: PyTree) -> Row:
-    """Accuracies of weights on the held-out questions, as a summary has them."""
-    size = experiment.settings.eval_batch
-    found = {}
-    for name, (evaluation, questions) in experiment.evaluations.items():
-        score = examine(evaluation, params, questions, batch_size=size)
-        found[name] = {"after": score.accuracy, "examples": len(questions)}
-    return found
-
-
-def shrunk_row(grid: Grid, method: str, seed: int) -> Row:
-    """Plain ES shrunk to the norm of a method."""
-    name = f"shrunk to {method}"
-    return final(grid, name, seed, grid.summary(name, seed))
 
 
 def stopped_rows(grid: Grid, row: Row, curve: dict[str, list]) -> list[Row]:
@@ -292,13 +267,10 @@ def systematic_rows(grid: Grid) -> list[Row]:
 
 def displacements(base: PyTree, folders: Sequence[Path]) -> list[np.ndarray]:
     """θ - θ_0 of the models in these folders as vectors, float32 [d]."""
-    start = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(base)]
-    moved = []
-    for folder in folders:
-        ends = jax.tree.leaves(load(folder).params)
-        steps = [(np.asarray(e) - s).ravel() for e, s in zip(ends, start, strict=True)]
-        moved.append(np.concatenate(steps).astype(np.float32))
-    return moved
+    start = ravel_pytree(base)[0]
+    return [
+        np.asarray(ravel_pytree(load(folder).params)[0] - start) for folder in folders
+    ]
 
 
 def systematic(
@@ -352,7 +324,7 @@ def reach(alpha: float, generations: int, coefficient: float = 0.0) -> float:
 
 def draw(out: Path) -> str:
     """Writes results.md and forgetting.png from the data."""
-    rows = read_csv(out / "results.csv")
+    rows = grids.read_csv(out / "results.csv")
     curves = json.loads((out / "curves.json").read_text())
     study = json.loads((out / "study.json").read_text())
     for row in rows:  # the CSV has six digits, the end of a curve all of them
@@ -362,7 +334,7 @@ def draw(out: Path) -> str:
     text += ", ".join(f"`{prior}`" for prior in study["priors"]) + ".\n\n"
     text += results_table(rows, curves)
     seeds = len(next(iter(curves.values())))
-    text += f"\n{precision(seeds, study['questions'])}\n" + slices(curves)
+    text += f"\n{grids.precision(seeds, study['questions'])}\n" + slices(curves)
     if study["systematic"]:
         text += systematic_table(study["systematic"])
     text += (
@@ -392,7 +364,7 @@ def results_table(rows: Sequence[Row], curves: Curves) -> str:
 
     heads = ["method", "seeds", *(head for head, _ in columns.values())]
     methods = {"(before)": before, **grouped(rows, "method")}
-    return table(heads, [cells(*item) for item in methods.items()])
+    return grids.table(heads, [cells(*item) for item in methods.items()])
 
 
 def slices(curves: Curves) -> str:
@@ -423,7 +395,7 @@ def slices(curves: Curves) -> str:
         "‖θ-θ₀‖",
     ]
     title = f"After {answers:.0f} thousand answers, and where the target reaches"
-    return f"\n{title} {goal:.1f} %:\n\n{table(heads, lines)}"
+    return f"\n{title} {goal:.1f} %:\n\n{grids.table(heads, lines)}"
 
 
 def crossing(curve: dict[str, list], key: str, value: float) -> Row | None:
@@ -460,7 +432,7 @@ def systematic_table(rows: Sequence[Row]) -> str:
         "of two seeds' displacements, and the most that is possible."
     )
     heads = ["method", "along GRPO", "squared, of pairs", "reach", "reach squared"]
-    return f"\n{title}\n\n{table(heads, lines)}"
+    return f"\n{title}\n\n{grids.table(heads, lines)}"
 
 
 # The figure.
@@ -480,7 +452,7 @@ def figure(rows: Sequence[Row], curves: Curves, target: str) -> Figure:
         runs, color = list(of_seed.values()), colors[method]
 
         def line(axes: Axes, x: str, y: str, runs: Any = runs, **style: Any) -> None:
-            band(axes, runs[0][x], [run[y] for run in runs], **style)
+            grids.band(axes, runs[0][x], [run[y] for run in runs], **style)
 
         if method in first:
             line(course, "answers", "target", color=color, label=method)
@@ -500,11 +472,11 @@ def figure(rows: Sequence[Row], curves: Curves, target: str) -> Figure:
     title = f"target {target} (solid) and mean of the priors (dashed)"
     answers = "sampled answers, thousands"
     accuracy = "held-out accuracy, %"
-    tidy(course, title, answers, accuracy, loc="upper center", ncol=4)
+    grids.tidy(course, title, answers, accuracy, loc="upper center", ncol=4)
     title = "distance from the base model; dotted: the law of pure drift"
-    tidy(norms, title, "generation", "‖θ - θ₀‖")
+    grids.tidy(norms, title, "generation", "‖θ - θ₀‖")
     title = "KL(base || tuned) on the base model's answers to the priors"
-    tidy(kl, title, answers, "nats per token")
+    grids.tidy(kl, title, answers, "nats per token")
     if all(np.isnan(np.asarray(line.get_ydata(), float)).all() for line in kl.lines):
         kl.remove()  # it was not measured
     return made
@@ -541,7 +513,7 @@ def trade_off(axes: Axes, rows: Sequence[Row], colors: dict[str, str]) -> None:
         axes.plot(xs, ys, color="gray", linewidth=0.8, zorder=0)
     title = "at the end: target against priors (hollow: controls)"
     labels = "target accuracy, %", "mean prior accuracy, %"
-    tidy(axes, title, *labels, fontsize="x-small", ncol=2)
+    grids.tidy(axes, title, *labels, fontsize="x-small", ncol=2)
 
 
 # Chains of tasks.
@@ -573,12 +545,12 @@ def collect_chain(grid: Grid, tasks: Sequence[str]) -> None:
                 done = stage + (when == "after")
                 rows.append({"method": method, "seed": seed, "stage": done, **row})
     columns = ["method", "seed", "stage", *tasks, "priors", *priors]
-    write_csv(grid.out / "chain.csv", rows, columns)
+    grids.write_csv(grid.out / "chain.csv", rows, columns)
 
 
 def draw_chain(out: Path) -> str:
     """Writes chain.md and chain.png: every task after every stage."""
-    rows = read_csv(out / "chain.csv")
+    rows = grids.read_csv(out / "chain.csv")
     names = list(rows[0])
     columns = names[3 : names.index("priors") + 1]
     stages = ["the base model", *columns[:-1]]
@@ -588,9 +560,9 @@ def draw_chain(out: Path) -> str:
     ]
     seeds = len(grouped(rows, "seed"))
     text = f"Accuracy in %, mean ± standard error over {seeds} seeds.\n\n"
-    text += table(["method", "after", *columns], lines)
+    text += grids.table(["method", "after", *columns], lines)
     if seeds > 1:
-        text += f"\n{precision(seeds)}\n"
+        text += f"\n{grids.precision(seeds)}\n"
     (out / "chain.md").write_text(text)
     chain_figure(rows, columns).savefig(out / "chain.png", dpi=120)
     return text
@@ -611,7 +583,7 @@ def chain_figure(rows: Sequence[Row], columns: Sequence[str]) -> Figure:
             )
         axes.set_xticks(list(stages), ["base", *columns[:-1]])
         axes.set_ylim(-2, 102)
-        tidy(axes, method, "learned so far, in this order", "accuracy, %")
+        grids.tidy(axes, method, "learned so far, in this order", "accuracy, %")
     return made
 
 

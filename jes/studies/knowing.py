@@ -39,8 +39,8 @@ from jes.sampling.likelihood import log_likelihoods, pad_choices
 from jes.sampling.prompts import encode
 from jes.scoring import rewards_of
 from jes.studies.grid import tidy, write_csv
-from jes.tasks import TASKS, load_task
-from jes.tasks.task import Example
+from jes.tasks import load_task
+from jes.tasks.task import Example, Task
 
 SHOWN = {
     "accuracy": "accuracy %",
@@ -96,6 +96,14 @@ class Answers(NamedTuple):
         return bootstrap(
             lambda correct, yes: d_prime(counts(correct, yes)), self.correct, self.yes
         )
+
+    def report_with_intervals(self) -> dict[str, Any]:
+        """The metrics, and intervals (low, high) of d' and AUROC2."""
+        found: dict[str, Any] = self.report()
+        found["d_prime_interval"] = self.d_prime_interval()
+        if np.isfinite(self.confidence).all():
+            found["auroc2_interval"] = bootstrap(auroc2, self.confidence, self.correct)
+        return found
 
 
 def collect(
@@ -187,22 +195,16 @@ def confidence(
 
 def measure(
     pretrained: Pretrained,
-    name: str,
+    task: Task,
     *,
-    examples: int = 0,
-    root: str = "",
     dtype: Any = "float32",
     batch_size: int = 256,
-    seed: int = 0,
 ) -> tuple[Answers, dict[str, dict[str, Any]]]:
     """Answers to a task's held-out questions, and their metrics.
 
     Args:
       pretrained: the model.
-      name: of a task in `jes.tasks.TASKS`.
-      examples: how many held-out questions, 0 for all. The threshold is fitted on as
-        many training questions.
-      root, seed: see `jes.tasks.load_task`.
+      task: the threshold is fitted on as many training questions as are held out.
       dtype: of the weights that answer.
       batch_size: prompts answered at once.
 
@@ -210,7 +212,6 @@ def measure(
       The answers, and metrics by way to say yes: 'answers', as generated, and, where
       the task has training questions and words for yes and no, 'threshold'.
     """
-    task = load_task(name, root=root, seed=seed, test=examples)
     evaluation = make_evaluation(pretrained, task, dtype=dtype)
 
     def answers_to(rows: Sequence[Example]) -> Answers:
@@ -218,9 +219,9 @@ def measure(
         return collect(evaluation, pretrained.params, questions, batch_size=batch_size)
 
     if not task.test:
-        raise InputError(f"task {name} has no examples to evaluate on")
+        raise InputError(f"task {task.name} has no examples to evaluate on")
     answers = answers_to(task.test)
-    measured = {"answers": with_intervals(answers)}
+    measured = {"answers": answers.report_with_intervals()}
     train = task.train[: len(task.test)]
     if train and task.claims is not None and np.isfinite(answers.confidence).all():
         fitted = answers_to(train)
@@ -228,19 +229,9 @@ def measure(
         by_threshold = answers._replace(
             yes=answers.confidence > threshold, other=np.zeros_like(answers.other)
         )
-        measured["threshold"] = with_intervals(by_threshold) | {"threshold": threshold}
+        metrics = by_threshold.report_with_intervals()
+        measured["threshold"] = metrics | {"threshold": threshold}
     return answers, measured
-
-
-def with_intervals(answers: Answers) -> dict[str, Any]:
-    """The metrics of `Answers.report`, and intervals (low, high) of d' and AUROC2."""
-    metrics: dict[str, Any] = dict(answers.report())
-    metrics["d_prime_interval"] = answers.d_prime_interval()
-    if np.isfinite(answers.confidence).all():
-        metrics["auroc2_interval"] = bootstrap(
-            auroc2, answers.confidence, answers.correct
-        )
-    return metrics
 
 
 def metrics_table(name: str, ways: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -358,21 +349,13 @@ def main() -> None:
     args = parser.parse_args()
 
     def command() -> None:
-        names = args.tasks.split(",")
-        for name in names:  # checked before the model is loaded
-            if name not in TASKS:
-                raise InputError(f"there is no task {name!r}")
+        size = {"root": args.root, "seed": args.seed, "test": args.examples}
+        tasks = {name: load_task(name, **size) for name in args.tasks.split(",")}
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
         pretrained, dtype = load_model(args.model)
-        options = {
-            "examples": args.examples,
-            "root": args.root,
-            "dtype": args.dtype or dtype,
-            "batch_size": args.batch_size,
-            "seed": args.seed,
-        }
-        found = {name: measure(pretrained, name, **options) for name in names}
+        options = {"dtype": args.dtype or dtype, "batch_size": args.batch_size}
+        found = {n: measure(pretrained, task, **options) for n, task in tasks.items()}
         measured = {name: ways for name, (_, ways) in found.items()}
         for name, ways in measured.items():
             console.print(metrics_table(name, ways))

@@ -27,27 +27,18 @@ QES_MODELS = {
     "w8a8": "neuralmagic/Qwen2.5-{}-Instruct-quantized.w8a8",
 }
 QES_RATES = {
-    ("int4", "1.5B"): (0.01, 5e-4),
-    ("int4", "3B"): (0.005, 3e-4),
-    ("int8", "1.5B"): (0.001, 1e-4),
-    ("int8", "3B"): (0.001, 1e-4),
-    ("w8a8", "1.5B"): (0.01, 1e-3),
-    ("w8a8", "3B"): (0.01, 1e-3),
+    "int4": {"1.5B": (0.01, 5e-4), "3B": (0.005, 3e-4)},
+    "int8": {"1.5B": (0.001, 1e-4), "3B": (0.001, 1e-4)},
+    "w8a8": {"1.5B": (0.01, 1e-3), "3B": (0.01, 1e-3)},
 }
 """Published sigma and alpha; the published code leaves out the 1/N of Eq. (5)."""
-QES_TINY = {
-    "int4": {"sigma": 0.26, "alpha": 0.4, "generations": 80, "population": 32},
-    "int8": {"sigma": 3.0, "alpha": 0.8, "generations": 120, "population": 16},
-    "w8a8": {"sigma": 3.0, "alpha": 0.8, "generations": 120, "population": 16},
-}
+BITS4 = {"sigma": 0.26, "alpha": 0.4, "generations": 80, "population": 32}
+BITS8 = {"sigma": 3.0, "alpha": 0.8, "generations": 120, "population": 16}
 """Of the embedded model, in codes. A small model's weights take longer steps."""
-QES_FLOATS = {
-    "int4": (0.01, 0.0154),
-    "int8": (0.0045, 0.0012),
-    "w8a8": (0.0045, 0.0012),
-}
-"""Sigma and alpha of the same model before rounding, of the same lengths: the codes'
-times sqrt(E[delta^2]) / sigma, times the mean scale, 0.022 of int4 and 0.0015 else."""
+FLOATS4 = {"sigma": 0.01, "alpha": 0.0154}
+FLOATS8 = {"sigma": 0.0045, "alpha": 0.0012}
+"""The same model before rounding, with steps of the same lengths: the codes' times
+sqrt(E[delta^2]) / sigma, times the mean scale, 0.022 of int4 and 0.0015 else."""
 QES_VARIANTS = ("3b", "published", "published_3b", "tiny", "float")
 
 
@@ -139,10 +130,10 @@ def qes_config(form: str, variant: str | None) -> ConfigDict:
         config.eval_tasks = ("tiny/reverse", "tiny/add", "tiny/max")
         config.group_size = 32 if form == "int4" else -1
         config.prompts = 64
-        config.update(QES_TINY[form])
+        config.update(BITS4 if form == "int4" else BITS8)
         config.eval_every = 40
         if variant == "float":
-            config.sigma, config.alpha = QES_FLOATS[form]
+            config.update(FLOATS4 if form == "int4" else FLOATS8)
         else:
             config.rounding = "replay"
             config.quantize = form
@@ -155,7 +146,7 @@ def qes_config(form: str, variant: str | None) -> ConfigDict:
     config.population = 50
     config.rounding = "replay"
     config.anchor = "host"
-    config.sigma, rate = QES_RATES[form, size]
+    config.sigma, rate = QES_RATES[form][size]
     config.alpha = config.population * rate  # ours has the 1/N
     config.eval_every = 25
     if variant in ("published", "published_3b"):
