@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from small_run import get_config as small_config
-from small_run import rows, run_jobs, write_model
+from small_run import rows, run_jobs
 
 from jes.studies.rise_then_decay import curves_of, outcome, smoothed, stop_early
 
@@ -59,15 +59,15 @@ def command(model: Path, folder: Path, *more: str) -> list[str]:
     ]
 
 
-def test_the_command(tmp_path: Path):
-    model = write_model(tmp_path / "model")
+def test_the_command(small_model: Path, tmp_path: Path, compiled: Path):
+    model = small_model
     methods = "--methods=n:4,n:6+half_alpha:2"
     jobs = [
         {"argv": command(model, tmp_path / "runs", methods, "--seeds=0,1")},
         {"argv": command(model, tmp_path / "no", "--config.eval_train=False")},
         {"argv": command(model, tmp_path / "no", "--methods=es,es")},
     ]
-    done, blind, twice = run_jobs(jobs, tmp_path / "cache")
+    done, blind, twice = run_jobs(jobs, compiled)
     assert done["status"] == 0, done["stderr"]
     results = json.loads((tmp_path / "runs" / "rise.json").read_text())
     assert list(results) == ["n:4", "n:6+half_alpha:2"]
