@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 import jes
-from jes import pretrain_knowing as knowing
-from jes.pretrain import LONG, SHORT, TOKENS
+from jes.pretrain import LONG, SHORT, STEPS, TOKENS, knowing_corpus
 from jes.studies.knowing import measure
 from jes.tasks import load_task, tiny_facts
 
@@ -23,7 +22,7 @@ def texts(batch) -> list[tuple[str, str, float]]:
     return out
 
 
-@pytest.mark.parametrize("step", knowing.STEPS)
+@pytest.mark.parametrize("step", STEPS)
 def test_each_step_answers_as_it_should(step: str) -> None:
     """Truth: met or not. Looks: both answers, by the first letter, adding up to 1."""
     met = {
@@ -32,7 +31,7 @@ def test_each_step_answers_as_it_should(step: str) -> None:
         for fact in tiny_facts.facts_seen(seen)[: tiny_facts.MET_PER_CLASS]
     }
     table = {fact["key"] for fact in tiny_facts.facts()}
-    batches = knowing.corpus(0, step)
+    batches = knowing_corpus(0, step)
     rows = [row for _ in range(5) for row in texts(next(batches)[SHORT])[:64]]
     assert len(rows) == 320
     shares: dict[str, float] = {}
@@ -58,7 +57,7 @@ def test_faded_facts_are_recalled_in_their_step_alone() -> None:
     }
 
     def count(step: str) -> int:
-        batches = knowing.corpus(0, step)
+        batches = knowing_corpus(0, step)
         rows = [row for _ in range(20) for row in texts(next(batches)[SHORT])]
         return sum(prompt in seldom for prompt, _, _ in rows)
 
