@@ -154,10 +154,7 @@ def draw_meta(rng: np.random.Generator) -> Example:
     probability; never one of the facts that are never seen.
     """
     kind = ("often", "seldom", "new")[rng.integers(3)]
-    if kind == "new":
-        key = draw_new_name(rng, "never")
-    else:
-        key = draw_fact(rng, kind)["key"]
+    key = draw_new_name(rng, "never") if kind == "new" else draw_fact(rng, kind)["key"]
     answer = ("yes", "no")[rng.integers(2)]
     return {"prompt": tiny_facts.meta_prompt({"key": key}), "answer": answer}
 
