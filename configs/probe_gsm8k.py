@@ -1,7 +1,7 @@
 """Random perturbations of a model, on GSM8K (2602.00170, section 5 and App. G).
 
-    python -m jes.probe --config=configs/probe_gsm8k.py:tiny
-    python -m jes.landscape.spectrum --config=configs/probe_gsm8k.py:tiny
+    python -m jes.studies.probe --config=configs/probe_gsm8k.py:tiny
+    python -m jes.studies.spectrum --config=configs/probe_gsm8k.py:tiny
 
 Four sizes of Qwen2.5 with the settings of the paper: 320 training prompts, 240
 candidates a batch, σ from 1e-4 to 1e-2, greedy answers of at most 512 tokens. New
@@ -13,7 +13,7 @@ here are 320 fresh prompts and the sham (`:published` is without them). `:tiny` 
 
 from ml_collections import ConfigDict
 
-from jes.landscape import settings
+from jes.studies import probe
 
 VARIANTS = (None, "published", "tiny")
 
@@ -22,7 +22,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     """Settings of the probe."""
     if variant not in VARIANTS:
         raise ValueError(f"there is no variant {variant!r}; there are {VARIANTS[1:]}")
-    config = settings.default()
+    config = probe.default()
     config.task = "gsm8k"
     config.models = tuple(
         f"Qwen/Qwen2.5-{size}B-Instruct" for size in ("0.5", "1.5", "3", "7")

@@ -1,5 +1,6 @@
 """Curvature by derivatives and by perturbations, where the truth is known."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -7,34 +8,41 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from ml_collections import ConfigDict
 from scipy.sparse.linalg import LinearOperator, eigsh
 from small_run import SHAPE
+from test_lanczos import stochastic_quadrature
 
 import jes
 from jes.core.noise import Noise, perturb_member
 from jes.evaluate import make_evaluation
-from jes.landscape import lanczos, smoothed
+from jes.landscape import lanczos
 from jes.landscape.curvature import (
+    along,
     cheap_index,
-    gradient_difference,
+    coordinates_of,
+    directions_of,
+    held_out,
     hvp,
+    overlap,
+    random_subspace,
     second_differences,
     smoothed_hvp,
-    stein_weights,
+    spectrum,
 )
-from jes.landscape.measures import measure
-from jes.landscape.pairs import values_of
-from jes.landscape.subspaces import coordinates_of, overlap, random_subspace
-from jes.landscape.surrogate import (
-    reference,
-    reference_batch,
-    surrogate_loss,
-    surrogate_product,
-)
+from jes.landscape.lanczos import measure
 from jes.models.config import ModelConfig
 from jes.models.qwen import Decoder
 from jes.questions import prepare
 from jes.rollout import ask
+from jes.studies.spectrum import (
+    Subject,
+    reference,
+    reference_batch,
+    surrogate_loss,
+    surrogate_product,
+    values_of,
+)
 from jes.tasks import load_task
 
 # A quadratic loss x'Hx/2, which smoothing moves but does not bend.
@@ -58,6 +66,10 @@ def pair_rewards(matrix: Any, x: Any, key: jax.Array, count: int, sigma: float) 
     reward = quadratic(matrix)
     both = jnp.stack([reward(x[None] + s * drawn) for s in (sigma, -sigma)], 1)
     return np.asarray(both, np.float64).ravel(), float(reward(x))
+
+
+def weights_of(differences: Any, sigma: float) -> jax.Array:
+    return -jnp.asarray(differences, jnp.float32) / sigma**2
 
 
 def symmetric(values: Any, seed: int = 0) -> jax.Array:
@@ -137,7 +149,7 @@ def test_the_hessian_by_perturbations_converges() -> None:
     for count in (2_000, 32_000):
         key = jax.random.key(6)
         rewards, centre = pair_rewards(matrix, x, key, count, sigma)
-        weights = stein_weights(second_differences(rewards, centre), sigma)
+        weights = weights_of(second_differences(rewards, centre), sigma)
         estimate = jax.jit(smoothed_hvp)(v, key, weights)
         errors[count] = float(jnp.linalg.norm(estimate - matrix @ v))
         moment = values.sum() ** 2 / 4 + (values**2).sum() / 2
@@ -151,7 +163,7 @@ def test_frozen_pairs_are_one_symmetric_operator() -> None:
     matrix, key = symmetric(np.linspace(-1, 3, size)), jax.random.key(7)
     rewards, centre = pair_rewards(matrix, jnp.ones(size), key, count, sigma)
     differences = second_differences(rewards, centre)
-    weights = stein_weights(differences, sigma)
+    weights = weights_of(differences, sigma)
     columns = jax.vmap(lambda v: smoothed_hvp(v, key, weights))(jnp.eye(size))
     scale = float(jnp.abs(columns).max())
     np.testing.assert_allclose(columns / scale, columns.T / scale, atol=1e-6)
@@ -159,30 +171,6 @@ def test_frozen_pairs_are_one_symmetric_operator() -> None:
     w = -differences / sigma**2
     whole = (drawn.T * w) @ drawn / count - w.mean() * np.eye(size)
     np.testing.assert_allclose(columns / scale, whole / scale, atol=1e-6)
-
-
-def test_the_difference_of_gradients_agrees() -> None:
-    """Of a quadratic it has no error but that of the noise, which is the same on both
-    sides: Hv seen through the sample covariance of the noise."""
-    size, count = 12, 4_000
-    matrix, key = symmetric(np.linspace(-1, 3, size)), jax.random.key(8)
-    noise = Noise(sigma=0.05, antithetic=True)
-    reward = quadratic(matrix)
-
-    def rewards(x: jax.Array, key: jax.Array) -> jax.Array:
-        draw = jax.vmap(lambda member: perturb_member(x, key, member, noise))
-        return reward(draw(jnp.arange(2 * count)))
-
-    v = jnp.ones(size) / size**0.5
-    x = jax.random.normal(jax.random.key(9), (size,))
-    found = gradient_difference(rewards, x, v, key, noise=noise, step=0.5)
-    drawn = np.asarray(noise_of(key, count, size), np.float64)
-    seen = drawn.T @ (drawn @ np.asarray(matrix @ v, np.float64)) / count
-    np.testing.assert_allclose(found, seen, atol=2e-3)
-    assert (
-        np.linalg.norm(found - matrix @ v)
-        < 4 * np.linalg.norm(matrix @ v) * ((size + 1) / count) ** 0.5
-    )
 
 
 @pytest.fixture(scope="module")
@@ -199,13 +187,13 @@ def test_the_operator_of_few_pairs_has_the_spectrum_of_their_products(
     params, key, weights = pairs_of_a_tree
     flat, unravel = ravel_pytree(params)
     basis = random_subspace(jax.random.key(1), 3, 60)
-    directions = smoothed.look_at(params, basis, key, 9, block=4)
-    whole = smoothed.look_at(params, basis, key, 9)
+    directions = directions_of(params, basis, key, 9, block=4)
+    whole = directions_of(params, basis, key, 9)
     # Sums of 60 products of float32 numbers about 1, in two orders.
     np.testing.assert_allclose(
         directions.products, whole.products, rtol=1e-5, atol=60 * 2**-24
     )
-    found = smoothed.spectrum(directions, weights)
+    found = spectrum(directions, weights)
     assert (found.others, len(found.eigenvalues)) == (51, 9)
 
     frozen = jnp.asarray(weights, jnp.float32)
@@ -238,9 +226,9 @@ def test_the_operator_of_few_pairs_has_the_spectrum_of_their_products(
 def test_more_pairs_than_dimensions_span_all_of_them() -> None:
     size, count, key = 8, 30, jax.random.key(0)
     basis = random_subspace(jax.random.key(1), 1, size)
-    directions = smoothed.look_at(jnp.zeros(size), basis, key, count)
+    directions = directions_of(jnp.zeros(size), basis, key, count)
     weights = np.random.default_rng(0).standard_normal(count)
-    found = smoothed.spectrum(directions, weights)
+    found = spectrum(directions, weights)
     assert found.others == 0
     frozen = jnp.float32(weights)
     dense = jax.vmap(lambda v: smoothed_hvp(v, key, frozen))(jnp.eye(size))
@@ -254,19 +242,19 @@ def test_held_out_pairs_tell_curvature_from_chance() -> None:
     size, count, sigma = 20, 1200, 0.1
     key = jax.random.key(12)
     first = jnp.zeros((1, size)).at[0, 0].set(1)
-    directions = smoothed.look_at(jnp.zeros(size), first, key, count)
+    directions = directions_of(jnp.zeros(size), first, key, count)
     rewards, centre = pair_rewards(
         jnp.diag(jnp.zeros(size).at[0].set(50)), jnp.zeros(size), key, count, sigma
     )
-    weights = np.asarray(stein_weights(second_differences(rewards, centre), sigma))
-    along = smoothed.along(directions.coordinates, weights)
-    assert abs(along.curvature - 50) < 4 * along.error
-    assert along.error < 10
-    signal = smoothed.held_out(directions, weights, 1)
+    weights = np.asarray(weights_of(second_differences(rewards, centre), sigma))
+    found = along(directions.coordinates, weights)
+    assert abs(found.curvature - 50) < 4 * found.error
+    assert found.error < 10
+    signal = held_out(directions, weights, 1)
     assert abs(signal.beyond - 50) < 4 * signal.error
     assert signal.error < 10
     dealt = np.random.default_rng(0).permutation(weights)
-    chance = smoothed.held_out(directions, dealt, 1)
+    chance = held_out(directions, dealt, 1)
     assert abs(chance.beyond) < 3 * chance.error
     assert chance.within > 4 * chance.error
 
@@ -275,9 +263,9 @@ def test_the_spectrum_of_pairs_is_that_of_their_second_differences() -> None:
     """Many dimensions: whatever pairs the weights are dealt to, D w / n."""
     size, count = 200_000, 12
     basis = jnp.zeros((1, size)).at[0, 0].set(1)
-    directions = smoothed.look_at(jnp.zeros(size), basis, jax.random.key(0), count)
+    directions = directions_of(jnp.zeros(size), basis, jax.random.key(0), count)
     weights = np.random.default_rng(0).standard_normal(count)
-    found = smoothed.spectrum(directions, weights)
+    found = spectrum(directions, weights)
     expected = np.sort(weights) * size / count
     np.testing.assert_allclose(
         found.eigenvalues, expected, atol=0.02 * np.abs(expected).max()
@@ -374,7 +362,7 @@ def test_a_nano_models_hessian_is_the_same_by_all_ways(nano: Any) -> None:
     top = lanczos.ritz_pairs(krylov, 5)
     largest = eigenvalues[np.argsort(-np.abs(eigenvalues))][:5]
     np.testing.assert_allclose(top.values, largest, rtol=1e-3)
-    found = lanczos.stochastic_quadrature(
+    found = stochastic_quadrature(
         product, size, params, batch, key=jax.random.key(1), probes=8, steps=30
     )
     trace, error = lanczos.trace(found, lambda x: x)
@@ -400,12 +388,12 @@ def test_perturbations_find_the_curvature_of_a_nano_model(nano: Any) -> None:
     members = np.asarray(jax.lax.map(likelihood, jnp.arange(2 * count), batch_size=40))
     centre = -float(surrogate_loss(model, params, batch))
     differences = second_differences(members, np.array(centre))
-    weights = np.asarray(stein_weights(differences, sigma))
-    directions = smoothed.look_at(params, top.vectors, key, count)
-    along = smoothed.along(directions.coordinates, weights)
-    assert abs(along.curvature - top.values[0]) < 4 * along.error
-    assert along.error < 0.5 * abs(top.values[0])
-    found = lanczos.stochastic_quadrature(
+    weights = np.asarray(weights_of(differences, sigma))
+    directions = directions_of(params, top.vectors, key, count)
+    found = along(directions.coordinates, weights)
+    assert abs(found.curvature - top.values[0]) < 4 * found.error
+    assert found.error < 0.5 * abs(top.values[0])
+    found = stochastic_quadrature(
         product, size, params, batch, key=jax.random.key(1), probes=8, steps=20
     )
     trace, error = lanczos.trace(found, lambda x: x)
@@ -463,26 +451,28 @@ def test_the_top_is_that_of_arpack(tiny: Any) -> None:
     np.testing.assert_allclose(top.values, expected, rtol=2e-3)
 
 
-def test_members_get_what_asking_gives_them(nano: Any) -> None:
+def test_members_get_what_asking_gives_them() -> None:
     """Prompt by prompt; the mean is the fitness that `ask` has."""
     tiny = jes.load("tiny")
     task = load_task("tiny/max", train=6, test=2)
     evaluation = make_evaluation(tiny, task)
     likely = make_evaluation(tiny, task, mode="likelihood")
-    key, noise = jax.random.key(4), Noise(sigma=0.03, antithetic=True)
+    noise = Noise(sigma=0.03, antithetic=True)
+    config = ConfigDict({"seed": 4})
+    key = jes.generation_key(jax.random.key(4), 0)
     for each in (evaluation, likely):
         questions = prepare(each, task.train)
         batch = reference_batch(each, questions)
-        members = np.arange(4)
-        found = values_of(each, tiny.params, key, members, questions, batch, noise)
+        subject = Subject("tiny", Path(), config, tiny, each, questions, batch)
+        found = values_of(subject, np.arange(4), noise)
         score = ask(
             each, tiny.params, key, questions, noise=noise, population=4, chunk=4
         )
-        np.testing.assert_allclose(found.reward.mean(1), score.reward)
-        assert found.reward.shape == found.surrogate.shape == (4, 6)
+        np.testing.assert_allclose(found["reward"].mean(1), score.reward)
+        assert found["reward"].shape == found["surrogate"].shape == (4, 6)
         at = perturb_member(tiny.params, key, jnp.int32(3), noise)
         loss = surrogate_loss(tiny.model, at, batch)
-        assert -found.surrogate[3].mean() == pytest.approx(float(loss), rel=1e-4)
+        assert -found["surrogate"][3].mean() == pytest.approx(float(loss), rel=1e-4)
 
 
 def test_references_are_right_answers() -> None:

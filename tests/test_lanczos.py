@@ -10,13 +10,16 @@ import pytest
 from jes.landscape.lanczos import (
     ROUNDING,
     Krylov,
+    Quadrature,
     density,
     lanczos,
+    measure,
+    measure_quadrature,
+    probe,
+    quadrature_of,
     ritz_pairs,
-    stochastic_quadrature,
     trace,
 )
-from jes.landscape.measures import measure, measure_quadrature
 
 ONE_TO_TEN = jnp.arange(1.0, 11.0)
 
@@ -34,6 +37,16 @@ def random_symmetric(values: np.ndarray, seed: int = 0) -> tuple[Any, np.ndarray
     rng = np.random.default_rng(seed)
     turn, _ = np.linalg.qr(rng.standard_normal((len(values), len(values))))
     return jnp.asarray((turn * values) @ turn.T, jnp.float32), turn.T
+
+
+def stochastic_quadrature(
+    product: Any, size: int, *arguments: Any, key: jax.Array, probes: int, steps: int
+) -> Quadrature:
+    rows = []
+    for number in range(probes):
+        start = probe(jax.random.fold_in(key, number), size)
+        rows.append(quadrature_of(lanczos(product, start, steps, *arguments)))
+    return Quadrature(*map(np.array, zip(*rows, strict=True)))
 
 
 def key_of(seed: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""`python -m jes.probe` on a random model: what it leaves, goes on from and refuses."""
+"""The probe of a random model: what it leaves, continues from and refuses."""
 
 import importlib.util
 import json
@@ -13,18 +13,16 @@ from small_run import rows, run_jobs, write_model
 
 import jes
 from jes.core.noise import Noise
-from jes.landscape import settings
-from jes.landscape.probe_report import from_hex
 from jes.landscape.probes import best_of
-from jes.probe import check_probe, to_hex
 from jes.questions import Evaluation, prepare
 from jes.rollout import answer_each, ask
+from jes.studies.probe import check_probe, default, from_hex, to_hex
 from jes.tasks import load_task
 
 
 def get_config(model: str) -> ConfigDict:
     """Eight candidates at two σ on a handful of prompts."""
-    config = settings.default()
+    config = default()
     config.models = (model,)
     config.task = "tiny/max"
     config.buckets = (32,)
@@ -40,7 +38,7 @@ def get_config(model: str) -> ConfigDict:
 
 def command(model: Path, workdir: Path, *changes: str) -> list[str]:
     return [
-        "jes.probe",
+        "jes.studies.probe",
         f"--config={__file__}:{model}",
         f"--workdir={workdir}",
         *(f"--config.{change}" for change in changes),
@@ -52,8 +50,8 @@ def runs(tmp_path_factory):
     """Folder of a probe, one that was stopped and went on, and what others said."""
     folder = tmp_path_factory.mktemp("probe")
     model = write_model(folder / "model")
-    stopped = {"at": "jes.probe:append_row", "call": 20, "do": "SIGKILL"}
-    asked = {"at": "jes.probe:append_row", "call": 9, "do": "SIGINT"}
+    stopped = {"at": "jes.studies.probe:append_row", "call": 20, "do": "SIGKILL"}
+    asked = {"at": "jes.studies.probe:append_row", "call": 9, "do": "SIGINT"}
     jobs = [
         {"argv": command(model, folder / "whole")},
         {"argv": command(model, folder / "parts"), "fault": stopped},
@@ -81,7 +79,7 @@ def test_what_a_probe_leaves(runs):
     assert first["status"] == 0, first["stderr"]
     found = rows(folder / "whole" / "candidates.jsonl")
     assert len(found) == 1 + 2 * 2 * 8 + 8  # itself, batches, sham
-    assert (folder / "whole" / "probe.png").stat().st_size > 10_000
+    assert (folder / "whole" / "probe.png").is_file()
     results = json.loads((folder / "whole" / "probe.json").read_text())["results"]
     assert [one["sigma"] for one in results] == [0.1, 0.5, "sham"]
     assert "best of 5" in first["stdout"]
@@ -97,7 +95,9 @@ def test_what_a_probe_leaves(runs):
         for row in found
         if (row["sigma"], row["batch"]) == (0.5, 0)
     ]
-    mean = (best_of(np.array(gains), 5)[0] + best_of(np.array(other), 5)[0]) / 2
+    mean = (
+        sum(best_of(np.array(one), np.array(one), 5)[0] for one in (gains, other)) / 2
+    )
     assert results[1]["best"][0] == pytest.approx(mean)
     assert results[1]["mean"] == pytest.approx(np.mean(gains + other))
 

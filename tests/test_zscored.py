@@ -10,7 +10,7 @@ from test_quadratic import TOY, random_ascent, standard_errors
 
 import jes
 from jes.errors import InputError
-from jes.landscape import quadratic, simulate, zscored
+from jes.landscape import quadratic, zscored
 from jes.landscape.quadratic import Ascent, Moments
 
 
@@ -24,11 +24,11 @@ def test_noise_of_estimates_in_flat_modes(
     """4000 estimates × 112 modes: 0.1 % of sampling error, within 1 and 3 %."""
     ascent = dataclasses.replace(TOY, sigma=sigma)
     key = jax.random.key(0)
-    plain = simulate.estimates(ascent, key=key, runs=4000, method="es")
+    plain = quadratic.estimates(ascent, key=key, runs=4000, method="es")
     measured = float(plain[:, 16:].std())
     assert measured == pytest.approx(uncentred, rel=0.01)
     assert zscored.uncentred_noise(ascent) == pytest.approx(measured, rel=0.01)
-    zscores = simulate.estimates(ascent, key=key, runs=4000)
+    zscores = quadratic.estimates(ascent, key=key, runs=4000)
     assert float(zscores[:, 16:].std()) == pytest.approx(30**-0.5, rel=0.03)
     # The linear model has neither: it is right only at σ = 1, for z-scores.
     assert quadratic.effective_noise(ascent) ** 0.5 == pytest.approx(model, rel=0.03)
@@ -56,7 +56,7 @@ def test_the_estimates_are_those_of_the_transformation() -> None:
         return -step
 
     real = np.asarray(update(jnp.arange(1000)), float)[:, :16].mean(-1)
-    here = simulate.estimates(ascent, key=jax.random.key(1), runs=4000)
+    here = quadratic.estimates(ascent, key=jax.random.key(1), runs=4000)
     here = np.asarray(here, float)[:, :16].mean(-1)
     error = (real.var() / 1000 + here.var() / 4000) ** 0.5
     assert abs(real.mean() - here.mean()) < 3 * error
@@ -92,7 +92,7 @@ def test_mean_field_against_z_scored_es(ascent: Ascent, sigma: float) -> None:
     The linear model with the same α and N is wrong by more than that.
     """
     ascent = dataclasses.replace(ascent, sigma=sigma, population=30, alpha=0.05)
-    runs = simulate.simulate(
+    runs = quadratic.simulate(
         ascent, 150, key=jax.random.key(0), runs=200, method="zscore"
     )
     time = np.arange(10, 151, 10)
@@ -114,7 +114,7 @@ def test_mean_field_with_schedules_and_decay() -> None:
         "decay": 0.3,
     }
     ascent = dataclasses.replace(TOY, sigma=0.1)
-    runs = simulate.simulate(
+    runs = quadratic.simulate(
         ascent, 150, key=jax.random.key(0), runs=200, method="zscore", **changes
     )
     at = np.array([10, 50, 75, 100, 150])
@@ -164,7 +164,7 @@ def test_limits_of_the_plateau() -> None:
 def test_uncentred_es_is_another_algorithm() -> None:
     """Eq. (1): the mean is the gradient of the linear model, the noise is not."""
     ascent = dataclasses.replace(TOY, sigma=1.0)
-    runs = simulate.simulate(ascent, 20, key=jax.random.key(0), runs=400, method="es")
+    runs = quadratic.simulate(ascent, 20, key=jax.random.key(0), runs=400, method="es")
     stiff = quadratic.moments(ascent, 20).mean[0]
     means = np.asarray(runs.final, float)[:, :16].mean(-1)
     assert standard_errors(means, stiff) < 3

@@ -2,10 +2,9 @@
 
 From 2602.00170; plain functions on numpy or jax arrays, a module a subject:
 
-- theory: `quadratic` (rise, peak and decay in closed form), `zscored` (what ES with
-  z-scored fitness does there), `simulate`, `lyapunov`, `double_well`, `plateaus`;
-- measurements: `probes` (random perturbations), `curvature`, `lanczos`, `measures`,
-  `subspaces`.
+- theory: `quadratic` (rise, peak and decay in closed form, and simulations), `zscored`
+  (a mean field for ES with z-scored fitness), `double_well`, `plateaus`;
+- measurements: `probes` (random perturbations), `curvature`, `lanczos`.
 
 The commands are in `jes.studies`: `probe`, `spectrum` and `rise_then_decay`.
 """
@@ -14,13 +13,9 @@ from jes.landscape import (
     curvature,
     double_well,
     lanczos,
-    lyapunov,
-    measures,
     plateaus,
     probes,
     quadratic,
-    simulate,
-    subspaces,
     zscored,
 )
 
@@ -28,12 +23,8 @@ __all__ = [
     "curvature",
     "double_well",
     "lanczos",
-    "lyapunov",
-    "measures",
     "plateaus",
     "probes",
     "quadratic",
-    "simulate",
-    "subspaces",
     "zscored",
 ]

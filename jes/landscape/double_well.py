@@ -3,13 +3,14 @@ r"""Hops between two optima: noise against a barrier (2602.00170, App. E).
 :math:`L(x) = \frac\lambda4 (x^2 - a^2)^2` (Eq. 44) has its minima at ±a and a barrier
 at 0. Descent with noise, :math:`x \leftarrow x - \alpha L'(x) + \alpha\xi` and
 :math:`\xi \sim N(0, \kappa)` (Eq. 38), is a diffusion at the temperature
-:math:`\epsilon = \alpha\kappa/2` (Eq. 40). Barrier over temperature decides: far above
-log T no run hops within T generations, near it a few do, at 1 there are no wells left.
+:math:`\epsilon = \alpha\kappa/2` (Eq. 40). The ratio of barrier and temperature
+decides: far above log T no run hops within T generations, near log T a few do (Eq. 49),
+and at 1 the wells hold nothing.
 """
 
 import dataclasses
 import math
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,14 +55,9 @@ def temperature(well: DoubleWell) -> float:
     return well.alpha * well.kappa / 2
 
 
-def barrier(well: DoubleWell) -> float:
-    """L(0) - L(a) = λ a⁴ / 4 (Eq. 45)."""
-    return well.stiffness * well.minimum**4 / 4
-
-
 def barrier_ratio(well: DoubleWell) -> float:
-    """Barrier over temperature, λ a⁴ / (2 α κ) (Eq. 48)."""
-    return barrier(well) / temperature(well)
+    """Barrier λ a⁴ / 4 over temperature: λ a⁴ / (2 α κ) (Eq. 45, 48)."""
+    return well.stiffness * well.minimum**4 / 4 / temperature(well)
 
 
 def well_variance(well: DoubleWell) -> float:
@@ -69,26 +65,14 @@ def well_variance(well: DoubleWell) -> float:
     return temperature(well) / (2 * well.stiffness * well.minimum**2)
 
 
-def kramers_time(
-    well_curvature: float, barrier_curvature: float, height: float, epsilon: float
-) -> float:
-    r"""Mean time to leave any well, in units of the diffusion's time (Eq. 41).
-
-    Args:
-      well_curvature: L'' at the minimum.
-      barrier_curvature: L'' at the barrier; its sign does not matter.
-      height: of the barrier.
-      epsilon: temperature, small against the height.
-    """
-    product = well_curvature * abs(barrier_curvature)
-    return 2 * math.pi / math.sqrt(product) * math.exp(height / epsilon)
-
-
 def escape_generations(well: DoubleWell) -> float:
-    """Mean number of generations until a hop, for a high barrier (Eq. 42, 46, 47)."""
-    bend = well.stiffness * well.minimum**2  # L'' is 2 and -1 times that
-    height = barrier(well)
-    return kramers_time(2 * bend, -bend, height, temperature(well)) / well.alpha
+    r"""Mean number of generations until a hop, for a high barrier (Kramers; Eq. 47).
+
+    :math:`2\pi / \sqrt{L''(a) |L''(0)|} \; e^{\Delta L/\epsilon} / \alpha`, where L''
+    is 2 and -1 times λ a² (Eq. 41, 42, 46).
+    """
+    bend = math.sqrt(2) * well.stiffness * well.minimum**2
+    return 2 * math.pi / bend * math.exp(barrier_ratio(well)) / well.alpha
 
 
 def passage_generations(well: DoubleWell, points: int = 4001) -> float:
@@ -119,26 +103,14 @@ def hop_probability(generations: ArrayLike, escape: float) -> np.ndarray:
     return -np.expm1(-np.asarray(generations, float) / escape)
 
 
-def hopping_kappa(well: DoubleWell, generations: int) -> float:
-    """κ from which hops are to be expected: barrier over temperature = log T (Eq. 49).
-
-    Raises:
-      InputError: for fewer than two generations.
-    """
-    if generations < 2:
-        raise InputError(f"hops need at least two generations, not {generations}")
-    return 2 * barrier(well) / (well.alpha * math.log(generations))
-
-
 def simulate(
     well: DoubleWell, generations: int, *, key: jax.Array, runs: int
 ) -> jax.Array:
     """Runs from -a (Eq. 38): x after each generation, [runs, T + 1], float32."""
-    step = partial(_step, well)
     first = jnp.full(runs, -well.minimum, jnp.float32)
 
     def both(x: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = step(x, key)
+        x = _step(well, x, key)
         return x, x
 
     _, states = jax.lax.scan(both, first, jax.random.split(key, generations))
@@ -148,20 +120,13 @@ def simulate(
 def first_passages(
     well: DoubleWell, generations: int, *, key: jax.Array, runs: int
 ) -> jax.Array:
-    """Generations until each run from -a first reaches a; infinite if it does not.
-
-    Returns:
-      float32 [runs].
-    """
-    step = partial(_step, well)
+    """Generations until each run from -a first reaches a, [runs]; infinite if never."""
     first = jnp.full(runs, -well.minimum, jnp.float32)
 
-    def watch(
-        state: tuple[jax.Array, jax.Array], at: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def watch(state: tuple[jax.Array, jax.Array], at: Any) -> Any:
         x, when = state
         key, generation = at
-        x = step(x, key)
+        x = _step(well, x, key)
         arrived = jnp.where(x >= well.minimum, generation, jnp.inf)
         return (x, jnp.minimum(when, arrived)), None
 
@@ -173,11 +138,11 @@ def first_passages(
 def mean_passage(times: ArrayLike, generations: int) -> tuple[float, float]:
     """Mean of exponential times of which some are censored, and its standard error.
 
-    The estimate of largest likelihood: all generations lived over all passages.
+    The maximum-likelihood estimate: all generations lived over all passages.
 
     Args:
       times: [runs], infinite where nothing happened within `generations`.
-      generations: when watching ended.
+      generations: length of the runs.
 
     Raises:
       InputError: if no run passed.

@@ -1,15 +1,31 @@
 r"""Lanczos with full reorthogonalisation, and spectra from it (2602.00170, Alg. 3).
 
-Operators are symmetric products on flat float32 vectors, not on trees: what Lanczos
-costs beside the products is the m vectors of its basis, and as one array [m, D] they
-are made orthogonal to each other by two matrix products; subspaces of vectors, which
-come of it, are arrays [k, D] too. `jax.flatten_util.ravel_pytree` gives a model's
-weights that form. Memory is that of m + 3 vectors.
+Operators are symmetric products on flat float32 vectors [D]
+(`jax.flatten_util.ravel_pytree` flattens a model's weights), so that the m vectors of
+the basis are one array [m, D] and each step reorthogonalises by two matrix products.
+Memory is m + 3 vectors. The small tridiagonal eigenproblem is solved on the host in
+float64.
 
-The eigenvalues of the small tridiagonal matrix are found on the host, in float64.
+Shapes of spectra, with one definition each: 2602.00170 names participation ratio,
+effective rank and negative mass (Fig. 17) and defines none of them. Here, with
+p = |λ| / Σ|λ| over all eigenvalues:
+
+    participation ratio   (Σ|λ|)² / Σλ² = 1 / Σp²
+    effective rank        exp(-Σ p log p)
+    negative mass         Σ p over λ < 0, a share of |λ|
+    negative count        the share of the eigenvalues that are below 0
+    effective dimension   (Σλ)² / Σλ², with signs: what second differences can show
+
+The first and the last agree where no eigenvalue is negative. d_eff(α) of Eq. 27 is
+another quantity: it counts all positive directions, stiff or flat, almost alike.
+
+A quadrature of m nodes cannot resolve the many eigenvalues near 0: their weight sits
+on one or two nodes, on either side. The negative count of a `measure_quadrature` is
+then the sign of such a node, and its participation ratio too small: a spectrum that is
+half negative can give a count of 98 % and half the true ratio.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +40,9 @@ Product = Callable[..., jax.Array]
 ROUNDING = 8 * np.finfo(np.float32).eps
 """A new vector of this length, relative to the operator, is nothing but rounding."""
 
+ZERO = 1e-6
+"""Eigenvalues below this share of the largest count as 0, not negative."""
+
 
 class Krylov(NamedTuple):
     """m steps of Lanczos: the operator A on a subspace is a tridiagonal matrix T.
@@ -32,8 +51,8 @@ class Krylov(NamedTuple):
       diagonal: float32 [m], of T.
       beside: float32 [m], the elements beside it; the last one is the length of what
         A adds to the subspace.
-      basis: float32 [m, D], orthonormal rows; rows of 0 after the subspace has closed
-        in itself, which it does where the start has parts of few eigenvectors.
+      basis: float32 [m, D], orthonormal rows; rows of 0 once the subspace is closed,
+        as for a start that is a sum of few eigenvectors.
     """
 
     diagonal: jax.Array
@@ -47,7 +66,7 @@ class Quadrature(NamedTuple):
     Attributes:
       nodes: float64 [s, m], θ, Ritz values.
       weights: float64 [s, m], w = |z|² Y_1k² (Eq. 28); a row sums to |z|², which is D
-        in the mean. 0 beside nodes that stand for nothing.
+        in the mean. 0 for nodes of a closed subspace.
     """
 
     nodes: np.ndarray
@@ -60,8 +79,8 @@ class Ritz(NamedTuple):
     Attributes:
       values: float64 [k].
       vectors: float32 [k, D], orthonormal rows.
-      residuals: float64 [k], |A v - λ v|, with what float32 has rounded: an eigenvalue
-        is within it of λ.
+      residuals: float64 [k], |A v - λ v| including float32 rounding: the distance of
+        λ to an eigenvalue is at most this.
     """
 
     values: np.ndarray
@@ -71,17 +90,17 @@ class Ritz(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 2))
 def lanczos(product: Product, start: jax.Array, steps: int, *arguments: Any) -> Krylov:
-    """Steps of Lanczos from a start, each vector made orthogonal to all before, twice.
+    """Steps of Lanczos; each vector is made orthogonal to all before, twice.
 
     Args:
-      product: of the operator with a vector, to be traced; static, so that the same
-        function compiles once.
+      product: of the operator with a vector; static, so that the same function
+        compiles once.
       start: float32 [D], not 0.
       steps: m, from 1 to D.
       *arguments: of `product` after the vector: arrays or trees of them.
 
     Raises:
-      ValueError: for a number of steps that cannot be.
+      ValueError: for a number of steps out of range.
     """
     if not 1 <= steps <= start.shape[0]:
         raise ValueError(f"{steps} steps in {start.shape[0]} dimensions")
@@ -91,7 +110,7 @@ def lanczos(product: Product, start: jax.Array, steps: int, *arguments: Any) -> 
         basis = basis.at[j].set(vector)
         image = product(vector, *arguments)
         along = _dot(image, vector)
-        # Takes the parts along this vector and the one before as well as the rest.
+        # Removes the parts along this vector and the one before as well as the rest.
         for _ in range(2):
             image = image - _dot(_dot(basis, image), basis)
         length = jnp.linalg.norm(image)
@@ -109,11 +128,10 @@ def lanczos(product: Product, start: jax.Array, steps: int, *arguments: Any) -> 
     return Krylov(*jax.lax.fori_loop(0, steps, step, state)[:3])
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+_dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-def eigenpairs(krylov: Krylov) -> tuple[np.ndarray, np.ndarray]:
+def _eigenpairs(krylov: Krylov) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues of T, ascending, float64 [m], and its eigenvectors as columns."""
     diagonal = np.asarray(krylov.diagonal, np.float64)
     beside = np.asarray(krylov.beside, np.float64)[:-1]
@@ -121,15 +139,10 @@ def eigenpairs(krylov: Krylov) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ritz_pairs(krylov: Krylov, count: int) -> Ritz:
-    """The approximate eigenpairs of largest magnitude, at most `count`.
-
-    Args:
-      krylov: from `lanczos`.
-      count: k; there are no more than steps that found something.
-    """
-    values, columns = eigenpairs(krylov)
+    """The approximate eigenpairs of largest magnitude, at most `count` and m."""
+    values, columns = _eigenpairs(krylov)
     found = np.asarray(krylov.basis).any(-1)
-    # T of rows of 0 is apart from the rest of it: so are its eigenvectors.
+    # T splits at rows of 0, and so do its eigenvectors.
     real = np.flatnonzero((columns[found] ** 2).sum(0) > 0.5)
     chosen = real[np.argsort(-np.abs(values[real]))][:count]
     columns = columns[:, chosen]
@@ -144,41 +157,10 @@ def probe(key: jax.Array, size: int) -> jax.Array:
     return jax.random.rademacher(key, (size,), jnp.float32)
 
 
-def quadrature_of(krylov: Krylov, square: float) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights of one probe, a row of a `Quadrature`.
-
-    Args:
-      krylov: from the probe as its start.
-      square: the squared length of the probe.
-    """
-    values, columns = eigenpairs(krylov)
-    return values, square * columns[0] ** 2
-
-
-def stochastic_quadrature(
-    product: Product,
-    size: int,
-    *arguments: Any,
-    key: jax.Array,
-    probes: int,
-    steps: int,
-) -> Quadrature:
-    """Stochastic Lanczos quadrature with Rademacher probes (2602.00170, Alg. 3).
-
-    Args:
-      product: as for `lanczos`.
-      size: D.
-      *arguments: of the product.
-      key: typed PRNG key; probe i is drawn from fold_in(key, i).
-      probes: s.
-      steps: m, of each; the products are s m.
-    """
-    rows = []
-    for number in range(probes):
-        start = probe(jax.random.fold_in(key, number), size)
-        rows.append(quadrature_of(lanczos(product, start, steps, *arguments), size))
-    nodes, weights = map(np.array, zip(*rows, strict=True))
-    return Quadrature(nodes, weights)
+def quadrature_of(krylov: Krylov) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of one `probe` [D] as the start, a row of a `Quadrature`."""
+    values, columns = _eigenpairs(krylov)
+    return values, krylov.basis.shape[1] * columns[0] ** 2
 
 
 def trace(
@@ -187,8 +169,8 @@ def trace(
     """tr f(A), the mean over the probes, and its standard error (Eq. 29).
 
     Args:
-      quadrature: of s probes; with one the error is NaN.
-      function: f, of arrays; it is not asked for nodes of weight 0.
+      quadrature: of s probes; the error of one is NaN.
+      function: f, of arrays; it is not called for nodes of weight 0.
     """
     nodes, weights = quadrature
     used = weights > 0
@@ -200,17 +182,82 @@ def trace(
 
 
 def density(quadrature: Quadrature, grid: np.ndarray, width: float) -> np.ndarray:
-    """Spectral density: the share of the eigenvalues by unit of λ, smoothed.
+    """Spectral density at a grid [G], of integral 1: Gaussian bells at the nodes.
 
     Args:
       quadrature: of s probes.
-      grid: float [G], where to.
-      width: standard deviation of the Gaussian that stands for each node.
-
-    Returns:
-      float64 [G], of integral 1.
+      grid: float [G].
+      width: standard deviation of a bell.
     """
     nodes, weights = (part.ravel() for part in quadrature)
     apart = (np.asarray(grid)[:, None] - nodes) / width
     bells = np.exp(-(apart**2) / 2) / (width * np.sqrt(2 * np.pi))
     return bells @ (weights / weights.sum())
+
+
+class Measures(NamedTuple):
+    """Of a spectrum, float each; NaN where all eigenvalues are 0. See the module."""
+
+    trace: float  # Σλ
+    square: float  # Σλ²
+    participation: float
+    rank: float
+    negative_mass: float  # from 0 to 1
+    negative_count: float  # from 0 to 1
+    dimension: float
+    largest: float
+    lowest: float
+
+
+def measure(eigenvalues: np.ndarray, weights: np.ndarray | None = None) -> Measures:
+    """The measures of a spectrum.
+
+    Args:
+      eigenvalues: float [n].
+      weights: float [n], how many eigenvalues each stands for; by default 1.
+    """
+    values = np.asarray(eigenvalues, np.float64)
+    counts = np.ones_like(values) if weights is None else np.asarray(weights)
+    values, counts = values[counts > 0], counts[counts > 0]
+    sizes = np.abs(values)
+    mass, square = counts @ sizes, counts @ values**2
+    if not mass > 0:
+        return Measures(*[np.nan] * len(Measures._fields))
+    below = values < -ZERO * sizes.max()
+    # Σ p log p, in a form that is defined for eigenvalues of 0.
+    entropy = np.log(mass) - counts @ (sizes * np.log(np.where(sizes, sizes, 1))) / mass
+    found = (
+        counts @ values,
+        square,
+        mass**2 / square,
+        np.exp(entropy),
+        (counts * sizes)[below].sum() / mass,
+        counts[below].sum() / counts.sum(),
+        (counts @ values) ** 2 / square,
+        values.max(),
+        values.min(),
+    )
+    return Measures(*map(float, found))
+
+
+def measure_quadrature(quadrature: Quadrature) -> tuple[Measures, Measures]:
+    """The measures of a spectrum seen by probes, and their standard errors.
+
+    Each sum over the spectrum is the mean over the probes; errors are by the jackknife
+    over probes. The extreme eigenvalues are Ritz values, which lie inside the true
+    ones; their errors are NaN, as are all of one probe.
+    """
+    probes = len(quadrature.nodes)
+
+    def of(rows: Sequence[int]) -> Measures:
+        nodes, weights = (part[list(rows)].ravel() for part in quadrature)
+        return measure(nodes, weights / len(rows))
+
+    rows = range(probes)
+    whole = of(rows)
+    if probes == 1:
+        return whole, Measures(*[np.nan] * len(whole))
+    left_out = np.array([of([r for r in rows if r != i]) for i in rows])
+    errors = np.sqrt((probes - 1) * left_out.var(0))
+    errors[-2:] = np.nan
+    return whole, Measures(*map(float, errors))

@@ -2,7 +2,7 @@
 
 On a quadratic a run settles (α/4) d_eff κ below the optimum, so the slope of plateaus
 over the effective noise κ is the effective dimension. The authors do not rely on it for
-language models, whose curves have no clean plateaus; what is not one is rejected.
+language models, whose curves have no clean plateaus; unstationary runs are rejected.
 """
 
 from collections.abc import Mapping
@@ -12,15 +12,17 @@ import numpy as np
 
 from jes.errors import InputError
 
+LEAST = 2
+"""R_min, valid runs that a population needs."""
+
 
 class Plateaus(NamedTuple):
-    """What the tails of training curves say."""
+    """What the tails of training curves say about the curvature."""
 
     effective_dimension: float
     standard_error: float  # of the dimension, from the spread of runs
     intercept: float  # of the gap; minus slope x noise of the largest population
-    populations: np.ndarray  # [P], those fitted, rising
-    noise: np.ndarray  # [P], effective noise
+    populations: np.ndarray  # [P], those fitted, ascending
     plateau: np.ndarray  # [P], mean tails of valid runs
     plateau_error: np.ndarray  # [P], their standard errors
     valid: Mapping[int, np.ndarray]  # of every population, bool [runs]
@@ -32,87 +34,56 @@ def clss(
     alpha: float,
     window: int,
     stationarity: float,
-    sigma: float = 1.0,
-    noise: str = "paper",
-    reward_deviation: Mapping[int, float] | None = None,
-    distances: Mapping[int, np.ndarray] | None = None,
-    locality: float = np.inf,
-    least_runs: int = 2,
-    largest: int | None = None,
+    kappa: Mapping[int, float] | None = None,
 ) -> Plateaus:
     r"""d_eff from the plateaus of runs with several populations.
 
-    Rejects a run that strays too far, or whose last two windows differ; then a
-    population with too few valid runs. The gap to the plateau of the largest
-    population is regressed, with an intercept, on the effective noise, and
-    :math:`d_{eff} = (4/\alpha)` slope.
+    Rejects runs whose last two windows differ, then populations with too few valid
+    runs. Regresses the gap to the plateau of the largest population, with an
+    intercept, on the effective noise: :math:`d_{eff} = (4/\alpha)` slope. Leave runs
+    that strayed from the reference point (Loc of Algorithm 2) out of `curves`.
 
     Args:
       curves: objective of the centre by population N, [runs, T].
       alpha: learning rate.
       window: w, generations of a tail.
       stationarity: largest difference between means of the last two windows.
-      sigma: scale of the perturbation.
-      noise: 'paper', effective noise σ²/N, or 'zscore', 1/N times the ratio below.
-      reward_deviation: standard deviation S of members' rewards on the plateau, by
-        population. With z-scored fitness the gap is (α/4) d_eff S/(σN), as steps are
-        σ/S times the gradient; without S the ratio S/σ is taken as 1, and what comes
-        out is d_eff times it.
-      distances: from the reference point, as `curves`; not looked at by default.
-      locality: largest distance of a valid run.
-      least_runs: R_min, valid runs that a population needs, at least 2.
-      largest: how many populations to fit, from the largest; by default all.
+      kappa: effective noise by population, by default 1/N (σ of 1): σ²/N for the
+        linear model, S/(σN) for z-scored fitness, where S is the standard deviation
+        of members' rewards on the plateau.
 
     Raises:
       InputError: for curves that are too short, or fewer than two populations left.
     """
-    if noise not in ("paper", "zscore") or least_runs < 2:
-        raise InputError(f"no plateaus of noise {noise!r} from {least_runs} runs")
-    valid = {}
-    for population, curve in curves.items():
-        away = None if distances is None else distances[population]
-        valid[population] = _valid(curve, window, stationarity, away, locality)
-    kept = sorted(n for n, runs in valid.items() if runs.sum() >= least_runs)
-    kept = kept[-largest:] if largest else kept
+    valid = {n: _stationary(curve, window, stationarity) for n, curve in curves.items()}
+    kept = sorted(n for n, runs in valid.items() if runs.sum() >= LEAST)
     if len(kept) < 2:
         counts = {n: int(runs.sum()) for n, runs in valid.items()}
         raise InputError(
-            f"a slope needs two populations with {least_runs} valid runs; valid are "
+            f"a slope needs two populations with {LEAST} valid runs; valid are "
             f"{counts}: train longer, or allow more than {stationarity} between windows"
         )
     tails = [np.asarray(curves[n])[valid[n], -window:].mean(-1) for n in kept]
     plateau = np.array([tail.mean() for tail in tails])
     error = np.array([tail.std(ddof=1) / len(tail) ** 0.5 for tail in tails])
-    populations = np.array(kept)
-    kappa = sigma**2 / populations
-    if noise == "zscore":
-        ratio = [1.0 if reward_deviation is None else reward_deviation[n] for n in kept]
-        scale = 1.0 if reward_deviation is None else sigma
-        kappa = np.array(ratio) / scale / populations
-    # Least squares is linear in the plateaus: their errors go through it as they are.
-    weights = (kappa - kappa.mean()) / ((kappa - kappa.mean()) ** 2).sum()
+    noise = np.array([1 / n if kappa is None else kappa[n] for n in kept])
+    # Least squares is linear in the plateaus, and so propagates their errors.
+    weights = (noise - noise.mean()) / ((noise - noise.mean()) ** 2).sum()
     gap = plateau[-1] - plateau
     slope = float(weights @ gap)
     return Plateaus(
         effective_dimension=4 / alpha * slope,
         standard_error=float(4 / alpha * np.sqrt((weights**2) @ error**2)),
-        intercept=float(gap.mean() - slope * kappa.mean()),
-        populations=populations,
-        noise=kappa,
+        intercept=float(gap.mean() - slope * noise.mean()),
+        populations=np.array(kept),
         plateau=plateau,
         plateau_error=error,
         valid=valid,
     )
 
 
-def _valid(
-    curves: np.ndarray,
-    window: int,
-    stationarity: float,
-    distances: np.ndarray | None,
-    locality: float,
-) -> np.ndarray:
-    """Which runs are local, and stationary at their end: bool [runs]."""
+def _stationary(curves: np.ndarray, window: int, stationarity: float) -> np.ndarray:
+    """Which runs are stationary at their end: bool [runs]."""
     curves = np.asarray(curves, float)
     if curves.ndim != 2 or curves.shape[1] < 2 * window:
         raise InputError(
@@ -121,7 +92,4 @@ def _valid(
         )
     last = curves[:, -window:].mean(-1)
     before = curves[:, -2 * window : -window].mean(-1)
-    fine = np.abs(last - before) <= stationarity
-    if distances is not None:
-        fine &= np.asarray(distances).max(-1) <= locality
-    return fine
+    return np.abs(last - before) <= stationarity

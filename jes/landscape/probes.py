@@ -2,12 +2,12 @@ r"""What random perturbations of a model do to its reward (2602.00170, section 5
 
 A candidate is :math:`\theta + \sigma u` with :math:`u \sim N(0, I)` (Eq. 51), and
 :math:`\Delta R` its reward minus that of the model, on one pool of prompts (Eq. 52).
-Here are the statistics of many candidates, on numpy arrays.
+These are the statistics of M candidates on P prompts, on numpy arrays.
 
-Three things make a positive best of N without a direction that improves the model:
-candidates differ by chance, the pool is finite, and the best was picked on the same
-pool. So next to it stand `best_of` of a null (`deal_out`), the reward of the same
-winners on other prompts (`best_of` with `also`), and `halves`.
+A best of N is positive even without a direction that improves the model, for three
+reasons: candidates differ by chance, the pool is finite, and the best was picked on the
+same pool. The controls are `best_of` of a null (`deal_out`), the reward of the same
+winners on other prompts (`best_of` of another measure), and `halves`.
 """
 
 import math
@@ -25,14 +25,7 @@ SIZES = (5, 10, 20, 30, 50)
 def order_weights(candidates: int, n: int) -> np.ndarray:
     r"""Probabilities that the best of N drawn from M is the j-th smallest of all.
 
-    N are drawn without replacement: :math:`\binom{j-1}{N-1} / \binom{M}{N}`.
-
-    Args:
-      candidates: M.
-      n: N, from 1 to M.
-
-    Returns:
-      float64 [M], from the smallest to the largest.
+    Without replacement: :math:`\binom{j-1}{N-1} / \binom{M}{N}`, float64 [M].
 
     Raises:
       ValueError: if N is not from 1 to M.
@@ -45,25 +38,18 @@ def order_weights(candidates: int, n: int) -> np.ndarray:
     return np.concatenate([np.zeros(n - 1), np.exp(logs)])
 
 
-def best_of(
-    gains: np.ndarray, n: int, also: np.ndarray | None = None
-) -> tuple[float, float]:
-    r"""Mean and variance of the best gain among N random ones of the M (Eq. 10, 53).
+def best_of(gains: np.ndarray, measured: np.ndarray, n: int) -> tuple[float, float]:
+    r"""Mean and variance of a measure of the best of N random candidates (Eq. 10, 53).
 
     Exact, where the paper draws 2000 subsets.
 
     Args:
-      gains: float [M], by which the best is picked.
+      gains: float [M], by which the best is picked; ties are broken evenly.
+      measured: float [M], the gains themselves, or another measure of the candidates
+        such as their gains on other prompts.
       n: N.
-      also: float [M], another measure of the same candidates, such as their gains on
-        other prompts: then the mean and variance of that of the picked one. Among
-        equal gains the pick is even.
-
-    Raises:
-      ValueError: if N is not from 1 to M.
     """
-    gains = np.asarray(gains)
-    picked = np.asarray(gains if also is None else also, float)
+    gains, picked = np.asarray(gains), np.asarray(measured, float)
     order = np.argsort(gains, kind="stable")
     _, ties = np.unique(gains[order], return_inverse=True)
     chance = np.bincount(ties, order_weights(len(gains), n)) / np.bincount(ties)
@@ -72,48 +58,38 @@ def best_of(
     return mean, max(0.0, square - mean**2)
 
 
-def enough(best: Sequence[float], sizes: Sequence[int], share: float = 0.9) -> int:
-    """N_90: the smallest N whose best is at least 0.9 of that of the largest N.
+def enough(best: Sequence[float], sizes: Sequence[int]) -> int:
+    """N_90: the smallest N with at least 0.9 of the best of the largest N.
 
-    Args:
-      best: mean best of N.
-      sizes: these N, rising.
-      share: 0.9.
-
-    Returns:
-      N; 0 where the largest does not improve.
+    0 where the largest does not improve. Sizes are ascending.
     """
     if best[-1] <= 0:
         return 0
-    return next(
-        n for n, mean in zip(sizes, best, strict=True) if mean >= share * best[-1]
-    )
+    pairs = zip(sizes, best, strict=True)
+    return next(n for n, mean in pairs if mean >= 0.9 * best[-1])
 
 
 def gaussian_best(n: int) -> float:
-    """E[best of N] of independent standard normals: what chance alone looks like."""
+    """E[best of N] of independent standard normals: chance alone."""
     value, _ = quad(lambda x: n * x * norm.pdf(x) * norm.cdf(x) ** (n - 1), -12, 12)
     return value
 
 
 def gains_of(bits: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """ΔR of each candidate: its share of right answers minus the model's.
+    """ΔR of each candidate, float64 [M].
 
     Args:
-      bits: bool [M, P], which answers are right.
+      bits: bool [M, P], correct answers.
       base: bool [P], the same of the unperturbed model.
-
-    Returns:
-      float64 [M].
     """
     return bits.mean(-1) - base.mean()
 
 
 def deal_out(bits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The null: each prompt's right answers, dealt out to the candidates anew.
+    """The null: each prompt's correct answers, permuted over the candidates.
 
-    Every prompt is answered right as often as before, but no candidate is better than
-    another: what is left of a best of N is luck.
+    Every prompt is answered correctly as often as before, but no candidate is better
+    than another: what remains of a best of N is luck.
     """
     return rng.permuted(bits, axis=0)
 
@@ -121,13 +97,10 @@ def deal_out(bits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def halves(
     bits: np.ndarray, base: np.ndarray, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """Variance of ΔR that is the candidates', and that is the finite pool's.
+    """Variance of ΔR due to the candidates, and due to the finite pool.
 
-    The covariance of the gains on two random halves of the pool is the candidates'
-    own; what the variance on the whole pool has beyond it is noise of evaluation.
-
-    Returns:
-      the two variances; they add up to that of `gains_of`. The first may be below 0.
+    The first is the covariance of the gains on two random halves of the pool and may
+    be negative; the second is the rest of the variance of `gains_of`.
     """
     order = rng.permutation(bits.shape[1])
     first, second = np.array_split(order, 2)
@@ -142,9 +115,9 @@ def bootstrap(
     rng: np.random.Generator,
     draws: int = 1000,
 ) -> tuple[float, float]:
-    """95 % interval of a statistic of the gains over candidates drawn again.
+    """95 % interval of a statistic of the gains over resampled candidates.
 
-    Not for `best_of`, whose bias of picking it does not see: there batches vary.
+    Not for `best_of`: resampling does not see the bias of picking; batches do.
     """
     values = [statistic(rng.choice(gains, len(gains))) for _ in range(draws)]
     low, high = np.percentile(values, [2.5, 97.5])
@@ -157,5 +130,5 @@ def improving(gains: np.ndarray) -> float:
 
 
 def headroom(gain: float, base: float) -> float:
-    """A gain as a share of what there is to gain (Eq. 54); NaN where it is nothing."""
+    """A gain as a share of the possible gain (Eq. 54); NaN where that is 0."""
     return gain / (1 - base) if base < 1 else math.nan

@@ -6,24 +6,32 @@ are independent. In its eigenbasis, with :math:`a_i = 1 - \alpha\lambda_i`,
 .. math:: x_{i,t+1} = a_i x_{i,t} + b \xi_{i,t}, \qquad \xi \sim N(0, 1)
 
 (Eq. 15). Multiplicities are repeated eigenvalues. Everything is float64 and exact for
-this linear model, which is not ES: `jes.landscape.zscored` says what ES does.
+this linear model. ES differs from it: see `jes.landscape.zscored`. `simulate` draws
+runs of both.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.linalg import solve_discrete_lyapunov
 from scipy.optimize import brentq
 
+from jes.core.fitness import shape_fitness
 from jes.errors import InputError
 
 NOISES = ("paper", "zscore")
+METHODS = ("linear", "es", "zscore")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Ascent:
-    r"""A quadratic, a start on it, and the steps taken.
+    r"""A quadratic, a start on it, and the settings of the ascent.
 
     Attributes:
       eigenvalues: [d], of C; none negative.
@@ -36,7 +44,7 @@ class Ascent:
       start_variance: of x_0, a number or [d].
 
     Raises:
-      InputError: where no such ascent exists, or where it has no stationary state.
+      InputError: for settings out of range or unstable.
     """
 
     eigenvalues: np.ndarray
@@ -65,14 +73,14 @@ class Ascent:
 
 
 class Moments(NamedTuple):
-    """Of every mode, over runs."""
+    """Mean and variance of every mode over runs, [..., d] each."""
 
-    mean: np.ndarray  # [..., d]
-    variance: np.ndarray  # [..., d]
+    mean: np.ndarray
+    variance: np.ndarray
 
 
 def check_steps(eigenvalues: ArrayLike, alpha: float) -> None:
-    """Raises InputError for negative curvature, or steps too long to be stable."""
+    """Raises InputError for negative curvature or an unstable learning rate."""
     values = np.asarray(eigenvalues, float)
     if not (np.isfinite(values).all() and (values >= 0).all()):
         raise InputError("eigenvalues of the curvature cannot be negative")
@@ -95,16 +103,9 @@ def step_noise(ascent: Ascent) -> float:
 
 
 def moments(ascent: Ascent, time: ArrayLike) -> Moments:
-    """Mean and variance of the modes after whole generations (Eq. 16).
+    """Moments [*time, d] of the modes after whole generations (Eq. 16).
 
     A mode without curvature has variance b² t, without bound.
-
-    Args:
-      ascent: with d modes.
-      time: generations, of any shape.
-
-    Returns:
-      Moments [*time, d].
     """
     time = np.asarray(time)[..., None]
     a = contraction(ascent)
@@ -118,7 +119,7 @@ def moments(ascent: Ascent, time: ArrayLike) -> Moments:
 
 def stationary_variance(ascent: Ascent) -> np.ndarray:
     """v_inf = b² / (1 - a²), [d]; infinite without curvature (Eq. 17)."""
-    # The same as 1 - a², without its rounding.
+    # strength (2 - strength) is 1 - a² without its rounding error.
     strength = ascent.alpha * ascent.eigenvalues
     with np.errstate(divide="ignore"):
         return step_noise(ascent) ** 2 / (strength * (2 - strength))
@@ -137,10 +138,7 @@ def expected_objective(ascent: Ascent, time: ArrayLike) -> np.ndarray:
 def effective_dimension(eigenvalues: ArrayLike, alpha: float) -> float:
     """d_eff = 2 Σ 1 / (2 - α λ) over positive eigenvalues (Eq. 27).
 
-    For small steps it is their number: it counts stiff and flat modes alike.
-
-    Raises:
-      InputError: see `check_steps`.
+    For small steps this is their number: it counts stiff and flat modes alike.
     """
     check_steps(eigenvalues, alpha)
     values = np.asarray(eigenvalues, float)
@@ -161,7 +159,7 @@ def plateau_gap(ascent: Ascent) -> float:
 def rates(ascent: Ascent) -> np.ndarray:
     """γ_i = -2 log |1 - α λ_i| a generation, [d] (Eq. 21)."""
     with np.errstate(divide="ignore"):
-        # + 0: no curvature is rate 0, not -0
+        # + 0 turns -0 into 0 where there is no curvature.
         return -2 * np.log(np.abs(contraction(ascent))) + 0.0
 
 
@@ -173,36 +171,25 @@ def amplitudes(ascent: Ascent) -> np.ndarray:
 
 
 def blocks(ascent: Ascent) -> tuple[np.ndarray, np.ndarray]:
-    """Rates that differ, falling, and the sums of the amplitudes that have them."""
+    """Distinct rates, descending, and the sum of the amplitudes of each."""
     distinct, which = np.unique(rates(ascent), return_inverse=True)
     summed = np.bincount(which, weights=amplitudes(ascent))
     return distinct[::-1], summed[::-1]
-
-
-def rises_then_decays(ascent: Ascent) -> bool:
-    r"""Whether E J_t rises at first and comes down to its plateau at last.
-
-    The first is :math:`\sum \gamma_i A_i < 0`, the second that the slowest mode starts
-    inside its noise floor, A > 0: together they are enough for a peak, and for two
-    distinct rates they are the conditions of Eq. (25).
-    """
-    rate, amplitude = _moving_blocks(ascent)
-    if not rate.size:
-        return False
-    return bool((rate * amplitude).sum() < 0 < amplitude[-1])
 
 
 def peak_time(ascent: Ascent) -> float | None:
     """The time of the highest interior maximum of E J_t: a root of Eq. (23).
 
     All roots lie before the time from which the slowest mode outweighs all others
-    together. Up to there a sign change of the slope is looked for on a fine grid.
-    A mode with α λ = 1 is gone after one generation and is left out.
+    together. Up to there a fine grid brackets the sign changes of the slope. A mode
+    with α λ = 1 is gone after one generation and is left out.
 
     Returns:
       Generations, not rounded; None where E J_t has no interior maximum.
     """
-    rate, amplitude = _moving_blocks(ascent)
+    rate, amplitude = blocks(ascent)
+    moving = (rate > 0) & np.isfinite(rate) & (amplitude != 0)
+    rate, amplitude = rate[moving], amplitude[moving]
     if rate.size < 2:
         return None
     weight = rate * amplitude
@@ -227,7 +214,7 @@ def two_mode_peak_time(ascent: Ascent) -> float | None:
 
     :math:`\log(\gamma_{hi} |A_{hi}| / (\gamma_{lo} A_{lo})) / (\gamma_{hi} -
     \gamma_{lo})`, with amplitudes summed over equal eigenvalues; the best whole
-    generation is beside it.
+    generation is next to it.
 
     Returns:
       Generations; None unless :math:`A_{hi} < 0 < A_{lo}` and :math:`\gamma_{hi}
@@ -243,21 +230,13 @@ def two_mode_peak_time(ascent: Ascent) -> float | None:
             "eigenvalue below 1; peak_time has no such limits"
         )
     rate, amplitude = (array[:2] for array in blocks(ascent))
-    if not (amplitude[0] < 0 < amplitude[1] and rises_then_decays(ascent)):
-        return None
     slope = rate * np.abs(amplitude)
+    if not (amplitude[0] < 0 < amplitude[1] and slope[0] > slope[1]):
+        return None
     return float(np.log(slope[0] / slope[1]) / (rate[0] - rate[1]))
 
 
-def path(
-    ascent: Ascent,
-    generations: int,
-    *,
-    alpha: ArrayLike | None = None,
-    sigma: ArrayLike | None = None,
-    population: ArrayLike | None = None,
-    decay: ArrayLike = 0.0,
-) -> Moments:
+def path(ascent: Ascent, generations: int, **changes: ArrayLike) -> Moments:
     r"""The modes under schedules and anchored weight decay, generation by generation.
 
     Exact. With coefficient c, L2 decay to the start (2605.30148, Algorithm 1) acts
@@ -266,81 +245,212 @@ def path(
     .. math:: x_{t+1} = r\,(a_t x_t + b_t \xi) + (1 - r)\,\bar x_0.
 
     Args:
-      ascent: the start, and what has no schedule.
+      ascent: the start, and the settings without a schedule.
       generations: T.
-      alpha, sigma, population: those of each generation, [T] or a number; by default
-        the ascent's.
-      decay: c of each generation, [T] or a number.
+      **changes: `alpha`, `sigma`, `population` or `decay`, see `schedules`.
 
     Returns:
       Moments [T + 1, d], the start first.
-
-    Raises:
-      InputError: see `schedules`.
     """
-    plan = schedules(ascent, generations, alpha, sigma, population, decay)
-    start = np.asarray(ascent.start, float)
-    mean = np.empty((generations + 1, start.size))
-    variance = np.empty_like(mean)
-    mean[0], variance[0] = start, ascent.start_variance
-    for t, (rate, scale, members, pull) in enumerate(zip(*plan, strict=True)):
-        a, kept = 1 - rate * ascent.eigenvalues, 1 - rate * pull
+
+    def step(state: Moments, rate: float, scale: float, members: float) -> Moments:
+        a = 1 - rate * ascent.eigenvalues
         b = rate * (scale if ascent.noise == "paper" else 1) / members**0.5
-        mean[t + 1] = kept * a * mean[t] + (1 - kept) * start
-        variance[t + 1] = kept**2 * (a**2 * variance[t] + b**2)
-    return Moments(mean, variance)
+        return Moments(a * state.mean, a**2 * state.variance + b**2)
+
+    return march(ascent, schedules(ascent, generations, **changes), step)
 
 
-def schedules(
-    ascent: Ascent,
-    generations: int,
-    alpha: ArrayLike | None = None,
-    sigma: ArrayLike | None = None,
-    population: ArrayLike | None = None,
-    decay: ArrayLike = 0.0,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """α, σ, N and decay of each generation, [T] each; None is the ascent's own.
+def march(ascent: Ascent, plan: np.ndarray, step: Callable[..., Moments]) -> Moments:
+    """Moments [T + 1, d] of a step, followed by the decay to the start.
+
+    Args:
+      ascent: the start.
+      plan: [4, T], from `schedules`.
+      step: from `Moments` [d], α, σ and N to the `Moments` after the step.
+    """
+    start = np.asarray(ascent.start, float)
+    state = Moments(start, np.broadcast_to(ascent.start_variance, start.shape))
+    states = [state]
+    for rate, scale, members, pull in plan.T:
+        mean, variance = step(state, rate, scale, members)
+        kept = 1 - rate * pull
+        state = Moments(kept * mean + (1 - kept) * start, kept**2 * variance)
+        states.append(state)
+    return Moments(*map(np.array, zip(*states, strict=True)))
+
+
+def schedules(ascent: Ascent, generations: int, **changes: ArrayLike) -> np.ndarray:
+    """α, σ, N and the decay coefficient of each generation, [4, T].
+
+    Args:
+      ascent: gives what has no schedule; its decay is 0.
+      generations: T.
+      **changes: `alpha`, `sigma`, `population` or `decay`, [T] or a number.
 
     Raises:
-      InputError: for a schedule of another length, or with numbers that cannot be.
+      InputError: for a schedule of another length, or with numbers out of range.
     """
-    given = (alpha, sigma, population, decay)
-    own = (ascent.alpha, ascent.sigma, ascent.population, 0.0)
-    plan = []
-    for name, value, default in zip(
-        ("alpha", "sigma", "population", "decay"), given, own, strict=True
-    ):
-        array = np.asarray(default if value is None else value, float)
+    own = {"alpha": ascent.alpha, "sigma": ascent.sigma}
+    own |= {"population": ascent.population, "decay": 0.0}
+    if unknown := changes.keys() - own.keys():
+        raise TypeError(f"no schedule of {unknown}; there are {list(own)}")
+    plan = np.empty((4, generations))
+    for row, (name, value) in zip(plan, (own | changes).items(), strict=True):
+        array = np.asarray(value, float)
         if array.shape not in ((), (generations,)) or not (array >= 0).all():
             raise InputError(
                 f"{name} must be a number or {generations} numbers, none negative"
             )
-        plan.append(np.broadcast_to(array, generations))
-    rate, scale, members, pull = plan
-    if (members < 1).any() or (rate * pull >= 1).any():
+        row[:] = array
+    if (plan[2] < 1).any() or (plan[0] * plan[3] >= 1).any():
         raise InputError("populations must be at least 1, and alpha x decay below 1")
-    return rate, scale, members, pull
+    return plan
 
 
-def anchored_plateau(ascent: Ascent, decay: float) -> Moments:
-    r"""Where anchored weight decay settles: the fixed point of `path`, [d] each.
+def stationary_covariance(
+    curvature: np.ndarray, noise: np.ndarray, alpha: float
+) -> np.ndarray:
+    r"""Covariance of x under noise that differs by direction (App. C), exact for any α.
 
-    With :math:`r = 1 - \alpha c`: mean :math:`(1 - r) x_0 / (1 - r a)`, variance
-    :math:`r^2 b^2 / (1 - r^2 a^2)`, finite also without curvature.
+    :math:`x_{t+1} = (I - \alpha H) x_t + \alpha \eta_t` with :math:`Cov\,\eta =
+    \Sigma` (Eq. 30) leaves V of Eq. (31) unchanged; then J* - E J = tr(H V) / 2
+    (Eq. 33).
+
+    Args:
+      curvature: H, [d, d], of the loss: the paper's C.
+      noise: Σ, [d, d].
+      alpha: learning rate.
 
     Raises:
-      InputError: unless 0 < α decay < 1.
+      InputError: for a flat, concave or overshooting direction (App. D).
     """
-    if not 0 < ascent.alpha * decay < 1:
-        raise InputError(f"alpha x decay must be between 0 and 1; decay is {decay}")
-    kept = 1 - ascent.alpha * decay
-    product = kept * contraction(ascent)
-    mean = (1 - kept) * ascent.start / (1 - product)
-    return Moments(mean, (kept * step_noise(ascent)) ** 2 / (1 - product**2))
+    kept = np.eye(len(curvature)) - alpha * curvature
+    radius = np.abs(np.linalg.eigvals(kept)).max()
+    if radius >= 1:
+        raise InputError(
+            f"no stationary state: a direction grows by {radius:.6g} a generation"
+        )
+    return solve_discrete_lyapunov(kept, alpha**2 * noise)
 
 
-def _moving_blocks(ascent: Ascent) -> tuple[np.ndarray, np.ndarray]:
-    """Of `blocks`, those that make E J_t change after the first generation."""
-    rate, amplitude = blocks(ascent)
-    moving = (rate > 0) & np.isfinite(rate) & (amplitude != 0)
-    return rate[moving], amplitude[moving]
+class Runs(NamedTuple):
+    """Independent runs."""
+
+    objective: jax.Array  # [runs, T + 1], J of the centre, the start first
+    final: jax.Array  # [runs, d], the modes at the end
+
+
+def simulate(
+    ascent: Ascent,
+    generations: int,
+    *,
+    key: jax.Array,
+    runs: int,
+    method: str = "linear",
+    **changes: ArrayLike,
+) -> Runs:
+    """Draws runs of an ascent, in float32.
+
+    Args:
+      ascent: the start, and the settings without a schedule.
+      generations: T.
+      key: of all noise.
+      runs: how many.
+      method: 'linear' (2602.00170, Eq. 14, with the ascent's noise), 'es' (its Eq. 1:
+        a population's rewards as they are, over σ) or 'zscore' (2509.24372, as
+        `jes.es_gradient`; no 1/σ).
+      **changes: see `schedules`; only 'linear' can change its population.
+
+    Raises:
+      InputError: for an unknown method; see `schedules`.
+    """
+    if method not in METHODS:
+        raise InputError(f"method must be one of {METHODS}, not {method!r}")
+    if method != "linear" and "population" in changes:
+        raise InputError(f"{method!r} has one population, that of the ascent")
+    plan = schedules(ascent, generations, **changes)
+    starts, noises = jax.random.split(key)
+    shape = (runs, len(ascent.start))
+    spread = jnp.sqrt(jnp.broadcast_to(jnp.asarray(ascent.start_variance), shape[1:]))
+    first = jax.random.normal(starts, shape) * spread[None] + ascent.start[None]
+    return _runs(
+        jax.random.split(noises, runs),
+        first.astype(jnp.float32),
+        jnp.asarray(np.stack([ascent.start, ascent.eigenvalues]), jnp.float32),
+        jnp.asarray(plan.T, jnp.float32),
+        method=(method, ascent.noise == "paper"),
+        # The linear model has no members: one program for all populations.
+        members=0 if method == "linear" else ascent.population,
+    )
+
+
+@partial(jax.jit, static_argnames=("method", "members"))
+def _runs(
+    keys: jax.Array,
+    first: jax.Array,
+    quadratic: jax.Array,
+    plan: jax.Array,
+    *,
+    method: tuple[str, bool],
+    members: int,
+) -> Runs:
+    anchor, values = quadratic
+    name, paper = method
+
+    def loss(x: jax.Array) -> jax.Array:
+        return (values * x**2).sum() / 2
+
+    def step(x: jax.Array, at: tuple[jax.Array, jax.Array]) -> Any:
+        key, (alpha, sigma, population, decay) = at
+        if name == "linear":
+            scale = (sigma if paper else 1.0) / jnp.sqrt(population)
+            move = scale * jax.random.normal(key, x.shape) - values * x
+        else:
+            move = _estimate(key, x, values, sigma, name, members)
+        x = anchor + (1 - alpha * decay) * (x + alpha * move - anchor)
+        return x, loss(x)
+
+    def run(key: jax.Array, x: jax.Array) -> Runs:
+        final, losses = jax.lax.scan(step, x, (jax.random.split(key, len(plan)), plan))
+        return Runs(1 - jnp.concatenate([loss(x)[None], losses]), final)
+
+    return jax.vmap(run)(keys, first)
+
+
+def estimates(
+    ascent: Ascent, *, key: jax.Array, runs: int, method: str = "zscore"
+) -> jax.Array:
+    """Independent single estimates at the start, the updates over α: [runs, d].
+
+    Args:
+      ascent: where, and with which σ and N.
+      key: of all noise.
+      runs: how many.
+      method: 'es' or 'zscore', see `simulate`.
+    """
+    if method not in METHODS[1:]:
+        raise InputError(f"method must be one of {METHODS[1:]}, not {method!r}")
+    x = jnp.asarray(ascent.start, jnp.float32)
+    values = jnp.asarray(ascent.eigenvalues, jnp.float32)
+
+    def one(key: jax.Array) -> jax.Array:
+        return _estimate(key, x, values, ascent.sigma, method, ascent.population)
+
+    return jax.jit(jax.vmap(one))(jax.random.split(key, runs))
+
+
+def _estimate(
+    key: jax.Array,
+    x: jax.Array,
+    values: jax.Array,
+    sigma: jax.typing.ArrayLike,
+    method: str,
+    members: int,
+) -> jax.Array:
+    """The estimate of one generation at x, [d]."""
+    noise = jax.random.normal(key, (members, *x.shape))
+    losses = (values[None] * (x[None] + sigma * noise) ** 2).sum(-1) / 2
+    # Z-scores do not need the 1 of J; without it differences keep all their digits.
+    weights = (1 - losses) / sigma if method == "es" else shape_fitness(-losses)
+    return weights @ noise / members
