@@ -511,10 +511,10 @@ def figure(data: dict[str, Any]) -> Figure:
     relative.axhline(0.9, color="0.7", linewidth=0.8)
     bottom, top = best.get_ylim()
     best.set_ylim(bottom, top + 0.15 * (top - bottom))  # for the legend
-    small = {"fontsize": "x-small"}
+    small: Any = {"fontsize": "x-small"}
     gain = "gain, points"
     title = f"best of N on the pool, {data['task']}"
-    above = {"loc": "upper center", "ncols": 2}
+    above: Any = {"loc": "upper center", "ncols": 2}
     grid.tidy(best, title, "N", f"{gain}; bars 1.96 SE", **small, **above)
     grid.tidy(relative, "the same, relative to the largest N", "N", "share", **small)
     title = "perturbations that improve; bars 95 %"
