@@ -7,110 +7,81 @@ Accuracy is by lenient extraction; strict is right in exactly the format asked f
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from jes.config import DTYPES
+from jes.config import CHOICES, DTYPES
 from jes.errors import InputError
-from jes.export import decay_anchor, evolution_of, load_base, read_ledger
+from jes.experiment import make_evaluation
+from jes.export import load_base, read_ledger, replayed
 from jes.io.command_line import at_least, guarded
 from jes.io.console import console
 from jes.io.metrics import write_json
-from jes.io.runs import recorded
 from jes.models.weights import Pretrained, load
-from jes.questions import MODES, Evaluation, prepare
-from jes.record import without_unasked
+from jes.questions import prepare
 from jes.rollout import examine
+from jes.run_folder import recorded, score_row
 from jes.scoring import Score
-from jes.tasks import TASKS, Task, load_task
-from jes.train import resume
+from jes.tasks import TASKS, load_task
 
 
 def load_model(path: str) -> tuple[Pretrained, str]:
     """A model folder, hub id or 'tiny'; or the newest weights of a run folder.
 
-    A run's weights are its newest checkpoint and what the ledger has after that; the
-    run may be going on meanwhile.
+    A run's weights are those of its newest checkpoint, and what the ledger has after
+    that is replayed. The run may be going on meanwhile.
 
     Returns:
       The model, and the dtype it is to answer in: float32, or that of the run.
     """
-    if not (Path(path) / "ledger.jsonl").is_file():
-        if not (Path(path) / "metrics.jsonl").is_file():
-            return load(path), "float32"
-        # A run of the baseline has no ledger, but in the end a model.
-        record = recorded(Path(path))
-        if record is None or not (Path(path) / "model").is_dir():
-            raise InputError(f"{path} is a run without a ledger that is not finished")
-        return load(Path(path) / "model"), record["config"]["dtype"]
-    ledger = read_ledger(Path(path))
-    base = load_base(ledger)
-    folder = Path(path) / "checkpoints"
-    evolution = evolution_of(ledger)
-    anchor = decay_anchor(evolution, base)
-    state = resume(evolution, base.params, anchor, ledger, folder)
-    console.print(f"{path} after {state.generation} generations")
-    return dataclasses.replace(base, params=state.params), ledger.header["dtype"]
+    folder = Path(path)
+    if (folder / "ledger.jsonl").is_file():
+        ledger = read_ledger(folder)
+        count = len(ledger.fitness)
+        reached = replayed(ledger, load_base(ledger), count, folder / "checkpoints")
+        console.print(f"{path} after {count} generations")
+        return reached, ledger.header["dtype"]
+    if not (folder / "metrics.jsonl").is_file():
+        return load(path), "float32"
+    # A run of a baseline has no ledger, but in the end a model.
+    record = recorded(folder)
+    if record is None or not (folder / "model").is_dir():
+        raise InputError(f"{path} is a run without a ledger that is not finished")
+    return load(folder / "model"), record["config"]["dtype"]
 
 
 def evaluate(
     pretrained: Pretrained,
     tasks: list[str],
     *,
-    examples: int = 0,
-    root: str = "",
-    mode: str = "generate",
-    dtype: Any = "float32",
+    data: dict[str, Any] | None = None,
     batch_size: int = 256,
-    seed: int = 0,
+    **settings: Any,
 ) -> dict[str, Score]:
     """Greedy answers on held-out examples.
 
     Args:
       pretrained: the model.
       tasks: names in `jes.tasks.TASKS`.
-      examples: how many held-out examples of each task; 0 for all.
-      root, seed: see `jes.tasks.load_task`.
-      mode, dtype: see `jes.questions.Evaluation`.
+      data: `root`, `seed` and `test` (held-out examples of each task; 0 for all) of
+        `jes.tasks.load_task`.
       batch_size: prompts answered at once.
+      settings: `mode` and `dtype`, see `jes.questions.Evaluation`.
 
     Returns:
       A `Score` of floats for each task.
     """
     scores = {}
     for name in tasks:
-        task = load_task(name, root=root, seed=seed, test=examples)
-        evaluation = make_evaluation(pretrained, task, mode=mode, dtype=dtype)
+        task = load_task(name, **(data or {}))
+        evaluation = make_evaluation(pretrained, task, **settings)
         questions = prepare(evaluation, evaluation.task.test)
         scores[name] = examine(
             evaluation, pretrained.params, questions, batch_size=batch_size
         )
     return scores
-
-
-def make_evaluation(pretrained: Pretrained, task: Task, **settings: Any) -> Evaluation:
-    """How a model is examined on a task.
-
-    Args:
-      pretrained: the model.
-      task: see `jes.tasks.load_task`.
-      settings: see `jes.questions.Evaluation`.
-
-    Raises:
-      InputError: if the model has no tokenizer.
-    """
-    if pretrained.tokenizer is None:
-        raise InputError("the model folder has no tokenizer, which tasks need")
-    return Evaluation(
-        model=pretrained.model,
-        tokenizer=pretrained.tokenizer,
-        task=task,
-        eos_ids=pretrained.eos_ids,
-        **settings,
-    )
 
 
 def table(scores: dict[str, Score]) -> Table:
@@ -133,7 +104,7 @@ def main() -> None:
     parser.add_argument("--tasks", help="comma-separated; one of: " + ", ".join(TASKS))
     parser.add_argument("--examples", type=at_least(0), default=0, help="of each task")
     parser.add_argument("--root", default="", help="folder of parquet files")
-    parser.add_argument("--mode", default="generate", choices=MODES)
+    parser.add_argument("--mode", default="generate", choices=CHOICES["mode"])
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of the weights; by default a run's, or float32"
     )
@@ -143,23 +114,21 @@ def main() -> None:
     args = parser.parse_args()
 
     def command() -> None:
-        if args.out:  # found out before the work, not after it
+        if args.out:  # fails before the work, not after it
             args.out.parent.mkdir(parents=True, exist_ok=True)
         tiny = [name for name in TASKS if name.startswith("tiny/")]
         pretrained, dtype = load_model(args.model)
         scores = evaluate(
             pretrained,
             args.tasks.split(",") if args.tasks else tiny,
-            examples=args.examples,
-            root=args.root,
+            data={"root": args.root, "seed": args.seed, "test": args.examples},
+            batch_size=args.batch_size,
             mode=args.mode,
             dtype=args.dtype or dtype,
-            batch_size=args.batch_size,
-            seed=args.seed,
         )
         console.print(table(scores))
         if args.out:
-            write_json(args.out, {n: without_unasked(s) for n, s in scores.items()})
+            write_json(args.out, {n: score_row(s) for n, s in scores.items()})
 
     guarded(command)
 

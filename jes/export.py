@@ -10,7 +10,6 @@ versions on the same kind of machine give the same bits.
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -20,10 +19,11 @@ from jes.core import ledger as ledgers
 from jes.core.anchor import keep_anchor
 from jes.core.evolution import Evolution
 from jes.errors import InputError
-from jes.io import runs
+from jes.io import checkpoints
 from jes.io.command_line import at_least, guarded
 from jes.io.console import console
 from jes.models.weights import Pretrained, fingerprint
+from jes.run_folder import versions
 from jes.update import first_state, replay
 
 
@@ -47,17 +47,33 @@ def rebuild(
             f"there is no state after {count} generations: {ledger.path} has "
             f"{len(ledger.fitness)}"
         )
-    pretrained = load_base(ledger, model)
-    evolution = evolution_of(ledger)
-    optimizer = first_state(evolution, pretrained.params)
-    anchor = decay_anchor(evolution, pretrained)
-    root = jax.random.key(ledger.header["seed"])
-    fitness = ledger.fitness[:count]
-    params, _ = replay(
-        evolution, pretrained.params, optimizer, root, fitness, anchor=anchor
-    )
-    check_fingerprint(ledger, count, fingerprint(params))
-    return dataclasses.replace(pretrained, params=params)
+    rebuilt = replayed(ledger, load_base(ledger, model), count)
+    check_fingerprint(ledger, count, fingerprint(rebuilt.params))
+    return rebuilt
+
+
+def replayed(
+    ledger: ledgers.Ledger, base: Pretrained, count: int, folder: Path | None = None
+) -> Pretrained:
+    """The model after the first `count` generations of the ledger, not checked.
+
+    Args:
+      ledger: of the run.
+      base: its base model; the weights are donated.
+      count: generations.
+      folder: of checkpoints, of which the newest one that can be read saves time.
+    """
+    evolution, start = evolution_of(ledger), 0
+    state = base.params, first_state(evolution, base.params)
+    anchor = None
+    if evolution.decay != "none":
+        anchor = keep_anchor(base.params, evolution.anchor, base.stored_dtype)
+    found = folder and checkpoints.restore_latest(folder, state, count)
+    if found:
+        start, state = found
+    root, fitness = jax.random.key(ledger.header["seed"]), ledger.fitness[start:count]
+    params, _ = replay(evolution, *state, root, fitness, start, anchor)
+    return dataclasses.replace(base, params=params)
 
 
 def load_base(ledger: ledgers.Ledger, model: str = "") -> Pretrained:
@@ -66,23 +82,16 @@ def load_base(ledger: ledgers.Ledger, model: str = "") -> Pretrained:
     Raises:
       InputError: if there is another one now.
     """
-    name = model or ledger.header["model"]
     header = ledger.header
+    name = model or header["model"]
     form, size = header.get("quantize", ""), header.get("group_size", 0)
     pretrained = quantize.load_base(name, form, size, header["dtype"])
-    if fingerprint(pretrained.params) != ledger.header["base"]:
+    if fingerprint(pretrained.params) != header["base"]:
         raise InputError(
             f"{name} is not the model that the run started from (its fingerprint "
             "differs)"
         )
     return pretrained
-
-
-def decay_anchor(evolution: Evolution, base: Pretrained) -> Any:
-    """What the decay of a run pulls to; None without a decay."""
-    if evolution.decay == "none":
-        return None
-    return keep_anchor(base.params, evolution.anchor, base.stored_dtype)
 
 
 def evolution_of(ledger: ledgers.Ledger) -> Evolution:
@@ -106,7 +115,7 @@ def check_fingerprint(ledger: ledgers.Ledger, count: int, found: str) -> None:
     if found == expected:
         console.print(f"fingerprint after {count} generations is right: {expected}")
         return
-    now = runs.versions()
+    now = versions()
     others = {k: (v, now.get(k)) for k, v in ledger.header["versions"].items()}
     changed = [f"{k} {a} then, {b} now" for k, (a, b) in others.items() if a != b]
     raise InputError(
@@ -128,8 +137,8 @@ def read_ledger(run: Path) -> ledgers.Ledger:
         raise InputError(f"there is no ledger at {path}") from None
     except ValueError as error:
         raise InputError(str(error)) from error
-    missing = {"model", "base", "seed", "evolution", "dtype", "versions"}
-    missing -= ledger.header.keys()
+    needed = {"model", "base", "seed", "evolution", "dtype", "versions"}
+    missing = needed - ledger.header.keys()
     if missing:
         raise InputError(f"{path}: the header lacks {', '.join(sorted(missing))}")
     return ledger

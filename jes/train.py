@@ -2,22 +2,23 @@
 
     python -m jes.train --config=configs/tiny.py [--workdir=FOLDER] [--config.x=value]
 
-One generation: `ask` perturbs the weights, lets every member answer the prompts and
-scores the answers; `tell` moves the weights by the members' noise, weighted with their
-fitness; the ledger records the fitness, and with that the generation has happened.
+A generation of ES: `ask` perturbs the weights, lets every member answer the prompts and
+scores the answers; `tell` moves the weights along the members' noise, weighted with
+their fitness; the ledger records the fitness, and with that the generation counts.
+GRPO and SFT are other steps of the same loop.
 
-Stopped at any moment, the same command goes on where the run was. What counts, first
-to last: the ledger (each complete row is a generation that happened), the newest
-checkpoint that can be read (the state after some of them), and the base model (the
-state after none). The rows after the checkpoint are told again, not asked again.
+Stopped at any moment, the same command goes on where the run was: from the newest
+checkpoint that can be read, or else from the base model. Generations that the ledger
+has beyond it are replayed from their fitness, without asking again. A baseline has no
+ledger, and does again what came after its checkpoint.
 
 Started several times, on one host or many (`--coordinator` or `--distributed`), it is
 one run, of which the first process alone writes.
 """
 
-import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,46 +28,42 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from jes.baselines import grpo_run, sft_run
+from jes.baselines import grpo, sft
 from jes.chunk import choose, with_slots
 from jes.config import Settings, freeze
-from jes.core import ledger as ledgers
 from jes.core.anchor import displacement, keep_anchor
 from jes.core.drift import predicted_drift
-from jes.core.evolution import Evolution
 from jes.core.noise import PyTree, generation_key
 from jes.errors import InputError
-from jes.experiment import (
-    Experiment,
-    make_experiment,
-    pick,
-)
-from jes.io import checkpoints, command_line, hosts, memory, runs
+from jes.experiment import Experiment, State, make_experiment, pick
+from jes.io import command_line, hosts, memory
 from jes.io.compiled import keep_compiled
 from jes.io.console import bar, console
-from jes.io.interrupts import Stopped, StopRequest, stop_request
+from jes.io.interrupts import Stopped, stop_request
 from jes.metacognition.objectives import objective_fitness
 from jes.models.weights import fingerprint
-from jes.record import check_length, evaluate, finish, finished, report, writing
 from jes.rollout import ask
+from jes.run_folder import RunFolder, alone, finished, report
 from jes.scoring import Score, fitness_of
 from jes.update import first_state, moves_of, replay, tell
 
 
-class State(NamedTuple):
-    """Where a run is.
+class Method(NamedTuple):
+    """What differs between methods of training.
 
     Attributes:
-      generation: how many generations have happened.
-      saved: the newest checkpoint's number of generations.
-      params: the centre θ, float32.
-      optimizer: state of the optimizer.
+      resolve: chooses what the settings leave open, by the memory: from the experiment
+        to a dict that `config.json` keeps.
+      init: the optimizer's state before the first generation, from the experiment.
+      step: one generation: from the experiment, the state (donated), the anchor, what
+        `resolve` chose, and a function to call wherever it is safe to stop, to the next
+        state, the figures of its row in `metrics.jsonl` (of which `tokens` is the
+        number of tokens generated), and the fitness that replays it, or None.
     """
 
-    generation: int
-    saved: int
-    params: PyTree
-    optimizer: Any
+    resolve: Callable[[Experiment], dict[str, int]]
+    init: Callable[[Experiment], Any]
+    step: Callable[..., tuple[State, dict[str, Any], np.ndarray | None]]
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -85,145 +82,125 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
       OSError: if the disk is full or the like; what happened before is saved.
     """
     settings = freeze(config)
-    if jax.process_count() > 1 and config.method != "es":
-        raise InputError(f"method {config.method!r} runs in one process")
+    if jax.process_count() > 1 and settings.method != "es":
+        raise InputError(f"method {settings.method!r} runs in one process")
     keep_compiled()
     with hosts.together():
         if not hosts.first():
-            follow(settings)
-            return {}
-        with runs.alone(workdir):
-            summary = finished(config, workdir)
+            return train(settings, RunFolder(workdir))
+        with alone(workdir):
+            summary = finished(settings, workdir)
             if summary is None:
-                return METHODS[config.method](config, workdir)
+                return train(settings, RunFolder(workdir))
             console.print(
                 "this run finished before; give another --workdir for a new one"
             )
             report(workdir, summary)
             return summary
-    return {}  # over before it began
+    return {}  # the first process had nothing left to do
 
 
-def evolve(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
+def train(settings: Settings, folder: RunFolder) -> dict[str, Any]:
     """The run itself, from start or resumption to the summary."""
-    experiment = make_experiment(freeze(config))
-    evolution = experiment.evolution
-    check_same_start(experiment)
-    resolved = runs.claim(
-        workdir, config.to_dict(), lambda: choose(experiment)._asdict()
+    method = METHODS[settings.method]
+    experiment = make_experiment(settings)
+    pretrained = experiment.pretrained
+    hosts.check_same(
+        "other settings, or another base model,",
+        lambda: repr(settings) + fingerprint(pretrained.params),
     )
-    # A folder from before there were slots has none.
-    resolved = {"slots": 0} | resolved
-    chunk, experiment = resolved["chunk"], with_slots(experiment, resolved["slots"])
-    ledger = open_ledger(experiment, workdir / "ledger.jsonl")
-    base = keep_anchor(
-        experiment.pretrained.params,
-        evolution.anchor,
-        experiment.pretrained.stored_dtype,
-    )
-    anchor = None if evolution.decay == "none" else base
-    folder = workdir / "checkpoints"
-    done = len(ledger.fitness)
-    told = resolved | {"fitness": [row.tolist() for row in ledger.fitness]}
-    hosts.from_first(lambda: json.dumps(told).encode())
-    checkpoints.tidy(folder, done)
+    resolved, fitness = _from_first(lambda: folder.open(experiment, method.resolve))
+    experiment = with_slots(experiment, resolved.get("slots", 0))
+    base = None
+    if hosts.first() or settings.decay != "none":
+        base = keep_anchor(pretrained.params, settings.anchor, pretrained.stored_dtype)
+    state = State(settings.root, 0, pretrained.params, method.init(experiment))
+    state = folder.restore(state, len(fitness) if fitness else settings.generations)
+    done = max(state.generation, len(fitness))
     with (
         stop_request() as stop,
-        bar(done, config.generations) as progress,
-        writing(workdir, done) as writer,
+        bar(done, settings.generations, shown=hosts.first()) as progress,
+        folder.writing(done),
     ):
-        state = State(done, done, None, None)  # nothing yet that a stop would lose
         try:
-            params = experiment.pretrained.params
-            evaluate(experiment, 0, params, base, writer, stop)
-            share = config.share_update
-            state = resume(evolution, params, anchor, ledger, folder, share=share)
-            if state.generation:
-                console.print(f"going on after {state.generation} generations")
-            for generation in range(state.generation, config.generations):
-                if generation % config.eval_every == 0:
-                    evaluate(experiment, generation, state.params, base, writer, stop)
+            folder.evaluate(experiment, 0, pretrained.params, base, stop.check)
+            state = replayed(experiment, state, fitness, base)
+            if done:
+                console.print(f"going on after {done} generations")
+            while state.generation < settings.generations:
+                generation = state.generation
+                if generation % settings.eval_every == 0:
+                    folder.evaluate(
+                        experiment, generation, state.params, base, stop.check
+                    )
                 began = time.perf_counter()
-                state, scores, fitness = advance(experiment, state, chunk, anchor, stop)
-                row = metrics_row(experiment, scores, state, base, began)
-                writer.write("metrics", generation, row)
-                ledgers.append_generation(ledger.path, generation, fitness)
-                progress.update(generation + 1, row)
-                if state.generation % config.checkpoint_every == 0:
-                    state = save(folder, state)
-            evaluate(experiment, state.generation, state.params, base, writer, stop)
+                state, figures, earned = method.step(
+                    experiment, state, base, resolved, stop.check
+                )
+                row = metrics_row(experiment, figures, state, base, began)
+                folder.record(row, earned)
+                progress.update(state.generation, row)
+                if state.generation % settings.checkpoint_every == 0:
+                    folder.save(state)
+            folder.evaluate(
+                experiment, state.generation, state.params, base, stop.check
+            )
         except Stopped:
-            if state.generation > state.saved:
-                state = save(folder, state)
+            folder.save(state)
             console.print(
-                f"stopped after {state.generation} of {config.generations} "
-                f"generations; the same command goes on from {workdir}"
+                f"stopped after {max(done, state.generation)} of "
+                f"{settings.generations} generations; the same command goes on from "
+                f"{folder.path}"
             )
             raise
-    seal(ledger, state)
-    hosts.check_same("come to other weights", lambda: fingerprint(state.params))
-    return finish(experiment, state.generation, state.params, workdir)
+    hosts.check_same("reached other weights", lambda: fingerprint(state.params))
+    return folder.finish(experiment, state)
 
 
-def follow(config: Settings) -> None:
-    """The run in any process but the first: the same updates, written nowhere."""
-    experiment = make_experiment(config)
-    evolution = experiment.evolution
-    check_same_start(experiment)
-    params = experiment.pretrained.params
-    start = json.loads(hosts.from_first(bytes))
-    experiment = with_slots(experiment, start["slots"])
-    anchor = None
-    if evolution.decay != "none":
-        stored = experiment.pretrained.stored_dtype
-        anchor = keep_anchor(params, evolution.anchor, stored)
-    fitness = [np.array(row, np.float32) for row in start["fitness"]]
-    root = jax.random.key(config.seed)
-    params, optimizer = replay(
-        evolution,
-        params,
-        first_state(evolution, params),
-        root,
-        fitness,
-        anchor=anchor,
-        share=config.share_update,
+def _from_first(
+    make: Callable[[], tuple[dict[str, int], list[np.ndarray]]],
+) -> tuple[dict[str, int], list[np.ndarray]]:
+    """What `make` gives in the first process, in all of them."""
+
+    def sent() -> bytes:
+        resolved, fitness = make()
+        return json.dumps([resolved, [row.tolist() for row in fitness]]).encode()
+
+    resolved, fitness = json.loads(hosts.from_first(sent))
+    return resolved, [np.array(row, np.float32) for row in fitness]
+
+
+def replayed(
+    experiment: Experiment, state: State, fitness: list[np.ndarray], base: PyTree
+) -> State:
+    """The state after the generations of `fitness`, of which it may have some."""
+    missing = fitness[state.generation :]
+    if not missing:
+        return state
+    params, opt_state = replay(
+        experiment.evolution,
+        state.params,
+        state.opt_state,
+        state.root,
+        missing,
+        state.generation,
+        _decay_anchor(experiment, base),
+        share=experiment.settings.share_update,
     )
-    state = State(len(fitness), len(fitness), params, optimizer)
-    with stop_request() as stop:
-        while state.generation < config.generations:
-            state, _, _ = advance(experiment, state, start["chunk"], anchor, stop)
-    reached = fingerprint(state.params)
-    hosts.check_same("come to other weights", lambda: reached)
-    console.print(f"process {jax.process_index()} has come to the weights {reached}")
+    return State(state.root, len(fitness), params, opt_state)
 
 
-def check_same_start(experiment: Experiment) -> None:
-    """Raises InputError if processes have not the same settings and base model."""
-
-    def start() -> str:
-        return repr(experiment.settings) + fingerprint(experiment.pretrained.params)
-
-    hosts.check_same("other settings, or another base model,", start)
-
-
-def advance(
-    experiment: Experiment, state: State, chunk: int, anchor: PyTree, stop: StopRequest
-) -> tuple[State, Score, np.ndarray]:
-    """One generation: ask, then tell.
-
-    Args:
-      experiment: of the run.
-      state: before it; its weights are given away.
-      chunk: members held in memory at once, on each device.
-      anchor: the base weights, where there is a decay.
-      stop: asked before every chunk.
-
-    Returns:
-      The state after it, the members' scores, and their fitness float32 [N].
-    """
-    generation = state.generation
-    evolution = experiment.evolution.at(generation)
-    key = generation_key(jax.random.key(experiment.settings.seed), generation)
+def es_step(
+    experiment: Experiment,
+    state: State,
+    base: PyTree,
+    resolved: dict[str, int],
+    check_stop: Callable[[], None],
+) -> tuple[State, dict[str, Any], np.ndarray]:
+    """One generation of ES: ask, then tell; see `Method`."""
+    settings, generation = experiment.settings, state.generation
+    evolution = settings.evolution.at(generation)
+    key = generation_key(state.root, generation)
     scores = ask(
         experiment.evaluation,
         state.params,
@@ -231,175 +208,96 @@ def advance(
         pick(experiment, generation),
         noise=evolution.noise,
         population=evolution.population,
-        chunk=chunk,
-        before_chunk=stop.check,
+        chunk=resolved["chunk"],
+        before_chunk=check_stop,
     )
-    config = experiment.settings
     fitness = fitness_of(
         scores,
-        config.objective,
+        settings.objective,
         generation=generation,
-        shuffle_seed=config.seed if config.shuffle_fitness else None,
+        shuffle_seed=settings.seed if settings.shuffle_fitness else None,
     )
-    scores = scores._replace(reward=objective_fitness(config.objective, scores))
-    params, optimizer = tell(
+    params, opt_state = tell(
         evolution,
         state.params,
-        state.optimizer,
+        state.opt_state,
         key,
         fitness,
-        anchor,
-        share=experiment.settings.share_update,
+        _decay_anchor(experiment, base),
+        share=settings.share_update,
     )
-    return State(generation + 1, state.saved, params, optimizer), scores, fitness
+    state = State(state.root, generation + 1, params, opt_state)
+    figures = score_figures(scores, objective_fitness(settings.objective, scores))
+    moves = moves_of(opt_state)
+    if moves is not None:  # a quantised model
+        codes_changed, blocked = (count / experiment.parameters for count in moves)
+        figures |= {"codes_changed": codes_changed, "blocked": blocked}
+    return state, figures, fitness
 
 
-METHODS = {"es": evolve, "grpo": grpo_run.learn, "sft": sft_run.learn}
-"""How `config.method` is run: function of (config, evolution, workdir)."""
+METHODS: dict[str, Method] = {
+    "es": Method(
+        resolve=lambda experiment: choose(experiment)._asdict(),
+        init=lambda experiment: first_state(
+            experiment.evolution, experiment.pretrained.params
+        ),
+        step=es_step,
+    ),
+    "grpo": Method(grpo.resolve, grpo.init, grpo.step),
+    "sft": Method(sft.resolve, sft.init, sft.step),
+}
+"""How `config.method` trains."""
 
 
-def ledger_header(experiment: Experiment, base: str) -> dict[str, Any]:
-    """What a replay needs to know."""
-    return {
-        "model": experiment.settings.model,
-        "quantize": experiment.settings.quantize,
-        "group_size": experiment.settings.group_size,
-        "base": base,
-        "seed": experiment.settings.seed,
-        "evolution": dataclasses.asdict(experiment.evolution),
-        "dtype": experiment.settings.dtype,
-        "parameters": experiment.parameters,
-        "versions": runs.versions(),
-    }
+def _decay_anchor(experiment: Experiment, base: PyTree) -> PyTree:
+    return None if experiment.settings.decay == "none" else base
 
 
-def open_ledger(experiment: Experiment, path: Path) -> ledgers.Ledger:
-    """The run's ledger, started if there is none, of this base model."""
-    base = fingerprint(experiment.pretrained.params)
-    if not path.exists():
-        ledgers.create(path, ledger_header(experiment, base))
-    try:
-        ledger = ledgers.repair(path)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    if ledger.header["base"] != base:
-        raise InputError(
-            f"{path} starts from other weights than those of "
-            f"{experiment.settings.model}"
-        )
-    check_length(path.parent, len(ledger.fitness), experiment.settings.generations)
-    return ledger
+def score_figures(scores: Score, fitness: np.ndarray) -> dict[str, Any]:
+    """What a row of `metrics.jsonl` says of the members: arrays [N], before shuffling.
 
-
-def resume(
-    evolution: Evolution,
-    params: PyTree,
-    anchor: PyTree,
-    ledger: ledgers.Ledger,
-    folder: Path,
-    *,
-    share: bool = False,
-) -> State:
-    """The state that the ledger says the run has reached.
-
-    Args:
-      evolution: settings of the update.
-      params: the base weights; given away.
-      anchor: a copy of them, where there is a decay.
-      ledger: what happened.
-      folder: of the run's checkpoints, to start from the newest that can be read.
-      share: as for `tell`.
+    Members whose fitness is not finite are counted, and left out of the means.
     """
-    optimizer = first_state(evolution, params)
-    saved, done = 0, len(ledger.fitness)
-    restored = None
-    if jax.process_count() == 1:
-        restored = checkpoints.restore_latest(folder, (params, optimizer), done)
-    if restored is not None:
-        saved, (params, optimizer) = restored
-    root = jax.random.key(ledger.header["seed"])
-    params, optimizer = replay(
-        evolution,
-        params,
-        optimizer,
-        root,
-        ledger.fitness[saved:],
-        saved,
-        anchor,
-        share=share,
-    )
-    return State(done, saved, params, optimizer)
-
-
-def seal(ledger: ledgers.Ledger, state: State) -> None:
-    """Notes what the weights are in the end, unless a run before this did."""
-    sealed = fingerprint(state.params)
-    if ledger.fingerprints.get(state.generation) != sealed:
-        ledgers.append_fingerprint(ledger.path, state.generation, sealed)
+    counted = np.isfinite(fitness)
+    earned = fitness[counted]
+    names = ["accuracy", "strict", "formatted", "truncated"]
+    if not np.isnan(scores.hits).any():  # the task asks 'do you know'
+        names += ["hits", "false_alarms"]
+    return {
+        "fitness_mean": float(earned.mean()),
+        "fitness_max": float(earned.max()),
+        "fitness_std": float(earned.std()),
+        "members_dropped": int((~counted).sum()),
+        **{name: float(np.mean(getattr(scores, name)[counted])) for name in names},
+        "tokens": int(np.sum(scores.tokens)),
+    }
 
 
 def metrics_row(
-    experiment: Experiment, scores: Score, state: State, base: PyTree, began: float
+    experiment: Experiment,
+    figures: dict[str, Any],
+    state: State,
+    base: PyTree,
+    began: float,
 ) -> dict[str, Any]:
     """One row of `metrics.jsonl`; `generation` counts from 0."""
-    counted = np.isfinite(scores.reward)
-    fitness = scores.reward[counted]
-    moved = None if base is None else float(displacement(state.params, base))
+    moved = None
+    if base is not None and hosts.first():
+        moved = float(displacement(state.params, base))
+    walked = None  # a gradient has no random walk to compare with
+    if experiment.settings.method == "es":
+        walked = predicted_drift(
+            experiment.evolution, experiment.parameters, state.generation
+        )
     seconds = time.perf_counter() - began
     return {
         "generation": state.generation - 1,
-        "fitness_mean": float(fitness.mean()),
-        "fitness_max": float(fitness.max()),
-        "fitness_std": float(fitness.std()),
-        "members_dropped": int((~counted).sum()),
-        "accuracy": float(np.mean(scores.accuracy[counted])),
-        "strict": float(np.mean(scores.strict[counted])),
-        "formatted": float(np.mean(scores.formatted[counted])),
-        **said_to_know(scores, counted),
-        "truncated": float(np.mean(scores.truncated[counted])),
+        **figures,
         "displacement_norm": moved,
-        "displacement_norm_drift": predicted_drift(
-            experiment.evolution, experiment.parameters, state.generation
-        ),
-        **flips(state.optimizer, experiment.parameters),
-        "tokens": int(np.sum(scores.tokens)),
-        "tokens_per_second": float(np.sum(scores.tokens) / seconds),
+        "displacement_norm_drift": walked,
+        "tokens_per_second": figures["tokens"] / seconds,
         "seconds": seconds,
     }
-
-
-def said_to_know(scores: Score, counted: np.ndarray) -> dict[str, float]:
-    """Of tasks that ask for it, how often yes is said of right and of wrong answers."""
-    if np.isnan(scores.hits).any():
-        return {}
-    return {
-        "hits": float(np.mean(scores.hits[counted])),
-        "false_alarms": float(np.mean(scores.false_alarms[counted])),
-    }
-
-
-def flips(optimizer: Any, parameters: int) -> dict[str, float]:
-    """Of a quantised model: shares of its codes that moved, or were not let out."""
-    moves = moves_of(optimizer)
-    if moves is None:
-        return {}
-    changed, blocked = moves
-    return {"codes_changed": changed / parameters, "blocked": blocked / parameters}
-
-
-def save(folder: Path, state: State) -> State:
-    """Writes a checkpoint; the ledger alone would do, so that a full disk is no end.
-
-    Several processes have none: orbax waits for all of them, which have no folder.
-    """
-    if jax.process_count() > 1:
-        return state
-    try:
-        checkpoints.save(folder, state.generation, (state.params, state.optimizer))
-    except OSError as error:
-        console.print(f"no checkpoint written ({error}); the ledger has everything")
-        return state
-    return state._replace(saved=state.generation)
 
 
 def main() -> None:
@@ -415,7 +313,7 @@ def main() -> None:
     flags.DEFINE_integer("processes", None, "How many there are.")
     flags.DEFINE_integer("process", None, "The number of this one, from 0.")
     flags.DEFINE_integer(
-        "process_timeout", 300, "Seconds to wait for a sign of life of the others."
+        "process_timeout", 300, "Seconds without a heartbeat until one is given up."
     )
     flags.mark_flag_as_required("config")
 

@@ -23,9 +23,9 @@ from jes.chunk import (
 from jes.config import freeze
 from jes.experiment import Experiment, make_experiment
 from jes.io import memory
-from jes.io.runs import claim as claim_run
 from jes.questions import Evaluation
 from jes.rollout import ask
+from jes.run_folder import claim as claim_run
 from jes.scoring import Score
 
 

@@ -15,7 +15,7 @@ from test_lanczos import stochastic_quadrature
 
 import jes
 from jes.core.noise import Noise, perturb_member
-from jes.evaluate import make_evaluation
+from jes.experiment import make_evaluation
 from jes.landscape import lanczos
 from jes.landscape.curvature import (
     along,

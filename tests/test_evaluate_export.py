@@ -9,10 +9,11 @@ import pytest
 from small_run import outcome, rows, write_model
 
 import jes
-from jes import evaluate, export, train
+from jes import evaluate, export
 from jes.errors import InputError
 from jes.io import checkpoints
 from jes.models.weights import fingerprint
+from jes.update import first_state
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_part_of_a_run_is_its_state_then(finished_run: Path, small_model: Path) 
     base = jes.load(small_model)
     like = (
         base.params,
-        train.first_state(export.evolution_of(ledger), base.params),
+        first_state(export.evolution_of(ledger), base.params),
     )
     at, (params, _) = checkpoints.restore_latest(finished_run / "checkpoints", like, 5)
     assert at == 4
@@ -214,7 +215,7 @@ def test_a_run_is_evaluated_in_its_dtype(finished_run: Path, tmp_path: Path) -> 
 def test_likelihood_takes_the_best_choice(small_model: Path) -> None:
     pretrained = jes.load(small_model)
     scores = evaluate.evaluate(
-        pretrained, ["tiny/max", "tiny/min"], examples=32, mode="likelihood"
+        pretrained, ["tiny/max", "tiny/min"], data={"test": 32}, mode="likelihood"
     )
     for score in scores.values():
         # One of three labels: a random model is right on a third, and never formless.

@@ -197,7 +197,7 @@ def test_plain_es_is_shrunk_to_the_norm_of_others(
     scores = evaluate.evaluate(
         model.__class__(**(vars(model) | {"params": params})),
         ["tiny/max"],
-        examples=config.data.test,
+        data={"test": config.data.test},
     )
     assert shrunk["evaluations"]["tiny/max"]["after"] == scores["tiny/max"].accuracy
 

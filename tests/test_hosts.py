@@ -78,7 +78,7 @@ def test_every_process_has_the_same_weights(results: dict, folder: Path) -> None
     for name, count in (("two", 2), ("three", 3), ("again", 2)):
         sealed = rows(folder / name.replace("again", "killed") / "ledger.jsonl")[-1]
         for number in range(1, count):
-            said = f"process {number} has come to the weights {sealed['fingerprint']}"
+            said = f"process {number} has reached the weights {sealed['fingerprint']}"
             assert said in results[name][number]["stdout"]
 
 

@@ -444,7 +444,7 @@ def test_settings_that_no_run_can_have(small_model: Path) -> None:
     with pytest.raises(InputError, match="rank cannot be negative: -1"):
         freeze(config)
     config.rank, config.rounding = 1, "replay"
-    with pytest.raises(InputError, match="rank=1 is for weights of floats"):
+    with pytest.raises(InputError, match="rank=1 is for float models"):
         freeze(config)
     codes = {"w": pack(jnp.full((4, 6), 8), bits=4)}
     noise = jes.Noise(sigma=0.1, rank=1)

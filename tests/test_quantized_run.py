@@ -233,12 +233,15 @@ def rows_if_any(path: Path) -> list[dict[str, Any]]:
         ({"rounding": "none"}, "is quantised: set rounding to one of 'replay'"),
         (
             {"quantize": ""},
-            "has floats for weights, which rounding='replay' is not for",
+            "is a float model, which rounding='replay' is not for",
         ),
-        ({"quantize": "int3"}, "one of ('int4', 'int8', 'w8a8'), not 'int3'"),
+        ({"quantize": "int3"}, "one of ('', 'int4', 'int8', 'w8a8'), not 'int3'"),
         ({"group_size": 48}, "has 32 inputs, which group_size=48 does not divide"),
         ({"rounding": "round"}, "rounding must be one of"),
-        ({"method": "grpo", "decay": "none"}, "GRPO needs gradients"),
+        (
+            {"method": "grpo", "decay": "none"},
+            "rounding='replay' is not for method 'grpo'",
+        ),
         ({"residual_decay": 1.5}, "must be in [0, 1], not 1.5"),
         ({"window": 0}, "at least 1 generation, not 0"),
         ({"initial_residual": "phase"}, "one of ('zero', 'uniform'), not 'phase'"),
@@ -252,11 +255,11 @@ def rows_if_any(path: Path) -> list[dict[str, Any]]:
         ),
         (
             {"shaping": "pair_zscore", "antithetic": False},
-            "'pair_zscore' needs antithetic pairs",
+            "'pair_zscore' needs antithetic=True",
         ),
         (
             {"anchor": "none", "decay": "l2", "decay_coefficient": 0.1},
-            "anchor='none' leaves nothing to decay to",
+            "anchor='none' cannot be combined with a decay",
         ),
     ],
 )

@@ -16,34 +16,35 @@ from small_run import Outcome, get_config, outcome, rows, run_jobs, train_comman
 from jes import train
 from jes.core import ledger as ledgers
 from jes.errors import InputError
-from jes.io import checkpoints, runs
+from jes.io import checkpoints
 from jes.io.command_line import guarded
 from jes.io.interrupts import stop_request
+from jes.run_folder import alone
 
 APPEND = "jes.core.ledger:append_row"  # header, six generations, fingerprint
 KILLS = {
-    "before the summary": ("jes.record:write_json", 1),
+    "before the summary": ("jes.run_folder:write_json", 1),
     "before the folder is claimed": ("jes.experiment:load_base", 1),
     "before the first generation": ("jes.train:ask", 1),
     "in the middle": ("jes.train:tell", 4),
     "before a generation is recorded": (APPEND, 5),
-    "during an evaluation": ("jes.record:examine", 2),
+    "during an evaluation": ("jes.run_folder:examine", 2),
     "during a checkpoint": ("os:rename", 2),
-    "after the last generation": ("jes.record:examine", 3),
+    "after the last generation": ("jes.run_folder:examine", 3),
     "while the model is put in its place": ("os:rename", 4),
 }
 STOPS = {
     "before the first generation": ("jes.train:ask", 1, 0),
     "in a generation": ("jes.train:ask", 4, 3),
-    "in an evaluation": ("jes.record:examine", 2, 3),
+    "in an evaluation": ("jes.run_folder:examine", 2, 3),
     "in a checkpoint": ("jes.io.checkpoints:save", 2, 4),
 }
 FULL = {
     "ledger": (APPEND, 5),
-    "metrics": ("jes.io.metrics:append_row", 4),
+    "metrics": ("jes.run_folder:append_row", 4),
     "checkpoint": ("jes.io.checkpoints:ocp.save", 2),
     "model": ("jes.models.weights:write_tensors", 1),
-    "summary": ("jes.record:write_json", 1),
+    "summary": ("jes.run_folder:write_json", 1),
 }
 
 Killed = dict[str, tuple[dict[str, Any], Path]]
@@ -340,7 +341,7 @@ def test_an_extended_run_is_the_longer_run(
     assert rows(workdir / "metrics.jsonl")[-1]["generation"] == 7
     model = (workdir / "model" / "model.safetensors").read_bytes()
     assert model == longer.model
-    with pytest.raises(InputError, match="has gone 8 generations, more than 6"):
+    with pytest.raises(InputError, match="has 8 generations, more than 6"):
         go_on()
     (workdir / "summary.json").unlink()
     with pytest.raises(InputError, match=r"jes\.export .* --generations=6"):
@@ -382,7 +383,7 @@ def test_other_base_weights_under_the_same_name_are_refused(
 def test_one_process_at_a_time(tmp_path: Path, small_model: Path) -> None:
     workdir = tmp_path / "run"
     with (
-        runs.alone(workdir),
+        alone(workdir),
         pytest.raises(InputError, match="another process is running in"),
     ):
         train.run(get_config(str(small_model)), workdir)

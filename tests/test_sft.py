@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from small_run import get_config, rows
 
 from jes import train
-from jes.baselines import sft_run
+from jes.baselines import sft
 from jes.baselines.sft import (
     Batch,
     Sft,
@@ -25,7 +25,7 @@ from jes.baselines.sft import (
     make_batch,
     make_optimizer,
 )
-from jes.config import freeze
+from jes.config import SftSettings, freeze
 from jes.errors import InputError
 from jes.experiment import Experiment, make_experiment
 from jes.io import memory
@@ -320,23 +320,23 @@ def test_a_stopped_run_ends_the_same_to_the_bit(
         return one_step
 
     with monkeypatch.context() as patch:
-        patch.setattr(sft_run, "improve", failing(RuntimeError("killed"), 4))
+        patch.setattr(sft, "improve", failing(RuntimeError("killed"), 4))
         with pytest.raises(RuntimeError, match="killed"):
             train.run(config_of(small_model), workdir)
-        patch.setattr(sft_run, "improve", failing(Stopped(2), 8))  # 2, 3, 4, not 5
+        patch.setattr(sft, "improve", failing(Stopped(2), 8))  # 2, 3, 4, not 5
         # Less memory than the run began with: it goes on in the order of then.
         patch.setattr(memory, "rows_of_gradient", lambda *args, **kwargs: 4)
         with pytest.raises(Stopped):
             train.run(config_of(small_model), workdir)
     assert len(timeless(workdir / "metrics.jsonl")) == 5
-    with pytest.raises(InputError, match="over generations=8, which its learning"):
+    with pytest.raises(InputError, match="generations: 8 there, 9 here"):
         train.run(config_of(small_model, generations=9), workdir)
     train.run(config_of(small_model), workdir)
     for name in ("metrics.jsonl", "evaluations.jsonl", "distances.jsonl"):
         assert timeless(workdir / name) == timeless(whole / name)
     name = "model/model.safetensors"
     assert (workdir / name).read_bytes() == (whole / name).read_bytes()
-    with pytest.raises(InputError, match="over generations=8, which its learning"):
+    with pytest.raises(InputError, match="generations: 8 there, 9 here"):
         train.run(config_of(small_model, generations=9), workdir)
     assert (workdir / "summary.json").exists()  # what was refused has changed nothing
 
@@ -352,36 +352,36 @@ def test_without_an_anchor_nothing_is_measured(
 def test_as_many_questions_at_once_as_fit_and_divide_them(
     experiment: Experiment,
 ) -> None:
-    assert sft_run.make_settings(experiment).microbatch == 12
+    assert sft.resolve(experiment) == {"microbatch": 12}
     # What is left of this beside the optimizer holds so many, or a few more.
     for name, expected in (("answer", 6), ("all", 4)):
-        config = experiment.config.copy_and_resolve_references()
-        config.memory_gb, config.sft.loss = 0.0006, name
-        settings = sft_run.make_settings(experiment._replace(config=config))
-        assert (settings.microbatch, settings.loss) == (expected, name)
+        settings = dataclasses.replace(
+            experiment.settings, memory_gb=0.0006, sft=SftSettings(loss=name)
+        )
+        held = sft.resolve(experiment._replace(settings=settings))
+        assert held == {"microbatch": expected}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"decay": "l2", "decay_coefficient": 0.1}, "decay is of method 'es'"),
-        ({"shuffle_fitness": True}, "shuffle_fitness is of method 'es'"),
-        ({"objective": "esma"}, "objective 'esma' is of method 'es'"),
-        ({"temperature": 1.0}, "no temperature"),
+        ({"decay": "l2", "decay_coefficient": 0.1}, "decay='l2' is not for method"),
+        ({"shuffle_fitness": True}, "shuffle_fitness=True is not for method 'sft'"),
+        ({"objective": "esma"}, "objective='esma' is not for method 'sft'"),
+        ({"temperature": 1.0}, "temperature=1.0 is not for method 'sft'"),
         ({"top_k": 3}, "top_k"),
         ({"top_p": 0.5}, "top_p"),
-        ({"rounding": "replay"}, "SFT needs gradients, and codes have none"),
+        ({"rounding": "replay"}, "rounding='replay' is not for method 'sft'"),
         ({"sft.learning_rate": 0.0}, "sft.learning_rate must be positive, not 0.0"),
         ({"sft.learning_rate": float("nan")}, "must be positive, not nan"),
         ({"sft.loss": "prompt"}, "sft.loss must be one of .* not 'prompt'"),
     ],
 )
 def test_settings_that_cannot_be(
-    changes: dict[str, Any], message: str, experiment: Experiment, small_model: Path
+    changes: dict[str, Any], message: str, small_model: Path
 ) -> None:
-    config = config_of(small_model, **changes)
     with pytest.raises(InputError, match=message):
-        sft_run.make_settings(experiment._replace(config=config))
+        freeze(config_of(small_model, **changes))
 
 
 @pytest.mark.parametrize(
@@ -399,9 +399,7 @@ def test_tasks_and_models_that_cannot_be(
     assert not (tmp_path / "run").exists()
 
 
-def test_steps_and_microbatches_must_fit() -> None:
-    with pytest.raises(InputError, match="steps must be at least 1, not 0"):
-        Sft(steps=0)
+def test_microbatches_must_fit() -> None:
     settings = Sft(steps=1, microbatch=3)
     batch, _ = bigram_batch(settings)
     with pytest.raises(InputError, match="microbatch 3 does not divide 4 rows"):

@@ -388,10 +388,10 @@ def test_slots_are_chosen_by_length_and_memory() -> None:
 
 def test_settings_that_slots_cannot_have() -> None:
     for name, value, message in (
-        ("slots", -1, "slots cannot be negative"),
+        ("slots", -1, "slots must be at least 0"),
         ("slice_tokens", 0, "slice_tokens must be at least 1"),
         ("mode", "likelihood", "slots are for"),
-        ("method", "grpo", "slots are for"),
+        ("method", "grpo", "slots=4 is not for method"),
     ):
         config = jes.config.default()
         config.slots = 4

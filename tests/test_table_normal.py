@@ -273,7 +273,7 @@ def test_settings_that_no_run_can_have(small_model: Path) -> None:
     with pytest.raises(InputError, match=r"\('normal', 'table'\), not 'cauchy'"):
         freeze(config)
     config.noise, config.rounding = "table", "replay"
-    with pytest.raises(InputError, match="'table' is for weights of floats"):
+    with pytest.raises(InputError, match="'table' is for float models"):
         freeze(config)
 
 

@@ -152,6 +152,9 @@ def test_trains_and_evaluates_on_a_data_folder(
     assert [r["generation"] for r in rows(workdir / "evaluations.jsonl")] == [0, 2]
 
     scores = evaluate.evaluate(
-        jes.load(workdir / "model"), ["arc_c"], root=str(root), mode="likelihood"
+        jes.load(workdir / "model"),
+        ["arc_c"],
+        data={"root": str(root)},
+        mode="likelihood",
     )
     assert scores["arc_c"].accuracy == summary["evaluations"]["arc_c"]["after"]

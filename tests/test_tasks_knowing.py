@@ -391,7 +391,7 @@ def test_runs_train_on_one_and_watch_others(root: Path, small_model: Path) -> No
 
 def test_evaluation_tells_how_often_it_says_yes(root: Path, small_model: Path) -> None:
     names = ["nq_open", "trivia_qa/idk"]
-    scores = evaluate.evaluate(jes.load(small_model), names, root=str(root))
+    scores = evaluate.evaluate(jes.load(small_model), names, data={"root": str(root)})
     for score in scores.values():
         assert np.isfinite([score.reward, score.hits, score.false_alarms]).all()
     # Random letters do not say "I don't know", which counts as Yes.

@@ -15,15 +15,17 @@ from small_run import get_config, outcome, rows
 from tensorboardX.proto.event_pb2 import Event
 
 import jes
-from jes import experiment, record, train
+from jes import experiment, train
 from jes.config import freeze
 from jes.core import ledger as ledgers
 from jes.core.anchor import displacement
 from jes.errors import InputError
 from jes.io import checkpoints
 from jes.models.weights import fingerprint
+from jes.run_folder import RunFolder
 from jes.tasks import TASKS
 from jes.tasks.task import Reward, Task
+from jes.update import Evolution, first_state
 
 CONTRACT = {
     "generation",
@@ -306,7 +308,7 @@ def test_halved_rates_train_and_replay(run_toy: Callable, small_model: Path) -> 
 def test_replayed_residuals_need_constant_rates(small_model: Path) -> None:
     config = get_config(str(small_model))
     config.rounding, config.alpha_half_life = "replay", 10
-    with pytest.raises(InputError, match="constant alpha and sigma"):
+    with pytest.raises(InputError, match="a constant alpha and sigma"):
         freeze(config)
 
 
@@ -316,7 +318,7 @@ def test_bfloat16_answers_of_a_float32_master(
     """Steps of 5e-5 are below half an ulp of most bfloat16 weights."""
     workdir = run_toy(vowels, dtype="bfloat16", sigma=0.05, alpha=1e-4)
     base = jes.load(small_model)
-    like = (base.params, train.first_state(evolution(workdir), base.params))
+    like = (base.params, first_state(evolution(workdir), base.params))
     at, (params, _) = checkpoints.restore_latest(workdir / "checkpoints", like, 2)
     assert at == 2
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
@@ -327,9 +329,9 @@ def test_bfloat16_answers_of_a_float32_master(
     assert moved == pytest.approx(1e-4 * (3 * d / 4) ** 0.5, rel=0.1)
 
 
-def evolution(workdir: Path) -> train.Evolution:
+def evolution(workdir: Path) -> Evolution:
     header = ledgers.read(workdir / "ledger.jsonl").header
-    return train.Evolution(**header["evolution"])
+    return Evolution(**header["evolution"])
 
 
 def test_likelihood_mode_rewards_the_likeliest_choice(run_toy: Callable) -> None:
@@ -367,13 +369,13 @@ def test_nothing_is_compiled_after_the_first_generation_and_evaluation(
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(event)
 
-    write = record.Writer.write
+    write = RunFolder.write
 
-    def noting(writer: record.Writer, name: str, step: int, row: dict) -> None:
-        at[f"{name} {step}"] = len(compiled)
-        write(writer, name, step, row)
+    def noting(folder: RunFolder, name: str, row: dict) -> None:
+        at[f"{name} {row['generation']}"] = len(compiled)
+        write(folder, name, row)
 
-    monkeypatch.setattr(record.Writer, "write", noting)
+    monkeypatch.setattr(RunFolder, "write", noting)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         # Shapes that no other test has compiled.

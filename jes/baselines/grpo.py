@@ -1,9 +1,10 @@
 """GRPO (2402.03300): the policy gradient that evolution strategies are compared with.
 
-One iteration: `rollout` samples a group of answers to every prompt from the current
-weights and rewards them; `improve` takes one optimizer step for each minibatch of the
-shuffled answers. Prompts, rewards and sampler are those of `jes.rollout`, so that a
-comparison differs in the update only. The weights that train are float32.
+One generation (`step`): `rollout` samples a group of answers to every prompt from the
+current weights and rewards them; `improve` takes one optimizer step for each minibatch
+of the shuffled answers. A group is as large as a population of ES; prompts, rewards and
+sampler are those of `jes.rollout`, so that a comparison differs in the update only. The
+weights that train are float32.
 
 Left out on purpose: a critic and an entropy bonus.
 
@@ -23,10 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jes.baselines.gradient import check_finite, mean_gradient
-from jes.core.noise import PyTree
+from jes.baselines.gradient import check_finite, largest_divisor, mean_gradient
+from jes.core.noise import PyTree, generation_key
 from jes.core.placement import on_device
 from jes.errors import InputError
+from jes.experiment import Experiment, State, pick
+from jes.io import memory
 from jes.questions import Evaluation, Question
 from jes.sampling.generate import Sampling, decode_members, trim, unrolled_members
 from jes.sampling.prompts import pad
@@ -35,6 +38,92 @@ from jes.scoring import Score, mean_score, rewards_of
 MOST_NATS = 20.0
 """Log-ratios are cut off here: exp(89) is infinite in float32, and one infinite token
 would make the whole gradient NaN."""
+
+
+def resolve(experiment: Experiment) -> dict[str, int]:
+    """The microbatch that the memory holds; see `jes.train.Method`."""
+    settings = settings_of(experiment)
+    rows = memory.rows_of_gradient(
+        experiment.pretrained.config,
+        experiment.parameters,
+        experiment.evaluation.buckets[0],
+        experiment.evaluation.max_new_tokens,
+        budget=int(experiment.settings.memory_gb * 1e9) or memory.free_bytes(),
+    )
+    return {"microbatch": largest_divisor(settings.minibatch, rows)}
+
+
+def init(experiment: Experiment) -> Any:
+    """The optimizer's state before the first generation."""
+    return make_optimizer(settings_of(experiment)).init(experiment.pretrained.params)
+
+
+def step(
+    experiment: Experiment,
+    state: State,
+    base: PyTree,
+    resolved: dict[str, int],
+    check_stop: Callable[[], None],
+) -> tuple[State, dict[str, Any], None]:
+    """One generation: `rollout`, then `improve`; see `jes.train.Method`."""
+    settings = settings_of(experiment, **resolved)
+    key = generation_key(state.root, state.generation)
+    answered = rollout(
+        experiment.evaluation,
+        state.params,
+        pick(experiment, state.generation),
+        key,
+        settings,
+        batch_size=experiment.settings.eval_batch,
+        before_batch=check_stop,
+    )
+    rewards = answered.rewards[np.isfinite(answered.rewards)]
+    if not rewards.size:
+        raise InputError(
+            f"generation {state.generation}: no answer has a finite reward"
+        )
+    params, opt_state, learned = improve(
+        settings,
+        experiment.pretrained.model,
+        state.params,
+        state.opt_state,
+        base,
+        answered.batch,
+        key,
+    )
+    score = answered.score
+    figures = {
+        "fitness_mean": float(rewards.mean()),
+        "fitness_max": float(rewards.max()),
+        "fitness_std": float(rewards.std()),
+        "accuracy": float(score.accuracy),
+        "strict": float(score.strict),
+        "formatted": float(score.formatted),
+        "truncated": float(score.truncated),
+        "tokens": int(score.tokens),
+        **learned,
+    }
+    return State(state.root, state.generation + 1, params, opt_state), figures, None
+
+
+def settings_of(experiment: Experiment, microbatch: int = 0) -> "Grpo":
+    """The settings of the baseline in a run.
+
+    Raises:
+      InputError: if the task asks two questions, or the minibatch does not fit.
+    """
+    settings = experiment.settings
+    if experiment.evaluation.task.meta is not None:
+        raise InputError(f"GRPO asks one question; task {settings.task} asks two")
+    answers = experiment.prompts * settings.population
+    return Grpo(
+        prompts=experiment.prompts,
+        group=settings.population,
+        learning_rate=settings.grpo.learning_rate,
+        minibatch=settings.grpo.minibatch or answers,
+        microbatch=microbatch,
+        temperature=settings.temperature or 1.0,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,10 @@
 """Supervised fine-tuning of what a model says that it knows (SFT-meta of 2602.02605).
 
-One step: the current weights answer the direct questions greedily, and are trained to
-answer the question whether they know (META) by the task's word for yes where that was
-right, and by its word for no where it was wrong. Labels are made anew every step, so
-that they are about the model as it is. The weights that train are float32.
+One generation (`step`) is one optimizer step: the current weights answer the direct
+questions of `prompts` examples greedily, and are trained to answer the question whether
+they know (META) by the task's word for yes where that was right, and for no where it
+was wrong. Labels are made anew every step, so that they are about the model as it is.
+The weights that train are float32; `population` and the noise of ES play no part.
 
 What differs from the published baseline, so that it is no straw man:
 - META is rendered identically in training and in evaluation, by the task. The published
@@ -20,7 +21,6 @@ tokens those whose logits are needed, V vocabulary.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,18 +30,103 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jes.baselines.gradient import check_finite, mean_gradient
+from jes.baselines.gradient import check_finite, largest_divisor, mean_gradient
 from jes.core.noise import PyTree
 from jes.core.tree import with_dtype
 from jes.errors import InputError
+from jes.experiment import Experiment, State, pick
+from jes.io import memory
 from jes.questions import Evaluation, Question
 from jes.sampling.generate import generate
 from jes.sampling.prompts import encode, pad
 from jes.scoring import rewards_of
 
-LOSSES = ("answer", "all")
 CLIP_NORM = 1.0
 """Largest global norm of a step's gradient (2602.02605, the SFT baseline)."""
+
+
+def resolve(experiment: Experiment) -> dict[str, int]:
+    """The microbatch that the memory holds; see `jes.train.Method`."""
+    settings, width = experiment.settings, _width(experiment)
+    last = _last(settings.sft.loss, claims_of(experiment.evaluation), width)
+    rows = memory.rows_of_gradient(
+        experiment.pretrained.config,
+        experiment.parameters,
+        width - last,
+        last,
+        budget=int(settings.memory_gb * 1e9) or memory.free_bytes(),
+    )
+    return {"microbatch": largest_divisor(experiment.prompts, rows)}
+
+
+def init(experiment: Experiment) -> Any:
+    """The optimizer's state before the first generation."""
+    return make_optimizer(settings_of(experiment)).init(experiment.pretrained.params)
+
+
+def step(
+    experiment: Experiment,
+    state: State,
+    base: PyTree,
+    resolved: dict[str, int],
+    check_stop: Callable[[], None],
+) -> tuple[State, dict[str, Any], None]:
+    """One generation, an optimizer step; see `jes.train.Method`.
+
+    A row's `accuracy` is the share of right direct answers, and so of the labels yes.
+    META is not answered while training: there is no fitness, and `agreement` says how
+    often the likeliest answer is the label.
+    """
+    del base
+    questions = pick(experiment, state.generation)
+    direct = answer_directly(
+        experiment.evaluation,
+        state.params,
+        questions,
+        batch_size=experiment.settings.eval_batch,
+        before_batch=check_stop,
+    )
+    settings, claims = (
+        settings_of(experiment, **resolved),
+        claims_of(experiment.evaluation),
+    )
+    metas = [question.meta for question in questions]
+    batch = make_batch(settings, metas, direct.correct, claims, _width(experiment))
+    check_stop()
+    params, opt_state, learned = improve(
+        settings, experiment.pretrained.model, state.params, state.opt_state, batch
+    )
+    figures = {
+        "accuracy": float(direct.correct.mean()),
+        "strict": float(direct.strict.mean()),
+        "truncated": float(direct.truncated.mean()),
+        **learned,
+        "learning_rate": float(learning_rate(settings, state.generation)),
+        "tokens": direct.tokens,
+    }
+    return State(state.root, state.generation + 1, params, opt_state), figures, None
+
+
+def settings_of(experiment: Experiment, microbatch: int = 0) -> "Sft":
+    """The settings of the baseline in a run."""
+    settings = experiment.settings
+    return Sft(
+        steps=settings.generations,
+        learning_rate=settings.sft.learning_rate,
+        loss=settings.sft.loss,
+        microbatch=microbatch,
+    )
+
+
+def _width(experiment: Experiment) -> int:
+    """Tokens of the longest META with its answer, over all of training: one shape."""
+    claims = claims_of(experiment.evaluation)
+    return max(len(q.meta) for q in experiment.train) + max(map(len, claims))
+
+
+def _last(loss: str, claims: Sequence[Sequence[int]], width: int) -> int:
+    """Number of the last tokens whose logits the loss needs: K."""
+    return width - 1 if loss == "all" else max(map(len, claims))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,16 +145,6 @@ class Sft:
     learning_rate: float = 2e-5
     loss: str = "answer"
     microbatch: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"steps must be at least 1, not {self.steps}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise InputError(
-                f"sft.learning_rate must be positive, not {self.learning_rate}"
-            )
-        if self.loss not in LOSSES:
-            raise InputError(f"sft.loss must be one of {LOSSES}, not {self.loss!r}")
 
 
 class Direct(NamedTuple):
@@ -210,7 +285,7 @@ def make_batch(
     answers = [claims[0] if right else claims[1] for right in correct]
     rows = [[*meta, *answer] for meta, answer in zip(metas, answers, strict=True)]
     padded = pad(rows, (width,))
-    last = width - 1 if settings.loss == "all" else max(map(len, claims))
+    last = _last(settings.loss, claims, width)
     lengths = np.array([len(answer) for answer in answers])
     answered = np.arange(last) >= last - lengths[:, None]
     # Nothing precedes META's first token, which nothing can predict then.

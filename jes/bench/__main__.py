@@ -47,7 +47,7 @@ from jes.io import command_line
 from jes.io.console import console
 from jes.io.memory import give_back_freed_blocks
 from jes.io.metrics import write_json
-from jes.io.runs import versions
+from jes.run_folder import versions
 
 ROWS: dict[str, Callable[[int], list[Row]]] = {
     "generation": generations.rows,

@@ -1,4 +1,4 @@
-"""The progress bar of a run."""
+"""What a program prints: the console, and the progress of a run."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,15 +17,15 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 class Bar:
-    """Generations done, the last one's figures, and the time left.
+    """Generations done, the figures of the last one, and the time left.
 
-    Where the output is not a terminal, a line every so often instead.
+    Where the output is not a terminal, a line every tenth of the run instead.
     """
 
-    def __init__(self, progress: Progress, done: int, total: int) -> None:
+    def __init__(self, progress: Progress, done: int, total: int, shown: bool) -> None:
         self.progress = progress
         self.total = total
-        self.every = max(1, total // 10)
+        self.every = max(1, total // 10) if shown and not console.is_terminal else 0
         self.task = progress.add_task("", total=total, completed=done, figures="")
 
     def update(self, done: int, row: Mapping[str, Any]) -> None:
@@ -35,17 +35,17 @@ class Bar:
                 f"reward {row['fitness_mean']:.3f} best {row['fitness_max']:.3f} "
                 f"spread {row['fitness_std']:.3f}"
             )
-        else:  # learned from labels, not from rewards
+        else:  # trained on labels, not on rewards
             learned = f"loss {row['loss']:.3f} right {100 * row['accuracy']:.1f} %"
         figures = f"{learned} {row['tokens_per_second']:,.0f} tok/s"
         self.progress.update(self.task, completed=done, figures=figures)
-        if not console.is_terminal and (done % self.every == 0 or done == self.total):
+        if self.every and (done % self.every == 0 or done == self.total):
             console.print(f"generation {done}/{self.total} {figures}")
 
 
 @contextmanager
-def bar(done: int, total: int) -> Iterator[Bar]:
-    """A bar over `total` generations of which `done` are behind us."""
+def bar(done: int, total: int, *, shown: bool = True) -> Iterator[Bar]:
+    """A bar over `total` generations, of which `done` have happened; or none."""
     columns = (
         TextColumn("generation"),
         MofNCompleteColumn(),
@@ -54,5 +54,6 @@ def bar(done: int, total: int) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as shown:
-        yield Bar(shown, done, total)
+    disable = not (shown and console.is_terminal)
+    with Progress(*columns, console=console, disable=disable) as progress:
+        yield Bar(progress, done, total, shown)

@@ -1,4 +1,4 @@
-"""One JSON object a row, and the same numbers for TensorBoard."""
+"""Files of JSON objects, and the same numbers for TensorBoard."""
 
 import json
 import math
@@ -12,11 +12,9 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from jes.core.ledger import append_row
-
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a JSONL file, none if there is no file."""
+    """The complete rows of a JSONL file; none if there is no file."""
     rows = []
     text = path.read_text(errors="replace") if path.exists() else ""
     for line in text.splitlines():
@@ -30,7 +28,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrites a JSONL file with the complete rows that are to be kept."""
+    """Rewrites a JSONL file with those of its complete rows that `keep` is true for."""
     if path.exists():
         part = path.with_suffix(".part")
         kept = [row for row in read_rows(path) if keep(row)]
@@ -57,7 +55,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The value with None for numbers that JSON does not have, however nested."""
+    """The value with None for NaN and infinities, which JSON lacks, however nested."""
     if isinstance(value, Mapping):
         return {key: finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -68,17 +66,16 @@ def finite(value: Any) -> Any:
 class Board:
     """TensorBoard events, written at once.
 
-    `tensorboardX.SummaryWriter` writes from a thread, which a full disk ends; the
-    program then waits for it for ever.
+    `tensorboardX.SummaryWriter` writes from a thread. A full disk ends that thread, and
+    the program then waits for it forever.
     """
 
     def __init__(self, folder: Path, start: int) -> None:
-        """Starts a file of events; earlier files' steps from `start` are superseded."""
+        """Starts an event file, which supersedes earlier files from step `start` on."""
         folder.mkdir(exist_ok=True)
-        # Two processes may start within a second, which is all their names tell.
+        # The names hold a time in seconds: two processes may start within one.
         self.file = EventsWriter(str(folder / "events"), f".{os.getpid()}.{start}")
-        log = SessionLog(status=SessionLog.START)
-        self._add(start, session_log=log)
+        self._add(start, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, name: str, step: int, row: Mapping[str, Any]) -> None:
         """Adds the numbers of a row, as `<name>/[<task>/]<key>`."""
@@ -90,26 +87,3 @@ class Board:
 
     def _add(self, step: int, **what: Any) -> None:
         self.file.write_event(Event(step=step, wall_time=time.time(), **what))
-
-
-class Writer:
-    """Appends rows to JSONL files and their numbers to TensorBoard."""
-
-    def __init__(self, workdir: Path, start: int) -> None:
-        """Opens the files; events of steps from `start` on are superseded."""
-        self.workdir = workdir
-        self.board = Board(workdir / "tensorboard", start)
-        # Superseded as events, but the evaluation at the start is not done again.
-        for name in ("evaluations", "distances"):
-            for row in read_rows(workdir / f"{name}.jsonl"):
-                if row["generation"] >= start:
-                    self.board.write(name, row["generation"], row)
-
-    def write(self, name: str, step: int, row: Mapping[str, Any]) -> None:
-        """Appends `row` to `<name>.jsonl`; non-finite numbers are written as null."""
-        append_row(self.workdir / f"{name}.jsonl", finite(row))
-        self.board.write(name, step, row)
-
-    def close(self) -> None:
-        """Closes the events."""
-        self.board.file.close()

@@ -22,10 +22,10 @@ from matplotlib.ticker import MaxNLocator
 from ml_collections import ConfigDict
 
 from jes.errors import InputError
-from jes.io import runs
 from jes.io.metrics import write_json
 from jes.models.weights import load
 from jes.quantize import load_base
+from jes.run_folder import plain
 from jes.studies import grid as grids
 from jes.studies.grid import Grid, Row, grouped, mean_error, method_config
 from jes.studies.knowing import measure
@@ -81,7 +81,7 @@ def measure_model(grid: Grid, method: str, seed: int, names: Sequence[str]) -> R
     if method != BASE:
         config = method_config(config, method, seed)
     path = folder / "metacognition.json"
-    of = runs.plain(
+    of = plain(
         {
             "generations": 0 if method == BASE else config.generations,
             "data": config.data.to_dict(),

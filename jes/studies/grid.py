@@ -39,7 +39,7 @@ from jes.config import freeze
 from jes.errors import InputError
 from jes.io import command_line, memory
 from jes.io.console import console
-from jes.record import finished
+from jes.run_folder import finished
 
 Row = dict[str, Any]
 
@@ -170,7 +170,7 @@ def train_once(config: ConfigDict, folder: Path, name: str) -> None:
     Raises:
       InputError: if the folder holds a run with other settings, or a longer one.
     """
-    if not (folder.is_dir() and finished(config, folder)):
+    if not (folder.is_dir() and finished(freeze(config), folder)):
         console.print(name)
         train.run(config, folder)
 

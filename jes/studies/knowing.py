@@ -27,7 +27,8 @@ from jes.config import DTYPES
 from jes.core.noise import PyTree
 from jes.core.tree import with_dtype
 from jes.errors import InputError
-from jes.evaluate import load_model, make_evaluation
+from jes.evaluate import load_model
+from jes.experiment import make_evaluation
 from jes.io.command_line import at_least, guarded
 from jes.io.console import console
 from jes.io.metrics import write_json

@@ -39,7 +39,7 @@ from jes.io import command_line, memory
 from jes.io.console import console
 from jes.io.interrupts import Stopped, StopRequest, stop_request
 from jes.io.metrics import keep_rows, read_rows, write_json
-from jes.io.runs import alone, claim_results
+from jes.run_folder import alone, claim_results
 from jes.landscape import probes
 from jes.models.weights import Pretrained, fingerprint, load
 from jes.questions import Evaluation, Question, padded_lengths, prepare

@@ -42,12 +42,13 @@ from jes.core.ledger import append_row
 from jes.core.noise import PyTree
 from jes.core.tree import is_quantized
 from jes.errors import InputError
-from jes.evaluate import load_model, make_evaluation
+from jes.evaluate import load_model
+from jes.experiment import make_evaluation
 from jes.export import load_base, read_ledger
 from jes.io.command_line import at_least, guarded
 from jes.io.console import console
 from jes.io.metrics import finite, keep_rows, read_rows, write_json
-from jes.io.runs import alone, claim_results, recorded
+from jes.run_folder import alone, claim_results, recorded
 from jes.metacognition import masks
 from jes.metacognition.masks import keep_largest, norm_of, norm_share
 from jes.metacognition.signal_detection import bootstrap, counts, d_prime

@@ -1,0 +1,525 @@
+"""The folder of a run: who may run there, what it writes, and where it stands.
+
+config.json        all settings, what was chosen where they leave it open, versions
+ledger.jsonl       fitness of every generation (method 'es'), see `jes.core.ledger`
+metrics.jsonl, evaluations.jsonl, distances.jsonl, tensorboard/, curves.png
+checkpoints/       the newest states
+model/             the result; then summary.json, written last
+"""
+
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jes.config import Settings, default
+from jes.core import ledger as ledgers
+from jes.core.anchor import distance
+from jes.core.ledger import append_row
+from jes.core.noise import PyTree
+from jes.errors import InputError
+from jes.experiment import ON_TRAIN, Experiment, State
+from jes.io import checkpoints, hosts
+from jes.io.console import console
+from jes.io.metrics import Board, finite, keep_rows, read_rows, write_json
+from jes.io.plots import training_curves
+from jes.models.weights import fingerprint
+from jes.rollout import examine
+from jes.sampling.kl import divergence
+from jes.scoring import Score
+
+KL_ROWS = 8
+"""Answers whose logits, of base and tuned model, are in memory at once for the KL."""
+
+MEMORY = ("chunk", "slots", "slice_tokens", "memory_gb", "devices", "model_parallel")
+MAY_CHANGE = ("eval_every", "eval_batch", "checkpoint_every", "share_update", *MEMORY)
+"""Settings that a run may go on with other values of: they decide when it evaluates and
+saves, and how much memory it takes on which devices, not what it computes (beyond the
+order of sums, for the last). So may `generations`, except with method 'sft', whose
+learning rates depend on it."""
+
+REMOVED = {"grpo.clip": 0.2, "grpo.kl": 0.001, "grpo.epochs": 1}
+"""Former settings, with the value that is fixed now."""
+
+
+class RunFolder:
+    """What a run writes, and what it finds when it goes on.
+
+    The first process of a run alone reads and writes; in others, nothing happens.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.saved = 0  # generations of the newest checkpoint
+        self.keeps_ledger = False
+        self.writes = hosts.first()
+
+    def open(
+        self, experiment: Experiment, resolve: Callable[[Experiment], dict[str, int]]
+    ) -> tuple[dict[str, int], list[np.ndarray]]:
+        """Claims the folder for the run and deletes what no run needs.
+
+        Args:
+          experiment: of the run.
+          resolve: chooses what the settings leave open, if that was not done before.
+
+        Returns:
+          What was chosen, and the fitness of the generations in the ledger.
+
+        Raises:
+          InputError: if the folder is that of another run, or of a longer one.
+        """
+        settings = experiment.settings
+        config = dataclasses.asdict(settings)
+        resolved = claim(self.path, config, lambda: resolve(experiment))
+        fitness: list[np.ndarray] = []
+        done = max(checkpoints.saved(self.checkpoints), default=0)
+        self.keeps_ledger = settings.method == "es"
+        if self.keeps_ledger:
+            fitness = open_ledger(experiment, self.path / "ledger.jsonl").fitness
+            done = len(fitness)
+        check_length(self.path, done, settings.generations)
+        checkpoints.tidy(self.checkpoints, done)
+        return resolved, fitness
+
+    def restore(self, state: State, at_most: int) -> State:
+        """The state of the newest checkpoint that can be read; else `state`.
+
+        Several processes have no checkpoints: orbax would wait for all of them, and
+        only the first has a folder.
+        """
+        if jax.process_count() > 1:
+            return state
+        like = state.params, state.opt_state
+        found = checkpoints.restore_latest(self.checkpoints, like, at_most)
+        if found is None:
+            return state
+        self.saved, (params, opt_state) = found
+        return State(state.root, self.saved, params, opt_state)
+
+    def save(self, state: State) -> None:
+        """Writes a checkpoint, unless there is one of this state.
+
+        Raises:
+          OSError: if the disk is full and no ledger has the generations as well.
+        """
+        if jax.process_count() > 1 or state.generation <= self.saved:
+            return
+        values = state.params, state.opt_state
+        try:
+            checkpoints.save(self.checkpoints, state.generation, values)
+        except OSError as error:
+            if not self.keeps_ledger:
+                raise
+            console.print(f"no checkpoint written ({error}); the ledger has everything")
+            return
+        self.saved = state.generation
+
+    @contextmanager
+    def writing(self, done: int) -> Iterator[None]:
+        """Opens the files of rows, cut back to the first `done` generations."""
+        if not self.writes:
+            yield
+            return
+        # Its presence says that the run is complete: this one goes on.
+        (self.path / "summary.json").unlink(missing_ok=True)
+        keep_rows(self.path / "metrics.jsonl", lambda row: row["generation"] < done)
+        self.board = Board(self.path / "tensorboard", done)
+        for name in ("evaluations", "distances"):
+            path = self.path / f"{name}.jsonl"
+            keep_rows(path, lambda row: row["generation"] <= done)
+            # The new events supersede those from `done` on: write these again.
+            for row in read_rows(path):
+                if row["generation"] >= done:
+                    self.board.write(name, row["generation"], row)
+        try:
+            yield
+        finally:
+            self.board.file.close()
+
+    def write(self, name: str, row: Mapping[str, Any]) -> None:
+        """Appends a row to `<name>.jsonl` and to TensorBoard, NaN as null."""
+        append_row(self.path / f"{name}.jsonl", finite(row))
+        self.board.write(name, row["generation"], row)
+
+    def record(self, row: Mapping[str, Any], fitness: Any) -> None:
+        """Writes a generation: its metrics, then the ledger, from when it counts."""
+        if not self.writes:
+            return
+        self.write("metrics", row)
+        if self.keeps_ledger:
+            path = self.path / "ledger.jsonl"
+            ledgers.append_generation(path, row["generation"], fitness)
+
+    def evaluate(
+        self,
+        experiment: Experiment,
+        generation: int,
+        params: PyTree,
+        base: PyTree,
+        check_stop: Callable[[], None],
+    ) -> None:
+        """Scores the centre on held-out examples, and measures its way from the base.
+
+        Rows that an earlier start of the run has written are not made again.
+
+        Args:
+          experiment: of the run.
+          generation: how many generations led to `params`.
+          params: the centre.
+          base: the anchor; None if none is kept.
+          check_stop: called before every batch; may raise.
+        """
+        if not self.writes:
+            return
+        rows = read_rows(self.path / "evaluations.jsonl")
+        done = {row["task"] for row in rows if row["generation"] == generation}
+        for name, (evaluation, questions) in experiment.evaluations.items():
+            if name in done:
+                continue
+            size = experiment.settings.eval_batch
+            score = examine(
+                evaluation, params, questions, batch_size=size, before_batch=check_stop
+            )
+            row = {"generation": generation, "task": name, "examples": len(questions)}
+            self.write("evaluations", row | score_row(score))
+            console.print(
+                f"after {generation} generations: {name} {100 * score.accuracy:.1f} % "
+                f"of {len(questions)} {_kind(name)} examples"
+            )
+        rows = read_rows(self.path / "distances.jsonl")
+        if base is not None and generation not in {row["generation"] for row in rows}:
+            row = {"generation": generation}
+            row |= distance_row(experiment, params, base, check_stop)
+            self.write("distances", row)
+
+    def finish(self, experiment: Experiment, state: State) -> dict[str, Any]:
+        """Saves the model and the curves, and writes the summary last."""
+        if not self.writes:
+            found, number = fingerprint(state.params), jax.process_index()
+            console.print(f"process {number} has reached the weights {found}")
+            return {}
+        if self.keeps_ledger:
+            path, found = self.path / "ledger.jsonl", fingerprint(state.params)
+            if ledgers.read(path).fingerprints.get(state.generation) != found:
+                ledgers.append_fingerprint(path, state.generation, found)
+        trained = dataclasses.replace(experiment.pretrained, params=state.params)
+        # In the dtype that the members answered in, so that it answers as evaluated.
+        trained.save(self.path / "model", dtype=experiment.settings.dtype)
+        training_curves(self.path)
+        summary = summarize(experiment, state.generation, self.path)
+        write_json(self.path / "summary.json", summary)
+        report(self.path, summary)
+        return summary
+
+
+def score_row(score: Score) -> dict[str, Any]:
+    """A score as a row, without hits and false alarms if the task has none."""
+    row = score._asdict()
+    if math.isnan(score.hits) and not math.isnan(score.accuracy):
+        del row["hits"], row["false_alarms"]
+    return row
+
+
+def distance_row(
+    experiment: Experiment,
+    params: PyTree,
+    base: PyTree,
+    check_stop: Callable[[], None],
+) -> dict[str, Any]:
+    """One row of `distances.jsonl`: ‖θ - θ_0‖, by kind of tensor, and KL(base || θ)."""
+    far = distance(params, base)
+    row: dict[str, Any] = {
+        "norm": far.norm,
+        "relative": far.relative,
+        "moved": far.moved,
+        "largest": far.largest,
+        **{f"norm/{kind}": norm for kind, norm in far.norms.items()},
+        **{f"moved/{kind}": share for kind, share in far.moved_shares.items()},
+    }
+    for name, answers in experiment.base_answers.items():
+        check_stop()
+        evaluation, _ = experiment.evaluations[name]
+        kl = divergence(
+            experiment.pretrained.model,
+            base,
+            params,
+            answers,
+            batch_size=min(experiment.settings.eval_batch, KL_ROWS),
+            buckets=experiment.settings.buckets,
+            dtype=evaluation.dtype,
+        )
+        row |= {f"kl/{name}/{key}": value for key, value in kl._asdict().items()}
+    return row
+
+
+def summarize(experiment: Experiment, generations: int, path: Path) -> dict[str, Any]:
+    """The contents of `summary.json`, from the rows in the folder."""
+    rows = read_rows(path / "evaluations.jsonl")
+    evaluations = {}
+    for name in experiment.evaluations:
+        of_task = {row["generation"]: row for row in rows if row["task"] == name}
+        evaluations[name] = {
+            "before": of_task[0]["accuracy"],
+            "after": of_task[generations]["accuracy"],
+            "lowest": min(row["accuracy"] or 0 for row in of_task.values()),
+            "examples": of_task[0]["examples"],
+        }
+    metrics = read_rows(path / "metrics.jsonl")
+    distances = read_rows(path / "distances.jsonl")
+    last = metrics[-1] if metrics else {}
+    return {
+        "evaluations": evaluations,
+        "generations": generations,
+        "answers": experiment.answers_a_generation * generations,
+        "seconds": sum(row["seconds"] for row in metrics),
+        "tokens": sum(row["tokens"] for row in metrics),
+        "displacement_norm": last.get("displacement_norm"),
+        "displacement_norm_drift": last.get("displacement_norm_drift"),
+        "distance": distances[-1] if distances else None,
+    }
+
+
+def finished(settings: Settings, workdir: Path) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do; None for any other.
+
+    Raises:
+      InputError: if the folder is another run's, or a longer one's.
+    """
+    path = workdir / "summary.json"
+    if check(workdir, dataclasses.asdict(settings)) is None or not path.is_file():
+        return None
+    summary = json.loads(path.read_text())
+    check_length(workdir, summary["generations"], settings.generations)
+    return summary if summary["generations"] == settings.generations else None
+
+
+def check_length(workdir: Path, done: int, generations: int) -> None:
+    """Raises InputError if a run has more generations than it is to have."""
+    if done > generations:
+        earlier = (
+            f"; an earlier state is rebuilt by: python -m jes.export --run={workdir} "
+            f"--out=FOLDER --generations={generations}"
+        )
+        raise InputError(
+            f"{workdir} has {done} generations, more than {generations}"
+            + (earlier if (workdir / "ledger.jsonl").exists() else "")
+        )
+
+
+def report(workdir: Path, summary: Mapping[str, Any]) -> None:
+    """Prints what changed and where everything is."""
+
+    def percent(share: float | None) -> str:
+        return "not finite" if share is None else f"{100 * share:.1f} %"
+
+    for name, accuracy in summary["evaluations"].items():
+        console.print(
+            f"{name}: {percent(accuracy['before'])} -> {percent(accuracy['after'])} "
+            f"on {accuracy['examples']} {_kind(name)} examples"
+        )
+    console.print(
+        f"{summary['generations']} generations in {summary['seconds']:.0f} s; model in "
+        f"{workdir / 'model'}, curves with `tensorboard --logdir {workdir}`"
+    )
+
+
+def _kind(name: str) -> str:
+    return "training" if name.endswith(ON_TRAIN) else "held-out"
+
+
+def open_ledger(experiment: Experiment, path: Path) -> ledgers.Ledger:
+    """The run's ledger, started if there is none.
+
+    Raises:
+      InputError: if it is damaged, or starts from another base model.
+    """
+    settings = experiment.settings
+    base = fingerprint(experiment.pretrained.params)
+    if not path.exists():
+        header = {
+            "model": settings.model,
+            "quantize": settings.quantize,
+            "group_size": settings.group_size,
+            "base": base,
+            "seed": settings.seed,
+            "evolution": dataclasses.asdict(settings.evolution),
+            "dtype": settings.dtype,
+            "parameters": experiment.parameters,
+            "versions": versions(),
+        }
+        ledgers.create(path, header)
+    try:
+        ledger = ledgers.repair(path)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if ledger.header["base"] != base:
+        raise InputError(
+            f"{path} starts from other weights than those of {settings.model}"
+        )
+    return ledger
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run can depend on beside its settings."""
+    packages = ("jes", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
+    return {
+        **{name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+@contextmanager
+def alone(workdir: Path) -> Iterator[None]:
+    """Makes the folder and locks it against other processes until this one ends.
+
+    A folder that it made and that is still empty in the end is removed.
+
+    Raises:
+      InputError: if another process runs in the folder, or it cannot be made.
+    """
+    made = not workdir.exists()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{workdir} cannot be the run folder: {error.strerror}"
+        ) from None
+    folder = os.open(workdir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is running in {workdir}") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        if made and not any(workdir.iterdir()):
+            workdir.rmdir()
+        os.close(folder)
+
+
+def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Checks that a run with these settings may start, or go on, in the folder.
+
+    Returns:
+      The contents of config.json; None if the run has not started.
+
+    Raises:
+      InputError: if the folder belongs to a run with other settings, or holds
+        something that is not a run.
+    """
+    record = recorded(workdir)
+    if record is None:
+        # A run that was killed before `claim` can have left such files.
+        if any(file.suffix != ".part" for file in workdir.iterdir()):
+            raise InputError(
+                f"{workdir} is not empty and holds no run: give another --workdir"
+            )
+        return None
+    # Settings that are newer than the folder had their defaults then.
+    before = REMOVED | _flat(default().to_dict()) | _flat(record["config"])
+    now = REMOVED | _flat(config)
+    may_change = {*MAY_CHANGE, *(["generations"] if config["method"] != "sft" else [])}
+    refuse(workdir, before, now, [n for n in before | now if n not in may_change])
+    return record
+
+
+def claim(
+    workdir: Path, config: Mapping[str, Any], resolve: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Makes the folder this run's, or finds that it is so already: see `check`.
+
+    Args:
+      workdir: the run folder, which exists.
+      config: all settings.
+      resolve: chooses what the settings leave open.
+
+    Returns:
+      What was chosen when the run started, or is chosen now if a setting of memory has
+      changed.
+    """
+    record = check(workdir, config)
+    if record is None:
+        record = {"config": {}, "versions": versions()}
+    before, now = default().to_dict() | record["config"], plain(config)
+    changed = any(before.get(name) != now.get(name) for name in MEMORY)
+    if changed or "resolved" not in record:
+        record["resolved"] = resolve()
+    write_json(workdir / "config.json", {**record, "config": now})
+    return record["resolved"]
+
+
+def claim_results(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Notes in settings.json what the rows in a folder of results depend on.
+
+    Raises:
+      InputError: if there are rows of other settings, by the names that both have.
+    """
+    path = folder / "settings.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    now = plain(settings)
+    refuse(folder, before, now, before.keys() & now.keys())
+    write_json(path, before | now)
+
+
+def refuse(
+    folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], names: Any
+) -> None:
+    """Raises InputError, with a list, if any of these settings differ."""
+    differing = [
+        f"  {name}: {before.get(name)!r} there, {now.get(name)!r} here"
+        for name in sorted(names)
+        if before.get(name) != now.get(name)
+    ]
+    if differing:
+        raise InputError(
+            f"{folder} belongs to a run with other settings:\n"
+            + "\n".join(differing)
+            + "\ngive another folder, or the same settings"
+        )
+
+
+def recorded(workdir: Path) -> dict[str, Any] | None:
+    """The contents of a run's config.json; None where there is none.
+
+    Raises:
+      InputError: if it is not one.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        if not {"config", "resolved", "versions"} <= record.keys():
+            raise ValueError("entries are missing")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path} is not the config of a run ({error})") from error
+    return record
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as they come back from JSON."""
+    return json.loads(json.dumps(config))
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings, as they come back from JSON, with dotted names."""
+    out: dict[str, Any] = {}
+    for name, value in plain(config).items():
+        inner = _flat(value) if isinstance(value, dict) else {"": value}
+        out |= {".".join(filter(None, (name, n))): v for n, v in inner.items()}
+    return out
