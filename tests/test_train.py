@@ -19,13 +19,14 @@ from jes import experiment, train
 from jes.config import freeze
 from jes.core import ledger as ledgers
 from jes.core.anchor import displacement
+from jes.core.evolution import Evolution
 from jes.errors import InputError
 from jes.io import checkpoints
 from jes.models.weights import fingerprint
 from jes.run_folder import RunFolder
 from jes.tasks import TASKS
 from jes.tasks.task import Reward, Task
-from jes.update import Evolution, first_state
+from jes.update import first_state
 
 CONTRACT = {
     "generation",

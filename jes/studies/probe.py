@@ -39,11 +39,11 @@ from jes.io import command_line, memory
 from jes.io.console import console
 from jes.io.interrupts import Stopped, StopRequest, stop_request
 from jes.io.metrics import keep_rows, read_rows, write_json
-from jes.run_folder import alone, claim_results
 from jes.landscape import probes
 from jes.models.weights import Pretrained, fingerprint, load
 from jes.questions import Evaluation, Question, padded_lengths, prepare
 from jes.rollout import answer_each
+from jes.run_folder import alone, claim_results
 from jes.sampling.generate import GREEDY, Sampling
 from jes.scoring import Answered
 from jes.studies import grid

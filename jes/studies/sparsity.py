@@ -48,12 +48,12 @@ from jes.export import load_base, read_ledger
 from jes.io.command_line import at_least, guarded
 from jes.io.console import console
 from jes.io.metrics import finite, keep_rows, read_rows, write_json
-from jes.run_folder import alone, claim_results, recorded
 from jes.metacognition import masks
 from jes.metacognition.masks import keep_largest, norm_of, norm_share
 from jes.metacognition.signal_detection import bootstrap, counts, d_prime
 from jes.models.weights import Pretrained, fingerprint, load
 from jes.questions import prepare
+from jes.run_folder import alone, claim_results, recorded
 from jes.studies import grid
 from jes.studies.knowing import Answers, collect
 from jes.tasks import load_task

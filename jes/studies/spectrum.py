@@ -51,13 +51,13 @@ from jes.experiment import one_bucket, task_evaluation
 from jes.io import command_line, memory
 from jes.io.console import console
 from jes.io.metrics import keep_rows, read_rows, write_json
-from jes.run_folder import alone, claim
 from jes.landscape import curvature, lanczos
 from jes.landscape.curvature import Directions
 from jes.landscape.lanczos import Measures, Quadrature
 from jes.models.weights import Pretrained, fingerprint
 from jes.questions import Evaluation, Question
 from jes.rollout import rollout
+from jes.run_folder import alone, claim
 from jes.sampling.generate import trim
 from jes.sampling.likelihood import (
     ChoiceBatch,
