@@ -9,16 +9,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from jes.core.mesh import MODEL, POPULATION, mesh_of, on_mesh_of
+from jes.core.mesh import MODEL, POPULATION, mesh_of
 from jes.core.noise import generation_key
 from jes.core.tree import is_quantized
 from jes.experiment import Experiment, pick
 from jes.io import memory
 from jes.io.console import console
-from jes.questions import padded_lengths
-from jes.rollout import rollout
+from jes.questions import batch_of, padded_lengths
+from jes.rollout import answer, prepare_rollout
 
 ROOM = 2
 """What the estimate allows is taken if so many times the memory would be there too."""
@@ -92,17 +92,15 @@ def fitting(experiment: Experiment, budget: int) -> Held:
     return Held(chunk, slots)
 
 
-def one_member(experiment: Experiment) -> Callable[[], jax.Array]:
+def one_member(experiment: Experiment) -> Callable[[], Any]:
     """What answers as one member on each device, to the first generation's prompts."""
     params, noise = experiment.pretrained.params, experiment.evolution.noise
     key = generation_key(experiment.settings.root, 0)
-    answer, *_ = rollout(experiment.evaluation, pick(experiment, 0))
-
-    def work() -> jax.Array:
-        with on_mesh_of(params) as devices:
-            return answer(params, key, jnp.zeros(devices, int), noise=noise)
-
-    return work
+    mesh = mesh_of(params)
+    batch = batch_of(experiment.evaluation, pick(experiment, 0))
+    rollout = prepare_rollout(experiment.evaluation, params, noise, mesh)
+    devices = 1 if mesh is None else mesh.shape[POPULATION]
+    return lambda: answer(rollout, key, np.zeros(devices, int), batch)
 
 
 def with_slots(experiment: Experiment, slots: int) -> Experiment:

@@ -157,7 +157,10 @@ class Settings:
     def sampling(self) -> Sampling:
         """How members sample their answers."""
         return Sampling(
-            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
         )
 
 

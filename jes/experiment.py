@@ -19,7 +19,7 @@ from jes.io.console import console
 from jes.models.weights import Pretrained
 from jes.quantize import load_base
 from jes.questions import Evaluation, Question, longest, padded_lengths, prepare
-from jes.sampling.generate import GREEDY
+from jes.sampling.generate import Sampling
 from jes.sampling.kl import Answers, sample_answers
 from jes.sampling.prompts import bucket
 from jes.tasks import Task, load_task
@@ -98,7 +98,6 @@ def make_experiment(settings: Settings) -> Experiment:
         pretrained,
         settings.task,
         mode=settings.mode,
-        max_new_tokens=settings.max_new_tokens,
         sampling=settings.sampling,
         slice_tokens=settings.slice_tokens,
     )
@@ -116,7 +115,8 @@ def make_experiment(settings: Settings) -> Experiment:
             "train on"
         )
     # Members may sample their answers; evaluations are greedy.
-    greedy = dataclasses.replace(trained, sampling=GREEDY)
+    sampling = dataclasses.replace(trained.sampling, temperature=0.0)
+    greedy = dataclasses.replace(trained, sampling=sampling)
     evaluations = _evaluations(settings, pretrained, greedy)
     if settings.eval_train:
         evaluations[f"{settings.task}{ON_TRAIN}"] = greedy, train
@@ -178,12 +178,19 @@ def choose_devices(settings: Settings) -> Mesh | None:
         raise InputError(str(error)) from error
 
 
-def make_evaluation(pretrained: Pretrained, task: Task, **settings: Any) -> Evaluation:
+def make_evaluation(
+    pretrained: Pretrained,
+    task: Task,
+    *,
+    sampling: Sampling = Sampling(),  # noqa: B008  frozen
+    **settings: Any,
+) -> Evaluation:
     """How a model answers a task.
 
     Args:
       pretrained: the model.
       task: see `jes.tasks.load_task`.
+      sampling: but for the end tokens, which are the model's.
       settings: see `jes.questions.Evaluation`.
 
     Raises:
@@ -195,7 +202,7 @@ def make_evaluation(pretrained: Pretrained, task: Task, **settings: Any) -> Eval
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,
         task=task,
-        eos_ids=pretrained.eos_ids,
+        sampling=dataclasses.replace(sampling, eos_ids=pretrained.eos_ids),
         **settings,
     )
 

@@ -1,4 +1,4 @@
-"""How a model is examined on a task: the settings, and the questions as tokens."""
+"""How a model is evaluated on a task, and the task's questions as tokens."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jes.errors import InputError
-from jes.sampling.generate import GREEDY, Sampling
-from jes.sampling.likelihood import pad_choices
+from jes.sampling.generate import Sampling
+from jes.sampling.likelihood import ChoiceBatch, pad_choices
 from jes.sampling.prompts import BUCKETS, PromptBatch, encode, share
 from jes.tasks.task import Example, Task
 
@@ -18,37 +18,33 @@ DRAWS = ("member", "layer")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How a model is examined on a task.
+    """How a model is evaluated on a task.
 
     Attributes:
       model, tokenizer: from `jes.load`.
       task: its prompts and rewards.
-      eos_ids: tokens that end an answer.
+      sampling: how answers are generated; for at most the task's `max_new_tokens`
+        where it sets none.
       mode: 'generate' rewards the generated text; 'likelihood' takes the choice with
         the highest log-likelihood per token as the answer.
-      dtype: of the weights that answer. The centre stays in float32 (its master),
+      dtype: of the weights that answer. The weights that are trained stay in float32,
         because an ES step is smaller than half a bfloat16 ulp of a typical weight.
-      max_new_tokens: longest answer; by default the task's.
-      sampling: how the next token is chosen.
       buckets: prompt lengths to pad to.
-      draw: when a member's noise is drawn: 'member', all of it before it answers; or
-        'layer', again for every pass through a layer, so that of all members' weights
-        one layer is there at a time. The numbers are the same.
-      parts: lengths to pad what prompts share and the rest to, as for `prompts.share`:
-        None for `buckets`, () to compute every prompt in full.
-      slots: prompts that a member answers at a time, see
-        `jes.sampling.continuous_batching`; 0 for all, until the longest has ended.
-      slice_tokens: most tokens until the host sees to slots that are free.
+      draw: when noise of full rank is drawn: 'member', all of it before a member
+        answers; 'layer', again in every pass through a layer, so that only one layer
+        of each member's weights is in memory. The numbers are the same.
+      parts: lengths to pad a common prefix and the rest of the prompts to: None for
+        `buckets`, () to compute every prompt in full.
+      slots: prompts that a member answers at a time by continuous batching; 0 for all.
+      slice_tokens: of continuous batching, most tokens between two looks of the host.
     """
 
     model: Any
     tokenizer: Any
     task: Task
-    eos_ids: tuple[int, ...]
+    sampling: Sampling
     mode: str = "generate"
     dtype: Any = jnp.float32
-    max_new_tokens: int = 0
-    sampling: Sampling = GREEDY
     buckets: tuple[int, ...] = BUCKETS
     draw: str = "member"
     parts: tuple[int, ...] | None = None
@@ -70,7 +66,19 @@ class Evaluation:
                 f"task {self.task.name} has no choices: use mode 'generate'"
             )
         if not self.max_new_tokens:
-            object.__setattr__(self, "max_new_tokens", self.task.max_new_tokens)
+            new = self.task.max_new_tokens
+            sampling = dataclasses.replace(self.sampling, max_new_tokens=new)
+            object.__setattr__(self, "sampling", sampling)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return self.sampling.eos_ids
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest answer."""
+        return self.sampling.max_new_tokens
 
 
 class Question(NamedTuple):
@@ -121,22 +129,31 @@ def longest_text(question: Question) -> list[int]:
 def padded_lengths(
     evaluation: Evaluation, questions: Sequence[Question]
 ) -> tuple[int, int]:
-    """Tokens of what all prompts share, 0 for nothing, and of the rest, both padded."""
+    """Tokens of the common prefix, 0 for none, and of the rest, both padded."""
+    batch = batch_of(evaluation, questions)
+    rows = batch.rows if isinstance(batch, ChoiceBatch) else batch
+    prefix = 0 if rows.prefix is None else rows.prefix.tokens.shape[1]
+    return prefix, rows.tokens.shape[1]
+
+
+def batch_of(
+    evaluation: Evaluation, questions: Sequence[Question], size: int = 0
+) -> PromptBatch | ChoiceBatch:
+    """Questions as a batch of prompts; in mode 'likelihood', of prompts with choices.
+
+    All prompts first, then, where the task has second ones, all of these.
+
+    Args:
+      evaluation: how they are asked.
+      questions: of its task.
+      size: at least this many, by repeating the last, for one shape of all batches.
+    """
+    filled = [*questions, *[questions[-1]] * (size - len(questions))]
+    prompts = [question.prompt for question in filled]
+    buckets, parts = evaluation.buckets, evaluation.parts
     if evaluation.mode == "likelihood":
-        choices = [question.choices for question in questions]
-        prompts = [question.prompt for question in questions]
-        batch = pad_choices(prompts, choices, evaluation.buckets, evaluation.parts)
-        prefix, rest = batch.prefix, batch.rows
-    else:
-        prefix, rest = split_prompts(evaluation, questions)
-    return 0 if prefix is None else prefix.tokens.shape[1], rest.tokens.shape[1]
-
-
-def split_prompts(
-    evaluation: Evaluation, questions: Sequence[Question]
-) -> tuple[PromptBatch | None, PromptBatch]:
-    """What the prompts have in common, and the rest of all first, then all second."""
-    prompts = [question.prompt for question in questions]
+        choices = [question.choices for question in filled]
+        return pad_choices(prompts, choices, buckets, parts)
     if evaluation.task.meta is not None:
-        prompts += [list(question.meta) for question in questions]
-    return share(prompts, evaluation.buckets, parts=evaluation.parts)
+        prompts += [list(question.meta) for question in filled]
+    return share(prompts, buckets, parts=parts)

@@ -1,37 +1,125 @@
-"""Ask: perturb the weights, let every member answer the prompts, score the answers.
+"""Members answer questions: variables x questions -> tokens, and their scores.
 
-Axis letters: C members of a chunk, B prompts, N new tokens, R rows of choices.
+Axis letters: M members of a chunk, N members of a generation, B prompts, R rows of
+choices.
 """
 
-import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jes.core.lazy_noise import draw_later
-from jes.core.mesh import on_mesh_of
+from jes.core.members import Members
+from jes.core.mesh import POPULATION, mesh_of
 from jes.core.noise import Noise, PyTree
-from jes.core.population import draw_deviations, draw_members, draw_overlays, evaluate
+from jes.core.population import evaluate, perturb_members
 from jes.core.tree import is_quantized, with_dtype
 from jes.errors import InputError
 from jes.io.hosts import exchange
-from jes.questions import Evaluation, Question, longest_text, split_prompts
-from jes.sampling.continuous_batching import decode_in_slots
-from jes.sampling.generate import decode_members, unrolled_centre, unrolled_members
-from jes.sampling.likelihood import log_likelihoods, pad_choices
-from jes.sampling.prompts import batches
-from jes.scoring import (
-    Answered,
-    Score,
-    judge_answers,
-    judge_likelihoods,
-    score_answers,
-    score_likelihoods,
-)
+from jes.questions import Evaluation, Question, batch_of, longest_text
+from jes.sampling.continuous_batching import Batching, decode_in_slots
+from jes.sampling.generate import decode, unrolled, unrolled_params
+from jes.sampling.likelihood import ChoiceBatch, log_likelihoods
+from jes.sampling.prompts import PromptBatch, batches
+from jes.scoring import Answered, Score, answered, score
+
+
+class Rollout(NamedTuple):
+    """What all chunks of a generation have in common.
+
+    Attributes:
+      evaluation: the model, its task and how to ask.
+      params: θ, float32.
+      shared: θ in the form in which members share it; `params` where they do not.
+      noise: how members differ; None for the model itself.
+      mesh: that members are spread over.
+    """
+
+    evaluation: Evaluation
+    params: PyTree
+    shared: PyTree
+    noise: Noise | None
+    mesh: Mesh | None = None
+
+
+def prepare_rollout(
+    evaluation: Evaluation,
+    params: PyTree,
+    noise: Noise | None,
+    mesh: Mesh | None = None,
+) -> Rollout:
+    """Makes what all members share once for all chunks and batches."""
+    shared = params
+    # Members of floats with full-rank noise are perturbed in float32, then cast.
+    if noise is None or noise.rank or is_quantized(params):
+        shared = with_dtype(params, jnp.dtype(evaluation.dtype))
+        if evaluation.mode == "generate" and not is_quantized(params):
+            shared = unrolled_params(evaluation.model, shared)
+    return Rollout(evaluation, params, shared, noise, mesh)
+
+
+def members_of(rollout: Rollout, key: jax.Array, numbers: np.ndarray) -> Members:
+    """These members, in the form that `answer` takes."""
+    evaluation = rollout.evaluation
+    members = perturb_members(
+        rollout.params,
+        key,
+        jnp.asarray(numbers),
+        rollout.noise,
+        dtype=evaluation.dtype,
+        draw=evaluation.draw,
+        mesh=rollout.mesh,
+    )
+    if members.share_params:
+        members = members.replace(params=rollout.shared)
+    if evaluation.mode == "generate" and not _lazy(rollout):
+        members = unrolled(evaluation.model, members)
+    return members
+
+
+def answer(
+    rollout: Rollout,
+    key: jax.Array,
+    numbers: np.ndarray,
+    batch: PromptBatch | ChoiceBatch,
+) -> jax.Array | np.ndarray:
+    """Lets a chunk of members answer.
+
+    Args:
+      rollout: from `prepare_rollout`.
+      key: the generation key.
+      numbers: int [M], of the members.
+      batch: from `questions.batch_of`.
+
+    Returns:
+      Tokens int32 [M, B, max_new_tokens], or log-likelihoods of choices [M, R].
+    """
+    evaluation = rollout.evaluation
+    members = members_of(rollout, key, numbers)
+    if isinstance(batch, ChoiceBatch):
+        return log_likelihoods(evaluation.model, members, batch)
+    # Layers that draw their noise stay one program in a loop: one by one, they would
+    # take minutes to compile.
+    model = evaluation.model if _lazy(rollout) else evaluation.model.unrolled()
+    sampling = evaluation.sampling
+    if 0 < evaluation.slots < len(batch.tokens):
+        batching = Batching(
+            sampling=sampling,
+            slots=evaluation.slots,
+            slice_tokens=evaluation.slice_tokens,
+        )
+        return decode_in_slots(model, members, batch, batching)
+    return decode(model, members, batch, sampling)
+
+
+def _lazy(rollout: Rollout) -> bool:
+    """Whether layers draw the noise."""
+    noise = rollout.noise
+    return rollout.evaluation.draw == "layer" and noise is not None and not noise.rank
 
 
 def ask(
@@ -51,35 +139,34 @@ def ask(
 
     Args:
       evaluation: the model, its task and how to ask.
-      params: the centre θ, float32; on a mesh, its devices share the members.
+      params: θ, float32; on a mesh, its devices share the members.
       key: the generation key.
       questions: the prompts, the same for all members.
-      noise: how members differ from the centre.
-      population: number of members.
+      noise: how members differ.
+      population: N.
       chunk: members held in memory at once, on each device.
       before_chunk: called before each chunk; an exception from it stops the
         generation with nothing changed.
 
     Returns:
-      A `Score` of float64 arrays [population].
+      A `Score` of float64 arrays [N].
     """
-    run, score, _ = rollout(evaluation, questions)
+    mesh = mesh_of(params)
+    devices = 1 if mesh is None else mesh.shape[POPULATION]
+    rollout = prepare_rollout(evaluation, params, noise, mesh)
+    batch = batch_of(evaluation, questions)
 
-    def dispatch(members: np.ndarray) -> jax.Array:
+    def dispatch(numbers: np.ndarray) -> jax.Array | np.ndarray:
         before_chunk()
-        return run(params, key, jnp.asarray(members), noise=noise)
+        return answer(rollout, key, numbers, batch)
 
     count = -(-population // jax.process_count())
     first = count * jax.process_index()
     mine = np.minimum(np.arange(first, first + count), population - 1)
-
-    def scored() -> np.ndarray:
-        with on_mesh_of(params) as devices:
-            at_once = devices * min(chunk, -(-count // devices))
-            return np.array(evaluate(dispatch, score, mine, at_once), float)
-
-    rows = np.concatenate(exchange(scored))[:population]
-    return Score(*rows.T)
+    at_once = devices * min(chunk, -(-count // devices))
+    scored = partial(score, evaluation, questions, batch)
+    parts = exchange(lambda: np.stack(evaluate(dispatch, scored, mine, at_once)))
+    return Score(*np.concatenate(parts, 1)[:, :population])
 
 
 def examine(
@@ -91,7 +178,7 @@ def examine(
     key: jax.Array | None = None,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Lets the centre itself answer questions, any number of them.
+    """Evaluates the model itself on any number of questions.
 
     Returns:
       A `Score` of floats over all questions.
@@ -99,24 +186,23 @@ def examine(
     if not questions:
         raise InputError(f"task {evaluation.task.name} has no examples to evaluate on")
     key = jax.random.key(0) if key is None else key
+    rollout = prepare_rollout(evaluation, params, None)
     texts = [longest_text(question) for question in questions]
     new = evaluation.max_new_tokens if evaluation.mode == "generate" else 0
-    plan = batches(texts, batch_size, new, evaluation.buckets, evaluation.parts)
-    start = 0
-    sums = np.zeros(len(Score._fields))
-    for numbers, size in plan:
+    start, sums = 0, np.zeros(len(Score._fields))
+    tokens = np.array(Score._fields) == "tokens"
+    for numbers, size in batches(
+        texts, batch_size, new, evaluation.buckets, evaluation.parts
+    ):
         chosen = [questions[i] for i in numbers]
         before_batch()
-        # The last batch is filled up so that it has the shape of the others.
-        run, score, _ = rollout(evaluation, chosen, fill_to=size)
-        answers = run(params, jax.random.fold_in(key, start), jnp.zeros(1, int))
+        batch = batch_of(evaluation, chosen, size)
+        batch_key = jax.random.fold_in(key, start)
+        outputs = answer(rollout, batch_key, np.zeros(1, int), batch)
         start += len(chosen)
-        (one,) = score(answers)
-        weights = np.full(len(sums), len(chosen))
-        weights[Score._fields.index("tokens")] = 1
-        sums += weights * np.array(one)
-    sums /= [1 if name == "tokens" else len(questions) for name in Score._fields]
-    return Score(*map(float, sums))
+        means = np.stack(score(evaluation, chosen, batch, outputs))[:, 0]
+        sums += np.where(tokens, 1, len(chosen)) * means
+    return Score(*map(float, sums / np.where(tokens, 1, len(questions))))
 
 
 def answer_each(
@@ -135,137 +221,20 @@ def answer_each(
     Args:
       evaluation, params, key: as for `ask`.
       questions: B of them, asked in batches of about `batch_size`.
-      members: int [C], held in memory at once.
-      noise: how members differ; None for the centre, which may sample its answers.
+      members: int [M], held in memory at once.
+      noise: how members differ; None for the model itself, which may sample.
       batch_size: prompts answered at once.
       before_batch: called before each batch.
     """
+    rollout = prepare_rollout(evaluation, params, noise)
     size = -(-len(questions) // -(-len(questions) // batch_size))
     parts = []
     for start in range(0, len(questions), size):
         chosen = questions[start : start + size]
         before_batch()
-        run, _, judge = rollout(evaluation, chosen, fill_to=size)
+        batch = batch_of(evaluation, chosen, size)
         # Rows sample by their number in the batch. Noise is to be the same in all.
         batch_key = jax.random.fold_in(key, start) if noise is None else key
-        parts.append(judge(run(params, batch_key, jnp.asarray(members), noise=noise)))
+        outputs = answer(rollout, batch_key, members, batch)
+        parts.append(answered(evaluation, chosen, batch, outputs))
     return Answered(*(np.concatenate(each, 1) for each in zip(*parts, strict=True)))
-
-
-def rollout(
-    evaluation: Evaluation, questions: Sequence[Question], fill_to: int = 0
-) -> tuple[
-    Callable[..., jax.Array],
-    Callable[[jax.Array], list[Score]],
-    Callable[[jax.Array], Answered],
-]:
-    """The device's part of answering these questions, and the host's.
-
-    The first takes (params, key, members [C], noise) and gives tokens [C, B, N] or
-    log-likelihoods [C, R]; of these the second makes a `Score` a member, and the third
-    single answers.
-    """
-    filled = [*questions, *[questions[-1]] * (fill_to - len(questions))]
-    model = evaluation.model
-    dtype = jnp.dtype(evaluation.dtype)
-    centre = _Centre(evaluation)
-
-    def prepared(
-        params: PyTree, key: jax.Array, members: jax.Array, noise: Noise | None
-    ) -> tuple[PyTree, PyTree]:
-        """The members' weights, and None; or how they differ from a centre, and it."""
-        if is_quantized(params):
-            deviations = None
-            if noise is not None:
-                deviations = _draw_overlays(params, key, members, noise)
-            return deviations, with_dtype(params, dtype)
-        if noise is None:
-            return None, centre.of(params)
-        if noise.rank:
-            deviations = _draw_deviations(params, key, members, noise, dtype)
-            return deviations, centre.of(params)
-        if evaluation.draw == "member":
-            return _draw(params, key, members, noise, dtype), None
-        return _draw_later(params, key, members, noise, dtype), params
-
-    if evaluation.mode == "likelihood":
-        prompts, choices = [q.prompt for q in filled], [q.choices for q in filled]
-        batch = pad_choices(prompts, choices, evaluation.buckets, evaluation.parts)
-
-        def rate(
-            params: PyTree, key: jax.Array, members: Any, noise: Noise | None = None
-        ) -> jax.Array:
-            weights, shared = prepared(params, key, members, noise)
-            return log_likelihoods(model, weights, batch, len(members), shared)
-
-        return (
-            rate,
-            partial(score_likelihoods, evaluation, questions, batch),
-            partial(judge_likelihoods, evaluation, questions, batch),
-        )
-
-    prefix, padded = split_prompts(evaluation, filled)
-    decoded: Callable[..., Any] = decode_members
-    if 0 < evaluation.slots < len(padded.tokens):
-        decoded = partial(
-            decode_in_slots,
-            slots=evaluation.slots,
-            slice_tokens=evaluation.slice_tokens,
-        )
-
-    def answer(
-        params: PyTree, key: jax.Array, members: jax.Array, noise: Noise | None = None
-    ) -> jax.Array:
-        weights, shared = prepared(params, key, members, noise)
-        # Layers that draw their noise are one program in a loop: it would take minutes
-        # to compile them one by one.
-        by_layer = evaluation.draw == "layer" and noise is not None and not noise.rank
-        if weights is not None and not by_layer:
-            weights = unrolled_members(model, weights)
-        return decoded(
-            model if by_layer else model.unrolled(),
-            weights,
-            padded,
-            _sampling_keys(key, members),
-            max_new_tokens=evaluation.max_new_tokens,
-            eos_ids=evaluation.eos_ids,
-            sampling=evaluation.sampling,
-            centre=shared,
-            prefix=prefix,
-        )
-
-    return (
-        answer,
-        partial(score_answers, evaluation, questions),
-        partial(judge_answers, evaluation, questions),
-    )
-
-
-class _Centre:
-    """The weights that members share, or that answer themselves, for all chunks."""
-
-    def __init__(self, evaluation: Evaluation) -> None:
-        self.evaluation = evaluation
-        self.made: tuple[PyTree, PyTree] = (None, None)
-
-    def of(self, params: PyTree) -> PyTree:
-        """In the dtype of the answers; where they are generated, layer by layer."""
-        if self.made[0] is not params:
-            centre = with_dtype(params, jnp.dtype(self.evaluation.dtype))
-            if self.evaluation.mode == "generate":
-                centre = unrolled_centre(self.evaluation.model, centre)
-            self.made = params, centre
-        return self.made[1]
-
-
-@jax.jit
-def _sampling_keys(key: jax.Array, members: jax.Array) -> jax.Array:
-    """Where answers are sampled, each member draws from a key of its own: [C]."""
-    sampling_key = jax.random.fold_in(key, zlib.crc32(b"sampling"))
-    return jax.vmap(partial(jax.random.fold_in, sampling_key))(members)
-
-
-_draw = jax.jit(draw_members, static_argnums=(3, 4))
-_draw_later = jax.jit(draw_later, static_argnums=(3, 4))
-_draw_overlays = jax.jit(draw_overlays, static_argnums=3)
-_draw_deviations = jax.jit(draw_deviations, static_argnums=(3, 4))

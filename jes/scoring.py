@@ -1,7 +1,7 @@
-"""What answers earn: the host's part of asking.
+"""Scores of answers and the fitness of members, on the host.
 
-Axis letters: C members, A questions about one example (1, or 2 with a second one), B
-examples, N new tokens, R rows of choices.
+Axis letters: M members, A prompts of an example (1, or 2 with a second one), B
+examples, T new tokens, R rows of choices, N members of a generation.
 """
 
 import math
@@ -14,16 +14,17 @@ import numpy as np
 from jes.errors import InputError
 from jes.metacognition.objectives import objective_fitness
 from jes.questions import Evaluation, Question
-from jes.sampling.generate import trim
+from jes.sampling.generate import lengths_of, trim
 from jes.sampling.likelihood import ChoiceBatch
+from jes.sampling.prompts import PromptBatch
 from jes.tasks.task import Reward
 
 
 class Score(NamedTuple):
-    """What a member's answers earned, as means over the prompts; or arrays of these.
+    """Scores of members as means over their answers: arrays [M], or floats of one.
 
     Attributes:
-      reward: mean reward, the member's fitness.
+      reward: mean reward.
       accuracy: share of answers whose leniently extracted answer is right.
       strict: share of answers that are right in the format asked for.
       formatted: share of answers in that format.
@@ -47,74 +48,109 @@ class Answered(NamedTuple):
     """Single answers of members.
 
     Attributes:
-      right: bool [C, B], whether the leniently extracted answer is right.
-      said: integers [C, B, N], tokens as generated, or with N = 1 the choice taken.
+      correct: bool [M, B], whether the leniently extracted answer is right.
+      tokens: integers [M, B, T] as generated; or with T = 1 the chosen choice.
     """
 
-    right: np.ndarray
-    said: np.ndarray
+    correct: np.ndarray
+    tokens: np.ndarray
 
 
-def score_answers(
-    evaluation: Evaluation, questions: Sequence[Question], answers: jax.Array
-) -> list[Score]:
-    """Rewards of generated tokens, one `Score` a member.
+def score(
+    evaluation: Evaluation,
+    questions: Sequence[Question],
+    batch: PromptBatch | ChoiceBatch,
+    outputs: jax.Array | np.ndarray,
+) -> Score:
+    """Scores of members, arrays [M].
 
     Args:
-      evaluation: as for `ask`.
+      evaluation: how they were asked.
       questions: B of them.
-      answers: [C, P, N]. P is B, where a batch was filled up more, and with a second
-        question twice that: first all answers to the first.
+      batch: that they were asked in, which may be filled up with more.
+      outputs: tokens [M, A x rows, T], all first prompts before all second ones; or
+        log-likelihoods [M, R].
     """
-    members, earned = _earned(
-        evaluation, questions, _unfilled(evaluation, questions, answers)
-    )
-    scores = []
-    for rows, rewards in zip(members, earned, strict=True):
-        lengths = np.array([len(text) for row in rows for text in row])
-        truncated = lengths == evaluation.max_new_tokens
-        generated = int((lengths + ~truncated).sum())
-        scores.append(mean_score(rewards, truncated.mean(), generated))
-    return scores
+    rewards = answer_rewards(evaluation, questions, batch, outputs)
+    if isinstance(batch, ChoiceBatch):
+        none = np.zeros(len(rewards))
+        return mean_score(rewards, none, none)
+    tokens = answer_tokens(evaluation, questions, outputs)
+    lengths = lengths_of(tokens, evaluation.eos_ids).reshape(len(tokens), -1)
+    truncated = lengths == evaluation.max_new_tokens
+    generated = (lengths + ~truncated).sum(-1)
+    return mean_score(rewards, truncated.mean(-1), generated)
 
 
-def judge_answers(
-    evaluation: Evaluation, questions: Sequence[Question], answers: jax.Array
+def answered(
+    evaluation: Evaluation,
+    questions: Sequence[Question],
+    batch: PromptBatch | ChoiceBatch,
+    outputs: jax.Array | np.ndarray,
 ) -> Answered:
-    """Single answers, of the arguments of `score_answers`."""
-    tokens = _unfilled(evaluation, questions, answers)
-    _, earned = _earned(evaluation, questions, tokens)
-    return Answered(earned[..., 1] == 1, tokens[:, 0])
+    """Single answers, of the arguments of `score`."""
+    correct = answer_rewards(evaluation, questions, batch, outputs)[..., 1] == 1
+    if isinstance(batch, ChoiceBatch):
+        return Answered(correct, choices_taken(questions, batch, outputs)[..., None])
+    return Answered(correct, answer_tokens(evaluation, questions, outputs)[:, 0])
 
 
-def _unfilled(
-    evaluation: Evaluation, questions: Sequence[Question], answers: jax.Array
+def answer_rewards(
+    evaluation: Evaluation,
+    questions: Sequence[Question],
+    batch: PromptBatch | ChoiceBatch,
+    outputs: jax.Array | np.ndarray,
 ) -> np.ndarray:
-    """Tokens [C, A, B, N] to the A questions of each prompt, without the filled-up."""
-    tokens = np.asarray(answers)
+    """Rewards of single answers, of the arguments of `score`.
+
+    Returns:
+      float64 [M, B, 5], the fields of a `Reward`; NaN for what the task does not ask,
+      and where a member's log-likelihoods are not finite.
+    """
+    if isinstance(batch, ChoiceBatch):
+        assert evaluation.task.answer is not None
+        right = [evaluation.task.answer(question.example) for question in questions]
+        correct = (choices_taken(questions, batch, outputs) == right).astype(float)
+        correct[~np.isfinite(np.asarray(outputs)).all(-1)] = np.nan
+        formatted, yes = np.ones_like(correct), np.full_like(correct, np.nan)
+        return np.stack([correct, correct, correct, formatted, yes], -1)
+    tokens = answer_tokens(evaluation, questions, outputs)
+    asked = []
+    for member in tokens:
+        texts = [map(tuple, trim(each, evaluation.eos_ids)) for each in member]
+        asked += list(enumerate(zip(*texts, strict=True)))
+    return rewards_of(evaluation, questions, asked).reshape(
+        len(tokens), len(questions), -1
+    )
+
+
+def answer_tokens(
+    evaluation: Evaluation,
+    questions: Sequence[Question],
+    outputs: jax.Array | np.ndarray,
+) -> np.ndarray:
+    """Tokens [M, A, B, T] without the rows that fill up the batch."""
+    tokens = np.asarray(outputs)
     asks = 1 if evaluation.task.meta is None else 2
     tokens = tokens.reshape(len(tokens), asks, -1, tokens.shape[-1])
     return tokens[:, :, : len(questions)]
 
 
-def _earned(
-    evaluation: Evaluation, questions: Sequence[Question], tokens: np.ndarray
-) -> tuple[list[list[tuple[tuple[int, ...], ...]]], np.ndarray]:
-    """Each member's answers without their end, and what they earn, [C, B, 5]."""
-    members = []
-    for rows in tokens:
-        texts = [map(tuple, trim(each, evaluation.eos_ids)) for each in rows]
-        members.append(list(zip(*texts, strict=True)))
-    asked = [(i, row) for rows in members for i, row in enumerate(rows)]
-    earned = rewards_of(evaluation, questions, asked)
-    return members, earned.reshape(len(members), len(questions), -1)
+def choices_taken(
+    questions: Sequence[Question], batch: ChoiceBatch, outputs: jax.Array | np.ndarray
+) -> np.ndarray:
+    """The choice with the highest log-likelihood per token: int [M, B]."""
+    per_token = np.asarray(outputs) / batch.scored.sum(-1)
+    return np.stack(
+        [per_token[:, batch.owners == i].argmax(-1) for i in range(len(questions))], 1
+    )
 
 
-def mean_score(rewards: np.ndarray, truncated: float, tokens: int) -> Score:
-    """A member's score from the rewards of its answers, float64 [B, 5]."""
-    value, correct, strict, formatted, _ = rewards.mean(0)
-    right, yes = rewards[:, 1], rewards[:, 4]
-    hits, false_alarms = (right * yes).mean(), ((1 - right) * yes).mean()
+def mean_score(rewards: np.ndarray, truncated: Any, tokens: Any) -> Score:
+    """Scores from rewards [..., B, 5], shares truncated and tokens [...]."""
+    value, correct, strict, formatted, _ = np.moveaxis(rewards.mean(-2), -1, 0)
+    right, yes = rewards[..., 1], rewards[..., 4]
+    hits, false_alarms = (right * yes).mean(-1), ((1 - right) * yes).mean(-1)
     return Score(
         value, correct, strict, formatted, truncated, tokens, hits, false_alarms
     )
@@ -125,7 +161,7 @@ def rewards_of(
     questions: Sequence[Question],
     asked: Sequence[tuple[int, tuple[tuple[int, ...], ...]]],
 ) -> np.ndarray:
-    """What answers earn: the fields of a `Reward`, float64 [R, 5], None as NaN.
+    """Rewards of texts: the fields of a `Reward`, float64 [R, 5], None as NaN.
 
     Answers mostly agree: each different one is decoded and scored once.
 
@@ -146,35 +182,6 @@ def rewards_of(
         written = (decoded[text] for text in answer)
         earned[i, answer] = evaluation.task.reward(questions[i].example, *written)
     return np.array([earned[one] for one in asked], float)
-
-
-def score_likelihoods(
-    evaluation: Evaluation,
-    questions: Sequence[Question],
-    batch: ChoiceBatch,
-    log_likelihoods: jax.Array,
-) -> list[Score]:
-    """Share of right choices by log-likelihood per token, one `Score` a member."""
-    answered = judge_likelihoods(evaluation, questions, batch, log_likelihoods)
-    shares = answered.right.mean(-1)
-    shares[~np.isfinite(np.asarray(log_likelihoods)).all(-1)] = np.nan
-    return [Score(share, share, share, 1.0, 0.0, 0) for share in map(float, shares)]
-
-
-def judge_likelihoods(
-    evaluation: Evaluation,
-    questions: Sequence[Question],
-    batch: ChoiceBatch,
-    log_likelihoods: jax.Array,
-) -> Answered:
-    """The choice with the highest log-likelihood per token, and whether it is right."""
-    assert evaluation.task.answer is not None
-    per_token = np.asarray(log_likelihoods) / batch.scored.sum(-1)
-    taken = np.stack(
-        [per_token[:, batch.owners == i].argmax(-1) for i in range(len(questions))], 1
-    )
-    right = np.array([evaluation.task.answer(q.example) for q in questions])
-    return Answered(taken == right, taken[..., None])
 
 
 def fitness_of(

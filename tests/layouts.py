@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import small_run
 from random_checkpoint import QWEN2, write_checkpoint
@@ -23,10 +22,11 @@ import jes
 from jes import train
 from jes.core.anchor import keep_anchor
 from jes.core.evolution import Evolution
-from jes.core.mesh import make_mesh, mesh_of, on_mesh_of
+from jes.core.mesh import make_mesh, mesh_of
 from jes.models.weights import Pretrained
-from jes.questions import MODES, Evaluation, prepare
-from jes.rollout import ask, rollout
+from jes.questions import MODES, Evaluation, batch_of, prepare
+from jes.rollout import answer, ask, prepare_rollout
+from jes.sampling.generate import Sampling
 from jes.update import _tell, first_state, tell
 
 SHAPE = small_run.SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -45,7 +45,7 @@ def evaluation(pretrained: Pretrained, mode: str) -> Evaluation:
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,
         task=task,
-        eos_ids=pretrained.eos_ids,
+        sampling=Sampling(eos_ids=pretrained.eos_ids),
         mode=mode,
         buckets=(32,),
     )
@@ -71,16 +71,15 @@ def on_mesh(model: Path, devices: int, model_parallel: int, results: dict) -> No
         )
         results[f"{mode} {name}"] = np.array(score)
     # The numbers behind the choices, of the members that `ask` has asked first.
-    with on_mesh_of(params) as places:
-        members = jnp.arange(places * min(2, -(-POPULATION // places)))
-        run, _, _ = rollout(each, questions)
-        found = run(params, key, members, noise=EVOLUTION.noise)
-        results[f"log-likelihoods {name}"] = np.asarray(found)[:2]
-        if (devices, model_parallel) == (2, 2):
-            by_layer = dataclasses.replace(each, draw="layer")
-            run, _, _ = rollout(by_layer, questions)
-            found = run(params, key, members, noise=EVOLUTION.noise)
-            results[f"log-likelihoods by layer {name}"] = np.asarray(found)[:2]
+    devices = 1 if mesh is None else mesh.shape["population"]
+    members = np.arange(devices * min(2, -(-POPULATION // devices)))
+    batch = batch_of(each, questions)
+    for draw in ("member", "layer") if name == "2/2" else ("member",):
+        chosen = dataclasses.replace(each, draw=draw)
+        rollout = prepare_rollout(chosen, params, EVOLUTION.noise, mesh)
+        found = answer(rollout, key, members, batch)
+        kind = "log-likelihoods" + " by layer" * (draw == "layer")
+        results[f"{kind} {name}"] = np.asarray(found)[:2]
     state = first_state(EVOLUTION, params)
     anchor = keep_anchor(params, "host")
     for generation in range(2):

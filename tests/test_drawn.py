@@ -12,17 +12,18 @@ from small_run import get_config, outcome
 
 import jes
 from jes import train
-from jes.core.lazy_noise import LazyNoise, Own, draw_later
+from jes.core.lazy_noise import LazyNoise, MemberWeight
+from jes.core.members import Members, unperturbed
 from jes.core.mesh import make_mesh
 from jes.core.noise import DISTRIBUTIONS, DISTRIBUTIONS_AT, Noise, PyTree
-from jes.core.population import draw_members
+from jes.core.population import perturb_members
 from jes.core.random import Place, bits_at, places
 from jes.errors import InputError
-from jes.models.member_layers import deviated
+from jes.models.member_layers import member_weight
 from jes.models.qwen import Decoder
 from jes.questions import Evaluation, prepare
 from jes.rollout import ask, examine
-from jes.sampling.generate import decode_members, unrolled_members
+from jes.sampling.generate import Sampling, decode, unrolled
 from jes.sampling.likelihood import log_likelihoods, pad_choices
 from jes.sampling.prompts import pad
 
@@ -30,8 +31,13 @@ KEY = jax.random.key(5)
 MEMBERS = jnp.array([0, 1, 6])
 PROMPTS = [[3, 4, 5, 6], [7, 8], [9, 10, 11]]
 
-drawn_members = jax.jit(draw_members, static_argnums=(3, 4))
-drawn_later = jax.jit(draw_later, static_argnums=(3, 4))
+
+def both(params: PyTree, noise: Noise, dtype: str = "float32") -> list[Members]:
+    """Members whose noise is drawn before they answer, and in the layers."""
+    return [
+        perturb_members(params, KEY, MEMBERS, noise, dtype=dtype, draw=draw)
+        for draw in ("member", "layer")
+    ]
 
 
 def decoder_of(**changes: object) -> tuple[Decoder, PyTree]:
@@ -83,26 +89,30 @@ def test_members_are_those_of_the_default(law: str, dtype: str) -> None:
     """Bit for bit, of the embedded model."""
     params = jes.load("tiny").params
     noise = Noise(sigma=0.02, antithetic=True, distribution=law)
-    settings = params, KEY, MEMBERS, noise, jnp.dtype(dtype)
-    expected, later = drawn_members(*settings), drawn_later(*settings)
-    kinds = jax.tree.map(type, later, is_leaf=lambda x: isinstance(x, LazyNoise | Own))
+    members, lazy = both(params, noise, dtype)
+    lazy_noise = lazy.variables["noise"]
+    kinds = jax.tree.map(
+        type, lazy_noise, is_leaf=lambda x: isinstance(x, LazyNoise | MemberWeight)
+    )
     assert (
         kinds["embed"]["embedding"]
         is kinds["layers"]["mlp"]["up"]["kernel"]
         is LazyNoise
     )
-    assert kinds["layers"]["attention"]["q"]["bias"] is Own
-    assert kinds["final_norm"]["scale"] is Own
+    assert kinds["layers"]["attention"]["q"]["bias"] is MemberWeight
+    assert kinds["final_norm"]["scale"] is MemberWeight
 
-    def full(path: tuple, weight: jax.Array, noise: LazyNoise | Own) -> jax.Array:
+    def full(
+        path: tuple, weight: jax.Array, noise: LazyNoise | MemberWeight
+    ) -> jax.Array:
         stacked = path[0].key == "layers"
-        one = jax.vmap(deviated) if stacked else deviated
+        one = jax.vmap(member_weight) if stacked else member_weight
         return jax.vmap(lambda noise: one(weight, noise))(noise)
 
     found = jax.jit(jax.tree_util.Partial(jax.tree_util.tree_map_with_path, full))(
-        params, later
+        params, lazy_noise
     )
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    jax.tree.map(np.testing.assert_array_equal, found, members.variables["params"])
 
 
 @pytest.mark.parametrize(
@@ -117,25 +127,21 @@ def test_members_are_those_of_the_default(law: str, dtype: str) -> None:
 def test_likelihoods_are_those_of_members(changes: dict) -> None:
     """With a number of words that no number of blocks divides, too."""
     model, params = decoder_of(**changes)
-    settings = params, KEY, MEMBERS, Noise(sigma=0.1), jnp.dtype("float32")
     batch = pad_choices(PROMPTS, [[[1], [2, 3]]] * 3, (16,))
+    members, lazy = both(params, Noise(sigma=0.1))
     np.testing.assert_allclose(
-        log_likelihoods(model, drawn_later(*settings), batch, 3, params),
-        log_likelihoods(model, drawn_members(*settings), batch, 3),
+        log_likelihoods(model, lazy, batch),
+        log_likelihoods(model, members, batch),
         rtol=1e-5,  # in blocks, products are summed in another order
     )
 
 
 def test_answers_are_those_of_members() -> None:
     model, params = decoder_of(num_hidden_layers=2)
-    settings = params, KEY, MEMBERS, Noise(sigma=0.1), jnp.dtype("float32")
-    members = unrolled_members(model, drawn_members(*settings))
-    given = pad(PROMPTS, (8,)), jax.random.split(KEY, 3)
-    answered = {"max_new_tokens": 5, "eos_ids": ()}
-    expected = decode_members(model.unrolled(), members, *given, **answered)
-    found = decode_members(
-        model, drawn_later(*settings), *given, **answered, centre=params
-    )
+    members, lazy = both(params, Noise(sigma=0.1))
+    batch, sampling = pad(PROMPTS, (8,)), Sampling(max_new_tokens=5)
+    expected = decode(model.unrolled(), unrolled(model, members), batch, sampling)
+    found = decode(model, lazy, batch, sampling)
     assert len(np.unique(expected)) > 3
     np.testing.assert_array_equal(found, expected)
 
@@ -149,7 +155,7 @@ def evaluations() -> dict[str, Evaluation]:
             model=pretrained.model,
             tokenizer=pretrained.tokenizer,
             task=task,
-            eos_ids=pretrained.eos_ids,
+            sampling=Sampling(eos_ids=pretrained.eos_ids),
             buckets=(24,),
             draw=draw,
         )
@@ -183,16 +189,15 @@ def test_one_layer_is_there_at_a_time() -> None:
         num_hidden_layers=24, hidden_size=64, intermediate_size=512
     )
     batch = pad_choices(PROMPTS, [[[1], [2]]] * 3, (16,))
-    settings = params, KEY, MEMBERS, Noise(sigma=0.1), jnp.dtype("float32")
-    later = drawn_later(*settings)
+    _, lazy = both(params, Noise(sigma=0.1))
 
-    def scratch(*given: object) -> int:
-        program = log_likelihoods.lower(model, *given).compile()
+    def scratch(members: Members) -> int:
+        program = log_likelihoods.lower(model, members, batch).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     layer = sum(leaf.nbytes for leaf in jax.tree.leaves(params["layers"])) / 24
-    alone = scratch(None, batch, 3, params)
-    found = scratch(later, batch, 3, params)
+    alone = scratch(unperturbed(params))
+    found = scratch(lazy)
     # Three members' layer, and as much again beside it; not 24 layers of each.
     assert found < alone + 2 * 3 * layer
 

@@ -7,16 +7,16 @@ import pytest
 from small_decoder import decoder, weights_of
 
 import jes
+from jes.core.members import Members, unperturbed
 from jes.sampling.generate import (
-    GREEDY,
     Sampling,
     decode,
-    decode_members,
     restrict,
     trim,
-    unrolled_members,
+    unrolled,
+    unrolled_params,
 )
-from jes.sampling.likelihood import choice_log_likelihoods, pad_choices
+from jes.sampling.likelihood import log_likelihoods, pad_choices
 from jes.sampling.prompts import encode, pad
 
 MODEL = decoder()
@@ -84,11 +84,9 @@ def test_decoding_stops_when_every_row_has_ended(params: dict) -> None:
         next(i for i, token in enumerate(answer) if token in eos) for answer in free
     )
     model = CountingModel()
-    keys = jax.random.split(jax.random.key(0), 1)
-    stack = unrolled_members(MODEL, jax.tree.map(lambda x: x[None], params))
-    answers = decode(
-        model, stack, pad(PROMPTS, (16,)), keys, max_new_tokens=20, eos_ids=eos
-    )
+    itself = unperturbed(unrolled_params(MODEL, params))
+    sampling = Sampling(max_new_tokens=20, eos_ids=eos)
+    answers = decode(model, itself, pad(PROMPTS, (16,)), sampling)
     jax.effects_barrier()
     assert answers.shape == (1, len(PROMPTS), 20)
     # The prompts, and one run a token after the first, up to the last end token.
@@ -98,10 +96,12 @@ def test_decoding_stops_when_every_row_has_ended(params: dict) -> None:
 def test_members_answer_as_each_does_alone(params: dict) -> None:
     members = [jes.perturb(params, jax.random.key(i), 0.05) for i in range(3)]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
-    stack = unrolled_members(MODEL, stack)
     keys = jax.random.split(jax.random.key(0), 3)
     together = decode(
-        MODEL.unrolled(), stack, pad(PROMPTS, (16,)), keys, max_new_tokens=6, eos_ids=()
+        MODEL.unrolled(),
+        unrolled(MODEL, Members({"params": stack}, keys)),
+        pad(PROMPTS, (16,)),
+        Sampling(max_new_tokens=6),
     )
     for weights, answers in zip(members, together, strict=True):
         alone = jes.generate(MODEL, weights, PROMPTS, 6, buckets=(16,))
@@ -110,14 +110,14 @@ def test_members_answer_as_each_does_alone(params: dict) -> None:
 
 def test_each_shape_compiles_once(params: dict) -> None:
     settings = {"eos_ids": (7,), "buckets": (8, 32), "batch_size": 4}
-    start = decode_members._cache_size()
+    start = decode._cache_size()
     for seed in range(4):
         weights = jes.perturb(params, jax.random.key(seed), 0.1)
         rng = np.random.default_rng(seed)
         lengths = [*rng.integers(1, 9, 4), *rng.integers(9, 33, 4)]
         prompts = [rng.integers(0, 50, n).tolist() for n in lengths]
         jes.generate(MODEL, weights, prompts, 3, **settings)
-    assert decode_members._cache_size() - start == 2
+    assert decode._cache_size() - start == 2
 
 
 def test_sampling_follows_the_distribution(params: dict) -> None:
@@ -190,7 +190,6 @@ def test_generate_says_what_is_wrong(params: dict) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         jes.generate(MODEL, params, PROMPTS, 0)
     assert jes.generate(MODEL, params, [], 3) == []
-    assert GREEDY.temperature == 0
 
 
 def test_left_padding() -> None:
@@ -203,8 +202,7 @@ def test_choice_likelihoods_are_sums_of_log_softmax(params: dict) -> None:
     prompts = [PROMPTS[0], PROMPTS[3]]
     choices = [[[4], [5, 6, 7]], [[8, 9], [1], [2]]]
     batch = pad_choices(prompts, choices, (16,))
-    stack = jax.tree.map(lambda leaf: leaf[None], params)
-    (got,) = choice_log_likelihoods(MODEL, stack, batch, 1)
+    (got,) = log_likelihoods(MODEL, unperturbed(params), batch)
     expected = []
     for prompt, some in zip(prompts, choices, strict=True):
         for choice in some:

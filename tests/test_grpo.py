@@ -28,7 +28,7 @@ from jes.baselines.grpo import (
 from jes.core.anchor import displacement, keep_anchor
 from jes.errors import InputError
 from jes.questions import Evaluation, Question, prepare
-from jes.sampling.generate import trim
+from jes.sampling.generate import Sampling, trim
 from jes.tasks import load_task
 from jes.tasks.task import Reward
 
@@ -46,7 +46,7 @@ def make_evaluation(
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,
         task=load_task(name, root="", seed=0, train=64, test=16),
-        eos_ids=pretrained.eos_ids,
+        sampling=Sampling(eos_ids=pretrained.eos_ids),
         buckets=(24,),
         **settings,
     )

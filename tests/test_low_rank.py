@@ -2,7 +2,6 @@
 
 import json
 import zlib
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from jes.core.codes import pack
 from jes.core.drift import predicted_drift
 from jes.core.evolution import Evolution
 from jes.core.low_rank import LowRank, draw_low_rank, has_matrices
-from jes.core.mesh import make_mesh, on_mesh_of, replicated
+from jes.core.members import Members
+from jes.core.mesh import make_mesh, replicated
 from jes.core.noise import (
     DISTRIBUTIONS,
     PyTree,
@@ -31,12 +31,17 @@ from jes.core.noise import (
     leaf_noise,
     perturb_member,
 )
-from jes.core.population import draw_deviations, draw_members, draw_overlays
+from jes.core.population import (
+    draw_factors,
+    draw_members,
+    draw_overlays,
+    perturb_members,
+)
 from jes.errors import InputError
 from jes.export import evolution_of, rebuild
 from jes.io.memory import weight_bytes
 from jes.models.weights import Pretrained, fingerprint
-from jes.sampling.generate import decode_members, unrolled_centre, unrolled_members
+from jes.sampling.generate import Sampling, decode, unrolled, unrolled_params
 from jes.sampling.likelihood import log_likelihoods, pad_choices
 from jes.sampling.prompts import share
 from jes.update import first_state, tell
@@ -98,7 +103,7 @@ def pairs() -> dict[str, tuple[PyTree, PyTree]]:
 
     def member(number: int, generation: int = 0) -> PyTree:
         key, noise = generation_key(KEY, generation), jes.Noise(sigma=1.0, rank=4)
-        drawn = draw_deviations(params, key, jnp.array([number]), noise, "float32")
+        drawn = draw_factors(params, key, jnp.array([number]), noise, "float32")
         return drawn["layers"]
 
     first, layer = member(0), member(0)["up"]
@@ -134,7 +139,7 @@ def test_the_key_contract_holds() -> None:
         "head": jnp.zeros((7, 9)),
     }
     key = generation_key(jax.random.key(0), 3)
-    found = draw_deviations(params, key, jnp.array([5]), noise, "float32")
+    found = draw_factors(params, key, jnp.array([5]), noise, "float32")
     member = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 3), 5)
     scale = np.float32(0.1)
 
@@ -353,13 +358,11 @@ def test_members_of_the_model_are_the_materialised_ones(
 ) -> None:
     """Logits of whole texts and of cached tokens, answers and likelihoods."""
     model, params = pretrained.model, pretrained.params
-    noise, members = jes.Noise(sigma=0.05, rank=rank), jnp.arange(3)
-    own = draw_deviations(params, KEY, members, noise, "float32")
-    full = draw_members(params, KEY, members, noise, "float32")
+    noise, numbers = jes.Noise(sigma=0.05, rank=rank), jnp.arange(3)
+    thin = perturb_members(params, KEY, numbers, noise)
+    weights = draw_members(params, KEY, numbers, noise, "float32")
+    full = Members({"params": weights}, thin.keys)
     tokens = jax.random.randint(KEY, (2, 7), 0, 64)
-
-    def of_members(apply: Any, weights: PyTree) -> np.ndarray:
-        return np.asarray(jax.jit(jax.vmap(apply))(weights))
 
     def whole(variables: PyTree) -> jax.Array:
         return model.apply(variables, tokens)[0]
@@ -369,39 +372,36 @@ def test_members_of_the_model_are_the_materialised_ones(
         return model.apply(variables, tokens[:, 6:], cache=cache.extended(1))[0]
 
     for apply in (whole, cached):
-        low = of_members(lambda d, f=apply: f({"params": params, "noise": d}), own)
-        dense = of_members(lambda w, f=apply: f({"params": w}), full)
+        low, dense = (
+            np.asarray(jax.jit(jax.vmap(apply, (each.axes,)))(each.variables))
+            for each in (thin, full)
+        )
         centre = np.asarray(apply({"params": params}))
         assert np.abs(dense - centre).max() > 0.3
         np.testing.assert_allclose(low, dense, rtol=1e-4, atol=2e-5)
 
-    prefix, batch = share(PROMPTS, (64,), parts=(4, 48))
-    assert prefix is not None
-    answer = partial(
-        decode_members,
-        model.unrolled(),
-        prompts=batch,
-        keys=jax.random.split(KEY, 3),
-        max_new_tokens=8,
-        eos_ids=(),
-        prefix=prefix,
+    batch = share(PROMPTS, (64,), parts=(4, 48))
+    assert batch.prefix is not None
+    shared = thin.replace(params=unrolled_params(model, params))
+    low, dense = (
+        decode(
+            model.unrolled(), unrolled(model, each), batch, Sampling(max_new_tokens=8)
+        )
+        for each in (shared, full)
     )
-    low = answer(unrolled_members(model, own), centre=unrolled_centre(model, params))
-    dense = answer(unrolled_members(model, full))
     np.testing.assert_array_equal(low, dense)
     assert len(np.unique(np.asarray(low).reshape(3, -1), axis=0)) == 3
 
     choices = pad_choices(PROMPTS, [[[3], [4, 5]]] * 3, (64,), (16, 48))
-    assert choices.prefix is not None
-    low = log_likelihoods(model, own, choices, 3, params)
-    dense = log_likelihoods(model, full, choices, 3)
+    assert choices.rows.prefix is not None
+    low, dense = (log_likelihoods(model, each, choices) for each in (thin, full))
     np.testing.assert_allclose(low, dense, rtol=1e-4, atol=1e-4)
 
 
 def test_members_answer_in_bfloat16(pretrained: Pretrained) -> None:
     """The thin products too, with sums in float32."""
     noise = jes.Noise(sigma=0.05, rank=2)
-    own = draw_deviations(pretrained.params, KEY, jnp.arange(2), noise, jnp.bfloat16)
+    own = draw_factors(pretrained.params, KEY, jnp.arange(2), noise, jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(own)} == {jnp.dtype("bfloat16")}
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), pretrained.params)
     tokens = jax.random.randint(KEY, (2, 7), 0, 64)
@@ -420,21 +420,6 @@ def test_members_answer_in_bfloat16(pretrained: Pretrained) -> None:
     spread = float(jnp.abs(exact).max())
     # Two layers of products rounded to 8 bits, 2^-9 each.
     assert float(jnp.abs(rounded - exact).max()) < 0.03 * spread
-
-
-def test_members_on_other_devices_are_the_same() -> None:
-    noise = jes.Noise(sigma=0.1, rank=2)
-    params = {"a": jnp.ones((30, 7)), "b": jnp.zeros(5)}
-
-    def draw(params: PyTree, members: jax.Array) -> PyTree:
-        return draw_deviations(params, KEY, members, noise, "float32")
-
-    expected = jax.jit(draw)(params, jnp.arange(6))
-    apart = replicated(params, make_mesh(devices=jax.devices()[:2]))
-    with on_mesh_of(apart) as devices:
-        assert devices == 2
-        spread = jax.jit(draw)(apart, jnp.arange(6))
-    jax.tree.map(np.testing.assert_array_equal, spread, expected)
 
 
 def test_settings_that_no_run_can_have(small_model: Path) -> None:
@@ -463,7 +448,7 @@ def test_noise_of_a_leaf_has_the_rank_that_it_should() -> None:
 def test_memory_of_a_member_is_that_of_its_factors(small_model: Path) -> None:
     pretrained = jes.load(small_model)
     noise = jes.Noise(sigma=0.1, rank=3)
-    own = draw_deviations(pretrained.params, KEY, jnp.arange(1), noise, "float32")
+    own = draw_factors(pretrained.params, KEY, jnp.arange(1), noise, "float32")
     factors = [
         leaf
         for leaf in jax.tree.leaves(own, is_leaf=lambda leaf: isinstance(leaf, LowRank))
@@ -500,23 +485,6 @@ def test_a_run_trains_and_replays(
     assert last["displacement_norm"] == pytest.approx(law, rel=0.1)
     del ledger.header["evolution"]["rank"]
     assert evolution_of(ledger).noise.rank == 0
-
-
-def test_chunks_and_devices_do_not_matter(
-    low_rank_run: tuple[Any, Path], tmp_path: Path
-) -> None:
-    config, workdir = low_rank_run
-    expected = outcome(workdir)
-    for name, changes in {
-        "chunk": {"chunk": 3},
-        "devices": {"chunk": 1, "devices": 2},
-    }.items():
-        other = config.copy_and_resolve_references()
-        other.update(changes)
-        train.run(other, tmp_path / name)
-        found = outcome(tmp_path / name)
-        assert found.fitness == expected.fitness
-        assert found.fingerprint == expected.fingerprint
 
 
 def test_a_run_goes_on_where_it_was_stopped(

@@ -18,6 +18,7 @@ from jes.errors import InputError
 from jes.metacognition.objectives import CELLS, objective_fitness
 from jes.questions import Evaluation, prepare
 from jes.rollout import ask, examine
+from jes.sampling.generate import Sampling
 from jes.sampling.prompts import encode
 from jes.scoring import Score
 from jes.studies import knowing
@@ -38,7 +39,7 @@ def examiner_of(pretrained: jes.Pretrained, name: str = "tiny/knows") -> Evaluat
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,
         task=load_task(name, **SIZES),
-        eos_ids=pretrained.eos_ids,
+        sampling=Sampling(eos_ids=pretrained.eos_ids),
         buckets=(32,),
     )
 

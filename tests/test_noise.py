@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jes.core.noise import Noise, generation_key, leaf_noise, perturb, perturb_member
-from jes.core.population import chunk_size, chunks, draw_members, evaluate
+from jes.core.population import chunk_size, chunks
 from jes.core.random import normal
 
 PARAMS = {
@@ -128,27 +128,3 @@ def test_chunk_size_stays_below_what_is_worth_holding() -> None:
     assert chunk_size(32, 10, 1000, most=4) == 4
     assert chunk_size(32, 10, 20, most=4) == 2
     assert chunk_size(3, 10, 1000, most=4) == 3
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 5, 8])
-def test_evaluation_does_not_depend_on_the_chunk(chunk: int) -> None:
-    noise = Noise(sigma=0.1)
-
-    def total(stack: dict) -> jax.Array:
-        return sum(leaf.sum(range(1, leaf.ndim)) for leaf in jax.tree.leaves(stack))
-
-    def rollout(members: np.ndarray) -> jax.Array:
-        return total(draw_members(PARAMS, KEY, jnp.asarray(members), noise, "float32"))
-
-    fitness = evaluate(rollout, np.asarray, np.arange(8), chunk)
-    alone = [
-        total(
-            jax.tree.map(
-                lambda x: x[None], perturb_member(PARAMS, KEY, jnp.int32(m), noise)
-            )
-        )[0]
-        for m in range(8)
-    ]
-    # Sums of 120,007 float32 numbers near 1, in another order.
-    np.testing.assert_allclose(fitness, alone, rtol=1e-5)
-    assert len(fitness) == 8

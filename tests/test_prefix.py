@@ -11,12 +11,12 @@ from small_decoder import decoder, weights_of
 
 import jes
 from jes.core.noise import Noise
-from jes.core.population import draw_overlays
+from jes.core.population import perturb_members
 from jes.io.memory import bytes_per_member
 from jes.quantize import quantize
 from jes.questions import Evaluation, padded_lengths, prepare
 from jes.rollout import answer_each, ask, examine
-from jes.sampling.generate import decode_members, unrolled_members
+from jes.sampling.generate import Sampling, decode, unrolled
 from jes.sampling.likelihood import log_likelihoods, pad_choices
 from jes.sampling.prompts import batches, pad, share
 from jes.tasks.task import Reward, Task
@@ -27,7 +27,7 @@ SHOTS = RNG.integers(0, 50, 37).tolist()
 """Of which 32 are shared, in multiples of 8."""
 PROMPTS = [SHOTS + RNG.integers(0, 50, n).tolist() for n in (9, 3, 12, 1, 7)]
 BUCKETS = (16, 24, 40, 64)
-ANSWERED = {"max_new_tokens": 6, "eos_ids": (7,)}
+SAMPLING = Sampling(max_new_tokens=6, eos_ids=(7,))
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +36,14 @@ def params() -> dict:
 
 
 def test_share_splits_prompts() -> None:
-    prefix, rest = share(PROMPTS, BUCKETS)
+    rest = share(PROMPTS, BUCKETS)
+    prefix = rest.prefix
     assert prefix is not None
     assert prefix.tokens.shape == (1, 40)
     assert prefix.tokens[0, 8:].tolist() == SHOTS[:32]
     assert prefix.positions[0].tolist() == [-1] * 8 + list(range(32))
     assert rest.tokens.shape == (5, 24)
-    for row, positions, prompt in zip(*rest, PROMPTS, strict=True):
+    for row, positions, prompt in zip(*rest[:2], PROMPTS, strict=True):
         own = positions >= 0
         assert row[own].tolist() == prompt[32:]
         assert positions[own].tolist() == list(range(32, len(prompt)))
@@ -50,8 +51,8 @@ def test_share_splits_prompts() -> None:
 
 def test_share_leaves_what_does_not_pay() -> None:
     def nothing(prompts: list[list[int]], *args: tuple, **settings: tuple) -> None:
-        prefix, rest = share(prompts, *(args or (BUCKETS,)), **settings)
-        assert prefix is None
+        rest = share(prompts, *(args or (BUCKETS,)), **settings)
+        assert rest.prefix is None
         np.testing.assert_equal(rest, pad(prompts, *(args or (BUCKETS,))))
 
     nothing(PROMPTS[:1])  # nobody to share with
@@ -61,9 +62,9 @@ def test_share_leaves_what_does_not_pay() -> None:
     nothing(PROMPTS, (64,))  # one length: the rest would be as long
     nothing(PROMPTS, parts=())
     # Every prompt keeps its last token: what follows is predicted from there.
-    prefix, rest = share([SHOTS[:32]] * 4, BUCKETS)
-    assert prefix is not None
-    assert (prefix.positions >= 0).sum() == 24
+    rest = share([SHOTS[:32]] * 4, BUCKETS)
+    assert rest.prefix is not None
+    assert (rest.prefix.positions >= 0).sum() == 24
     assert (rest.positions >= 0).sum(1).tolist() == [8] * 4
 
 
@@ -73,15 +74,16 @@ def test_logits_after_a_prefix_are_those_of_the_whole(params: dict) -> None:
         (MODEL.unrolled(), MODEL.unrolled_params(params)),
     ):
         run = jax.jit(partial(model.apply, {"params": weights}), static_argnames="last")
-        prefix, rest = share(PROMPTS, BUCKETS)
-        _, shared = run(*map(jnp.asarray, prefix))
-        got, cache = run(*map(jnp.asarray, rest), last=1, prefix=shared)
+        rest = share(PROMPTS, BUCKETS)
+        assert rest.prefix is not None
+        _, shared = run(*map(jnp.asarray, rest.prefix[:2]))
+        got, cache = run(*map(jnp.asarray, rest[:2]), last=1, prefix=shared)
         # A token after it, which sees prefix and cache.
         token = jnp.full((len(PROMPTS), 1), 3)
         position = jnp.asarray(rest.positions[:, -1:]) + 1
         after, _ = run(token, position, cache.extended(1), prefix=shared)
         full = pad([[*prompt, 3] for prompt in PROMPTS], BUCKETS)
-        whole, _ = run(*map(jnp.asarray, full), last=2)
+        whole, _ = run(*map(jnp.asarray, full[:2]), last=2)
         np.testing.assert_allclose(got[:, 0], whole[:, 0], atol=1e-5)
         np.testing.assert_allclose(after[:, 0], whole[:, 1], atol=1e-5)
 
@@ -102,44 +104,31 @@ def test_greedy_answers_are_the_same(params: dict) -> None:
     assert len({tuple(row) for row in answer()}) == len(PROMPTS)
 
 
-def members_of(params: dict, count: int) -> dict:
-    members = [jes.perturb(params, jax.random.key(i), 0.05) for i in range(count)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
-
-
-def test_members_read_a_prefix_each(params: dict) -> None:
-    stack, keys = members_of(params, 3), jax.random.split(jax.random.key(0), 3)
-    weights = unrolled_members(MODEL, stack)
-    prefix, rest = share(PROMPTS, BUCKETS)
-    run = partial(decode_members, MODEL.unrolled(), weights, **ANSWERED)
-    got = np.asarray(run(rest, keys, prefix=prefix))
-    assert got.tolist() == run(pad(PROMPTS, BUCKETS), keys).tolist()
+@pytest.mark.parametrize("quantized", [False, True])
+def test_members_read_a_prefix_each(params: dict, quantized: bool) -> None:
+    if quantized:
+        params = quantize(params, bits=4, group_size=16)
+    noise = Noise(sigma=0.5 if quantized else 0.05)
+    members = perturb_members(params, jax.random.key(2), jnp.arange(3), noise)
+    run = partial(decode, MODEL.unrolled(), unrolled(MODEL, members))
+    batch = share(PROMPTS, BUCKETS)
+    assert batch.prefix is not None
+    got = np.asarray(run(batch, SAMPLING))
+    assert got.tolist() == run(pad(PROMPTS, BUCKETS), SAMPLING).tolist()
     assert len({row.tobytes() for row in got}) == 3
-
-
-def test_members_of_a_quantised_model_read_a_prefix_each(params: dict) -> None:
-    centre = quantize(params, bits=4, group_size=16)
-    noise = Noise(sigma=0.5)
-    overlays = draw_overlays(centre, jax.random.key(2), jnp.arange(2), noise)
-    overlays = unrolled_members(MODEL, overlays)
-    keys = jax.random.split(jax.random.key(0), 2)
-    prefix, rest = share(PROMPTS, BUCKETS)
-    run = partial(decode_members, MODEL.unrolled(), overlays, centre=centre, **ANSWERED)
-    got = np.asarray(run(rest, keys, prefix=prefix))
-    assert got.tolist() == run(pad(PROMPTS, BUCKETS), keys).tolist()
-    assert (got[0] != got[1]).any()
 
 
 def test_likelihoods_are_the_same(params: dict) -> None:
     choices = [[[4], [5, 6, 7]]] * len(PROMPTS)
-    stack = members_of(params, 2)
+    noise = Noise(sigma=0.05)
+    members = perturb_members(params, jax.random.key(2), jnp.arange(2), noise)
     batch = pad_choices(PROMPTS, choices, BUCKETS, None)
-    assert batch.prefix is not None
+    assert batch.rows.prefix is not None
     assert batch.rows.tokens.shape == (10, 24)
     whole = pad_choices(PROMPTS, choices, BUCKETS)
-    assert whole.prefix is None
-    got = log_likelihoods(MODEL, stack, batch, 2)
-    np.testing.assert_allclose(got, log_likelihoods(MODEL, stack, whole, 2), rtol=1e-5)
+    assert whole.rows.prefix is None
+    got = log_likelihoods(MODEL, members, batch)
+    np.testing.assert_allclose(got, log_likelihoods(MODEL, members, whole), rtol=1e-5)
 
 
 def test_prompts_of_a_family_are_answered_together() -> None:
@@ -180,7 +169,7 @@ def shots(mode: str) -> Evaluation:
         model=tiny.model,
         tokenizer=tiny.tokenizer,
         task=task,
-        eos_ids=tiny.eos_ids,
+        sampling=Sampling(eos_ids=tiny.eos_ids),
         mode=mode,
     )
 

@@ -16,6 +16,7 @@ from jes.core.noise import Noise
 from jes.landscape.probes import best_of
 from jes.questions import Evaluation, prepare
 from jes.rollout import answer_each, ask
+from jes.sampling.generate import Sampling
 from jes.studies.probe import check_probe, default, from_hex, to_hex
 from jes.tasks import load_task
 
@@ -110,7 +111,7 @@ def test_a_candidate_is_the_perturbed_model(runs):
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,
         task=task,
-        eos_ids=pretrained.eos_ids,
+        sampling=Sampling(eos_ids=pretrained.eos_ids),
         buckets=(32,),
     )
     chosen = np.random.default_rng(0).choice(len(task.train), 20, replace=False)
@@ -183,7 +184,7 @@ def test_single_answers_are_those_that_a_score_is_of(mode):
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,
         task=task,
-        eos_ids=pretrained.eos_ids,
+        sampling=Sampling(eos_ids=pretrained.eos_ids),
         mode=mode,
     )
     questions = prepare(evaluation, task.train[:10])
@@ -206,13 +207,13 @@ def test_single_answers_are_those_that_a_score_is_of(mode):
         noise=noise,
         batch_size=4,
     )
-    np.testing.assert_allclose(answered.right.mean(-1), scores.accuracy)
-    assert answered.said.shape[:2] == (3, 10)
+    np.testing.assert_allclose(answered.correct.mean(-1), scores.accuracy)
+    assert answered.tokens.shape[:2] == (3, 10)
     itself = answer_each(
         evaluation, pretrained.params, key, questions, np.arange(2), noise=None
     )
-    assert (itself.said[0] == itself.said[1]).all()
-    assert (itself.said[0] != answered.said[0]).any()
+    assert (itself.tokens[0] == itself.tokens[1]).all()
+    assert (itself.tokens[0] != answered.tokens[0]).any()
     assert jnp.isfinite(scores.reward).all()
 
 

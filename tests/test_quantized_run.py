@@ -161,14 +161,6 @@ def test_members_answer_as_their_own_models(
     assert len(set(alone)) > 1 or sigma / 2**bits < 0.01
 
 
-def test_the_chunk_changes_no_answer(tmp_path: Path, small_model: Path) -> None:
-    for chunk in (1, 4):
-        train.run(
-            config_of(small_model, chunk=chunk, generations=2), tmp_path / str(chunk)
-        )
-    assert outcome(tmp_path / "1").fitness == outcome(tmp_path / "4").fitness
-
-
 def test_scales_are_trained_if_asked(tmp_path: Path, small_model: Path) -> None:
     config = config_of(small_model, scale_sigma=1e-4, scale_alpha=1e-3)
     train.run(config, tmp_path / "run")

@@ -17,6 +17,7 @@ import jes
 from jes.models.weights import Pretrained
 from jes.questions import Evaluation, longest, prepare
 from jes.rollout import examine
+from jes.sampling.generate import Sampling
 from jes.studies.paper_configs import forgetting_config
 from jes.tasks import Example, Task, load_task
 
@@ -192,8 +193,7 @@ def test_a_model_answers_every_row(
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,
         task=tasks[name],
-        eos_ids=pretrained.eos_ids,
-        max_new_tokens=3,
+        sampling=Sampling(eos_ids=pretrained.eos_ids, max_new_tokens=3),
         buckets=buckets,
     )
     prepare(evaluation, tasks[name].train)

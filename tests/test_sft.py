@@ -26,6 +26,7 @@ from jes.baselines.sft import (
     make_optimizer,
 )
 from jes.config import SftSettings, freeze
+from jes.core.members import unperturbed
 from jes.errors import InputError
 from jes.experiment import Experiment, make_experiment
 from jes.io import memory
@@ -140,8 +141,7 @@ def test_loss_is_the_likelihood_of_the_answers(experiment: Experiment) -> None:
     got, _ = jax.jit(loss, static_argnums=0)(model, params, batch)
     answers = [claims[0] if right else claims[1] for right in CORRECT]
     choices = pad_choices(metas, [[answer] for answer in answers], (24,))
-    one = jax.tree.map(lambda leaf: leaf[None], params)
-    (logs,) = log_likelihoods(model, one, choices, 1)
+    (logs,) = log_likelihoods(model, unperturbed(params), choices)
     lengths = np.array([len(answer) for answer in answers])
     # float32 sums in another order: some ulps of logits near 10.
     np.testing.assert_allclose(got, -logs.sum() / lengths.sum(), rtol=1e-5)

@@ -18,19 +18,26 @@ from jes import rollout as asking
 from jes import train
 from jes.bench.rollouts import long_tailed
 from jes.config import freeze
+from jes.core.members import Members
 from jes.core.mesh import make_mesh
 from jes.core.noise import Noise
-from jes.core.population import draw_overlays
+from jes.core.population import perturb_members
 from jes.errors import InputError
 from jes.io import memory
 from jes.models.cache import PADDING, Cache
 from jes.quantize import quantize
 from jes.questions import Evaluation, prepare
 from jes.rollout import ask, examine
-from jes.sampling import slots as slots_file
-from jes.sampling.continuous_batching import Seats, decode_in_slots
-from jes.sampling.generate import Sampling, decode_members, trim, unrolled_members
-from jes.sampling.prompts import pad, share
+from jes.sampling import continuous_batching
+from jes.sampling.continuous_batching import (
+    Admitted,
+    Batching,
+    Scheduler,
+    Stop,
+    decode_in_slots,
+)
+from jes.sampling.generate import Sampling, decode, trim, unrolled
+from jes.sampling.prompts import PromptBatch, pad, share
 from jes.tasks.task import Reward, Task
 
 MODEL = decoder()
@@ -42,22 +49,33 @@ LIMITS = np.stack([long_tailed(23, 4, 10, seed) for seed in range(2)])
 KEYS = jax.random.split(jax.random.key(5), 2)
 
 
-def members_of(params: dict, count: int, sigma: float = 0.05) -> dict:
-    perturb = jax.jit(jes.perturb)
-    members = [perturb(params, jax.random.key(i), sigma) for i in range(count)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+SAMPLING = Sampling(max_new_tokens=LONGEST, eos_ids=(7,))
 
 
 @pytest.fixture(scope="module")
-def weights() -> dict:
-    return unrolled_members(MODEL, members_of(weights_of(MODEL), 2))
+def members() -> Members:
+    noise = Noise(sigma=0.05)
+    drawn = perturb_members(weights_of(MODEL), jax.random.key(2), jnp.arange(2), noise)
+    return unrolled(MODEL, dataclasses.replace(drawn, keys=KEYS))
 
 
-def both(*args: Any, slots: int, slice_tokens: int, **settings: Any) -> tuple:
-    """Answers by the plain loop and in slots."""
-    settings = {"max_new_tokens": LONGEST, "eos_ids": (7,)} | settings
-    plain = decode_members(*args, **settings)
-    few = decode_in_slots(*args, slots=slots, slice_tokens=slice_tokens, **settings)
+def both(
+    members: Members,
+    prompts: PromptBatch,
+    *,
+    sampling: Sampling = SAMPLING,
+    limits: Any = None,
+    **batching: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Answers by continuous batching and by the plain loop."""
+    plain = decode(MODEL.unrolled(), members, prompts, sampling, limits)
+    few = decode_in_slots(
+        MODEL.unrolled(),
+        members,
+        prompts,
+        Batching(sampling=sampling, **batching),
+        limits,
+    )
     assert few.shape == plain.shape
     assert few.dtype == plain.dtype
     return few, np.asarray(plain)
@@ -65,17 +83,11 @@ def both(*args: Any, slots: int, slice_tokens: int, **settings: Any) -> tuple:
 
 @pytest.mark.parametrize(("slots", "slice_tokens"), [(1, 40), (5, 1), (22, 16)])
 def test_answers_are_those_of_the_plain_loop(
-    weights: dict, slots: int, slice_tokens: int
+    members: Members, slots: int, slice_tokens: int
 ) -> None:
     prompts = pad(PROMPTS, (8,))
     got, expected = both(
-        MODEL.unrolled(),
-        weights,
-        prompts,
-        KEYS,
-        slots=slots,
-        slice_tokens=slice_tokens,
-        limits=LIMITS,
+        members, prompts, slots=slots, slice_tokens=slice_tokens, limits=LIMITS
     )
     np.testing.assert_array_equal(got, expected)
     lengths = [len(row) for member in got for row in trim(member, (7,))]
@@ -84,29 +96,30 @@ def test_answers_are_those_of_the_plain_loop(
 
 
 def test_one_program_for_all_that_waits(
-    weights: dict, monkeypatch: pytest.MonkeyPatch
+    members: Members, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every limit on lengths, drawn answers, and as few programs as there are sizes."""
     reads = []
 
-    def counted(seats: Seats) -> tuple:
-        reads.append(seats.begun.copy())
-        return fill(seats)
+    def counted(scheduler: Scheduler) -> tuple:
+        reads.append(scheduler.started.copy())
+        return admit(scheduler)
 
-    fill = Seats.fill
-    monkeypatch.setattr(Seats, "fill", counted)
+    admit = Scheduler.admit
+    monkeypatch.setattr(Scheduler, "admit", counted)
     programs = [
-        getattr(slots_file, name) for name in ("_read", "_place", "_advance", "_moved")
+        getattr(continuous_batching, name)
+        for name in ("_prefill", "_insert", "_decode_slice", "_take")
     ]
     for program in programs:
         program.clear_cache()
-    sampling = Sampling(temperature=1.3, top_k=20)
-    run = partial(both, MODEL.unrolled(), weights, pad(PROMPTS, (8,)), KEYS, slots=4)
-    run = partial(run, slice_tokens=3, sampling=sampling)
+    sampling = dataclasses.replace(SAMPLING, temperature=1.3, top_k=20)
+    run = partial(both, members, pad(PROMPTS, (8,)), slots=4, slice_tokens=3)
+    run = partial(run, sampling=sampling)
     got, expected = run(limits=LIMITS)
     np.testing.assert_array_equal(got, expected)
     assert len(reads) > 23
-    assert Seats(2, 23, 4).sizes == [4, 1]
+    assert Scheduler(2, 23, 4).sizes == [4, 1]
     compiled = [program._cache_size() for program in programs]
     assert compiled == [1, 1, 2, 1]
     for limits in (
@@ -123,50 +136,39 @@ def test_one_program_for_all_that_waits(
     assert [program._cache_size() for program in programs] == compiled
 
 
-def test_a_prefix_and_a_quantised_centre() -> None:
-    """Read once per member; members differ from a centre of codes, or not at all."""
-    model = decoder(num_hidden_layers=1)
-    params = weights_of(model)
-    prefix, rest = share([SHOTS + prompt for prompt in PROMPTS], (8, 16, 32, 48))
-    assert prefix is not None
-    centre = quantize(params, bits=4, group_size=16)
-    overlays = draw_overlays(centre, jax.random.key(2), jnp.arange(2), Noise(sigma=0.5))
-    overlays = unrolled_members(model, overlays)
-    for weights in (overlays, None):
-        got, expected = both(
-            model.unrolled(),
-            weights,
-            rest,
-            KEYS,
-            slots=3,
-            slice_tokens=10,
-            max_new_tokens=12,
-            prefix=prefix,
-            limits=LIMITS[[0, 0]],
-            centre=centre,
-        )
-        np.testing.assert_array_equal(got, expected)
-        assert (got[0] != got[1]).any() == (weights is not None)
+@pytest.mark.parametrize("kind", ["full", "int4", "itself"])
+def test_a_prefix_is_read_once_per_member(kind: str) -> None:
+    """And members may share params, of codes, and be all the same."""
+    params = weights_of(MODEL)
+    if kind != "full":
+        params = quantize(params, bits=4, group_size=16)
+    noise = Noise(sigma=0.05 if kind == "full" else 0.5)
+    members = perturb_members(
+        params, KEYS[0], jnp.arange(2), None if kind == "itself" else noise
+    )
+    batch = share([SHOTS + prompt for prompt in PROMPTS], (8, 16, 32, 48))
+    assert batch.prefix is not None
+    got, expected = both(
+        unrolled(MODEL, members),
+        batch,
+        slots=3,
+        slice_tokens=10,
+        sampling=dataclasses.replace(SAMPLING, max_new_tokens=12),
+        limits=LIMITS[[0, 0]],
+    )
+    np.testing.assert_array_equal(got, expected)
+    assert (got[0] != got[1]).any() == (kind != "itself")
 
 
-def test_no_slots_are_refused(weights: dict) -> None:
-    prompts = pad(PROMPTS, (8,))
+def test_no_slots_are_refused() -> None:
     for slots, slice_tokens in ((0, 4), (4, 0)):
         with pytest.raises(ValueError, match="at least 1"):
-            both(
-                MODEL.unrolled(),
-                weights,
-                prompts,
-                KEYS,
-                slots=slots,
-                slice_tokens=slice_tokens,
-            )
+            Batching(sampling=SAMPLING, slots=slots, slice_tokens=slice_tokens)
 
 
-def test_the_plain_loop_keeps_limits(weights: dict) -> None:
-    run = partial(decode_members, MODEL.unrolled(), weights, pad(PROMPTS, (8,)), KEYS)
-    free = run(max_new_tokens=LONGEST, eos_ids=(7,))
-    cut = np.asarray(run(max_new_tokens=LONGEST, eos_ids=(7,), limits=LIMITS))
+def test_the_plain_loop_keeps_limits(members: Members) -> None:
+    run = partial(decode, MODEL.unrolled(), members, pad(PROMPTS, (8,)), SAMPLING)
+    free, cut = run(), np.asarray(run(LIMITS))
     kept = np.arange(LONGEST) < LIMITS[..., None]
     np.testing.assert_array_equal(cut, np.where(kept, free, 7))
     assert (cut != free).any()
@@ -194,30 +196,19 @@ def test_new_rows_end_before_the_next_slot_and_leave_nothing_of_the_old() -> Non
     assert int(got.length) == 4
 
 
-def test_the_cache_is_not_copied(weights: dict) -> None:
+def test_the_cache_is_not_copied(members: Members) -> None:
     """A slice works in the memory that it is given."""
-    given = {"model": MODEL.unrolled(), "params": weights, "centre": None}
-    settings = {"eos_ids": (7,), "sampling": Sampling(), "before": None, "keys": KEYS}
-    two = np.zeros((2, 2), np.int32)
+    model, two = MODEL.unrolled(), np.zeros((2, 2), np.int32)
     prompts = pad(PROMPTS, (8,))
-    new = slots_file._read(
-        prompts=jax.tree.map(lambda array: array[two], prompts),
-        limits=two + LONGEST,
-        numbers=two,
-        **given,
-        **settings,
-    )
-    rows = slots_file._empty(new, slots=16, ring=4096)
+    admitted = Admitted(prompts.tokens[two], prompts.positions[two], two + LONGEST, two)
+    new = continuous_batching._prefill(model, members, admitted, None, SAMPLING)
+    rows = continuous_batching._empty(new, slots=16, ring=4096)
     bytes_of = sum(leaf.nbytes for leaf in (*rows.cache.keys, *rows.cache.values))
-    held = np.zeros(2, np.int32)
+    batching = Batching(sampling=SAMPLING, slots=16, slice_tokens=8)
+    stop = Stop(np.zeros(2, np.int32), np.zeros(2, np.int32))
     needed = (
-        slots_file._advance.lower(
-            rows=rows,
-            hold=held,
-            floor=np.int32(0),
-            slice_tokens=8,
-            **given,
-            **settings,
+        continuous_batching._decode_slice.lower(
+            model, members, rows, None, stop, batching
         )
         .compile()
         .memory_analysis()
@@ -244,7 +235,7 @@ def counting(folder: Path | str = "tiny", **settings: Any) -> tuple[Evaluation, 
         model=loaded.model,
         tokenizer=loaded.tokenizer,
         task=task,
-        eos_ids=loaded.eos_ids,
+        sampling=Sampling(eos_ids=loaded.eos_ids),
         **settings,
     )
     return evaluation, loaded.params
@@ -296,11 +287,11 @@ def test_rewards_are_computed_while_the_next_members_answer(
         assert decoding.wait(60)
         return Reward(1.0, False, False, False)
 
-    hear = Seats.hear
+    collect = Scheduler.collect
 
-    def heard(seats: Seats, *args: Any) -> None:
+    def collected(scheduler: Scheduler, *args: Any) -> None:
         meet()
-        hear(seats, *args)
+        collect(scheduler, *args)
 
     def waited(answers: np.ndarray) -> np.ndarray:
         meet()
@@ -310,11 +301,11 @@ def test_rewards_are_computed_while_the_next_members_answer(
     def on_the_device(answers: jax.Array) -> jax.Array:
         return jax.pure_callback(waited, answers, answers)
 
-    monkeypatch.setattr(Seats, "hear", heard)
+    monkeypatch.setattr(Scheduler, "collect", collected)
     monkeypatch.setattr(
         asking,
-        "decode_members",
-        lambda *args, **settings: on_the_device(decode_members(*args, **settings)),
+        "decode",
+        lambda *args: on_the_device(decode(*args)),
     )
     evaluation = dataclasses.replace(
         evaluation, task=dataclasses.replace(evaluation.task, reward=reward)

@@ -16,10 +16,9 @@ from jes import train
 from jes.bench import laws
 from jes.config import freeze
 from jes.core import ledger as ledgers
-from jes.core.mesh import make_mesh, on_mesh_of, replicated
+from jes.core.mesh import make_mesh, replicated
 from jes.core.noise import (
     DISTRIBUTIONS,
-    PyTree,
     generation_key,
     leaf_noise,
     perturb_member,
@@ -112,15 +111,12 @@ def test_members_on_other_devices_are_the_same() -> None:
     noise = jes.Noise(sigma=0.1, distribution="table")
     params = {"a": jnp.ones((30, 7)), "b": jnp.zeros(5)}
 
-    def draw(params: PyTree, members: jax.Array) -> PyTree:
-        return draw_members(params, KEY, members, noise, "float32")
-
     members = jnp.arange(6)
-    expected = jax.jit(draw)(params, members)
-    apart = replicated(params, make_mesh(devices=jax.devices()[:2]))
-    with on_mesh_of(apart) as devices:
-        assert devices == 2
-        spread = jax.jit(draw)(apart, members)
+    expected = draw_members(params, KEY, members, noise, "float32")
+    mesh = make_mesh(devices=jax.devices()[:2])
+    apart = replicated(params, mesh)
+    spread = draw_members(apart, KEY, members, noise, "float32", mesh=mesh)
+    assert len(spread["a"].sharding.device_set) == 2
     for ours, alone in zip(
         jax.tree.leaves(spread), jax.tree.leaves(expected), strict=True
     ):

@@ -255,25 +255,6 @@ def test_prompts_are_drawn_anew_without_replacement(
     assert again == drawn[1]
 
 
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_the_chunk_changes_nothing(
-    chunk: int, tmp_path: Path, finished_run: Path, small_model: Path
-) -> None:
-    config = get_config(str(small_model))
-    config.chunk = chunk
-    train.run(config, tmp_path / "run")
-    expected, got = outcome(finished_run), outcome(tmp_path / "run")
-    # Greedy answers: the same tokens, or this model had two equal logits.
-    assert got.fitness == expected.fitness
-    for ours, theirs in zip(
-        jax.tree.leaves(jes.load(tmp_path / "run" / "model").params),
-        jax.tree.leaves(jes.load(finished_run / "model").params),
-        strict=True,
-    ):
-        # The update does not know of chunks, so that it is the same to the bit.
-        np.testing.assert_array_equal(ours, theirs)
-
-
 def test_antithetic_pairs_train_and_replay(run_toy: Callable) -> None:
     workdir = run_toy(vowels, antithetic=True)
     from jes.export import rebuild

@@ -25,13 +25,15 @@ import numpy as np
 import optax
 
 from jes.baselines.gradient import check_finite, largest_divisor, mean_gradient
+from jes.core.members import unperturbed
 from jes.core.noise import PyTree, generation_key
 from jes.core.placement import on_device
+from jes.core.tree import with_dtype
 from jes.errors import InputError
 from jes.experiment import Experiment, State, pick
 from jes.io import memory
 from jes.questions import Evaluation, Question
-from jes.sampling.generate import Sampling, decode_members, trim, unrolled_members
+from jes.sampling.generate import decode, trim, unrolled_params
 from jes.sampling.prompts import pad
 from jes.scoring import Score, mean_score, rewards_of
 
@@ -279,22 +281,23 @@ def rollout(
         )
     prompts = pad([q.prompt for q in questions], evaluation.buckets)
     rows = np.repeat(np.arange(len(questions)), settings.group)
-    one = jax.tree.map(lambda leaf: leaf.astype(evaluation.dtype)[None], params)
-    weights = unrolled_members(evaluation.model, one)
+    weights = unrolled_params(
+        evaluation.model, with_dtype(params, jnp.dtype(evaluation.dtype))
+    )
+    sampling = dataclasses.replace(
+        evaluation.sampling, temperature=settings.temperature, top_k=0, top_p=1.0
+    )
     size = min(batch_size, len(rows))
     pieces = []
     for start in range(0, len(rows), size):
         before_batch()
         # The last batch is filled up so that it has the shape of the others.
         chosen = rows[np.minimum(np.arange(start, start + size), len(rows) - 1)]
-        answers = decode_members(
+        answers = decode(
             evaluation.model.unrolled(),
-            weights,
+            unperturbed(weights, jax.random.fold_in(key, start)),
             jax.tree.map(lambda array, chosen=chosen: array[chosen], prompts),
-            jax.random.fold_in(key, start)[None],
-            max_new_tokens=evaluation.max_new_tokens,
-            eos_ids=evaluation.eos_ids,
-            sampling=Sampling(temperature=settings.temperature),
+            sampling,
         )
         pieces.append(np.asarray(answers[0]))
     answers = np.concatenate(pieces)[: len(rows)]

@@ -16,6 +16,7 @@ from jes.models.qwen import Decoder
 from jes.models.weights import Pretrained, load
 from jes.questions import Evaluation, Question
 from jes.rollout import ask, examine
+from jes.sampling.generate import Sampling
 from jes.tasks.task import Reward, Task
 from jes.update import first_state, tell
 
@@ -51,7 +52,7 @@ def examination(
         model=case.pretrained.model,
         tokenizer=case.pretrained.tokenizer,
         task=task,
-        eos_ids=(),
+        sampling=Sampling(),
         mode=mode,
         draw=draw,
         buckets=(case.prompt + (mode == "likelihood"),),

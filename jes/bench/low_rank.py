@@ -16,10 +16,11 @@ import numpy as np
 from jes.bench.cases import Case, generation, larger_model
 from jes.bench.timing import Row, compare, row_of
 from jes.core.evolution import Evolution
+from jes.core.members import Members, unperturbed
 from jes.core.noise import Noise
-from jes.core.population import draw_deviations, draw_members
+from jes.core.population import perturb_members
 from jes.models.weights import Pretrained, load
-from jes.sampling.generate import decode_members, unrolled_centre, unrolled_members
+from jes.sampling.generate import Sampling, decode, unrolled, unrolled_params
 from jes.sampling.prompts import pad
 
 MEMBERS, PROMPTS, PROMPT, NEW = 32, 4, 16, 128
@@ -30,7 +31,7 @@ GOALS = {1: 0.91, 4: 0.80}
 POPULATION = 64
 """Of the generations."""
 
-_draw = jax.jit(draw_deviations, static_argnums=(3, 4))
+SAMPLING = Sampling(max_new_tokens=NEW)
 
 
 def texts(pretrained: Pretrained) -> list[list[int]]:
@@ -40,39 +41,31 @@ def texts(pretrained: Pretrained) -> list[list[int]]:
     return rng.integers(0, words, (PROMPTS, PROMPT)).tolist()
 
 
-def unperturbed(pretrained: Pretrained) -> Callable[[], Any]:
+def without_noise(pretrained: Pretrained) -> Callable[[], Any]:
     """A function that answers the prompts of all members with the model itself."""
     model = pretrained.model
-    one = jax.tree.map(lambda leaf: leaf[None], pretrained.params)
     return partial(
-        decode_members,
+        decode,
         model.unrolled(),
-        unrolled_members(model, one),
+        unperturbed(unrolled_params(model, pretrained.params)),
         pad(texts(pretrained) * MEMBERS, (PROMPT,)),
-        jax.random.split(jax.random.key(0), 1),
-        max_new_tokens=NEW,
-        eos_ids=(),
+        SAMPLING,
     )
 
 
-def members(pretrained: Pretrained, rank: int) -> Callable[[], Any]:
+def with_noise(pretrained: Pretrained, rank: int) -> Callable[[], Any]:
     """A function that draws members with noise of a rank, which answer the prompts."""
-    model, params = pretrained.model, pretrained.params
-    centre = unrolled_centre(model, params)
-    key, numbers = jax.random.key(0), jnp.arange(MEMBERS)
+    model = pretrained.model
+    shared = unrolled_params(model, pretrained.params)
     noise = Noise(sigma=SIGMA, rank=rank)
 
     def run() -> Any:
-        deviations = _draw(params, key, numbers, noise, "float32")
-        return decode_members(
-            model.unrolled(),
-            unrolled_members(model, deviations),
-            pad(texts(pretrained), (PROMPT,)),
-            jax.random.split(key, MEMBERS),
-            max_new_tokens=NEW,
-            eos_ids=(),
-            centre=centre,
+        own = perturb_members(
+            pretrained.params, jax.random.key(0), jnp.arange(MEMBERS), noise
         )
+        own = unrolled(model, own.replace(params=shared))
+        prompts = pad(texts(pretrained), (PROMPT,))
+        return decode(model.unrolled(), own, prompts, SAMPLING)
 
     return run
 
@@ -95,8 +88,8 @@ def decoding_rows(name: str, model: Pretrained, repeats: int) -> list[Row]:
         compare(
             f"tokens/s with noise of rank {rank} / without noise: {shape}",
             f">= {goal}",
-            unperturbed(model),
-            members(model, rank),
+            without_noise(model),
+            with_noise(model, rank),
             repeats,
         )
         for rank, goal in GOALS.items()
@@ -128,20 +121,18 @@ def held(pretrained: Pretrained, rank: int) -> int:
     """Bytes of all members, of the centre if they share it, and of the program."""
     model, params = pretrained.model, pretrained.params
     noise, numbers = Noise(sigma=SIGMA, rank=rank), jnp.arange(POPULATION)
-    draw = draw_deviations if rank else draw_members
 
-    def drawn(key: jax.Array) -> Any:
-        return unrolled_members(model, draw(params, key, numbers, noise, "float32"))
+    def drawn(key: jax.Array) -> Members:
+        own = perturb_members(params, key, numbers, noise)
+        if rank:
+            own = own.replace(params=unrolled_params(model, params))
+        return unrolled(model, own)
 
-    key = jax.random.key(0)
-    program = decode_members.lower(
+    program = decode.lower(
         model.unrolled(),
-        jax.eval_shape(drawn, key),
+        jax.eval_shape(drawn, jax.random.key(0)),
         pad(texts(pretrained), (PROMPT,)),
-        jax.random.split(key, POPULATION),
-        max_new_tokens=NEW,
-        eos_ids=(),
-        centre=unrolled_centre(model, params) if rank else None,
+        SAMPLING,
     ).compile()
     found: Any = program.memory_analysis()
     return (

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jes.bench.timing import Row, compare
+from jes.core.members import unperturbed
 from jes.models.weights import Pretrained, load
-from jes.sampling.generate import decode_members, unrolled_members
+from jes.sampling.generate import Sampling, decode, unrolled_params
 from jes.sampling.prompts import share
 
 PROMPTS, COMMON, OWN = 32, 600, 60
@@ -28,18 +28,9 @@ def reading(
 ) -> Callable[[], Any]:
     """A function that reads prompts, up to their first new token."""
     model = pretrained.model
-    weights = jax.tree.map(lambda leaf: leaf[None], pretrained.params)
-    weights = unrolled_members(model, weights)
-    prefix, rest = share(prompts, parts=parts)
-    return lambda: decode_members(
-        model.unrolled(),
-        weights,
-        rest,
-        jax.random.split(jax.random.key(0), 1),
-        max_new_tokens=1,
-        eos_ids=(),
-        prefix=prefix,
-    )
+    itself = unperturbed(unrolled_params(model, pretrained.params))
+    batch = share(prompts, parts=parts)
+    return lambda: decode(model.unrolled(), itself, batch, Sampling(max_new_tokens=1))
 
 
 def rows(repeats: int) -> list[Row]:

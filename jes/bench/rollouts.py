@@ -3,6 +3,7 @@
 Lengths are log-normal, the longest 20 times the median: what reasoning models write.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -14,10 +15,11 @@ import numpy as np
 
 from jes.bench.cases import larger_model
 from jes.bench.timing import Row, compare
+from jes.core.members import Members
 from jes.io import memory
 from jes.models.weights import Pretrained, load
-from jes.sampling.continuous_batching import decode_in_slots
-from jes.sampling.generate import decode_members, unrolled_members
+from jes.sampling.continuous_batching import Batching, decode_in_slots
+from jes.sampling.generate import Sampling, decode, unrolled
 from jes.sampling.prompts import PromptBatch, pad
 
 PROMPTS, PROMPT_TOKENS, MEDIAN, LONGEST = 200, 32, 15, 20
@@ -76,34 +78,35 @@ def rollouts(
         rng.integers(0, vocabulary, (PROMPTS, PROMPT_TOKENS)).tolist(),
         (PROMPT_TOKENS,),
     )
-    settings = {"max_new_tokens": MEDIAN * LONGEST, "eos_ids": ()}
-    in_slots = partial(decode_in_slots, slots=slots, slice_tokens=slice_tokens)
+    sampling = Sampling(max_new_tokens=MEDIAN * LONGEST)
+    batching = Batching(sampling=sampling, slots=slots, slice_tokens=slice_tokens)
     return (
-        _in_chunks(decode_members, model, pretrained, prompts, PROMPTS, settings),
-        _in_chunks(in_slots, model, pretrained, prompts, slots, settings),
+        _in_chunks(partial(decode, model), pretrained, prompts, PROMPTS, sampling),
+        _in_chunks(
+            partial(decode_in_slots, model), pretrained, prompts, slots, batching
+        ),
     )
 
 
 def _in_chunks(
     decode: Callable[..., Any],
-    model: Any,
     pretrained: Pretrained,
     prompts: PromptBatch,
     rows: int,
-    settings: dict[str, Any],
+    settings: Sampling | Batching,
 ) -> Callable[[], Any]:
     chunk = min(MEMBERS, memory.most_members(rows) or MEMBERS)
-    members = jax.tree.map(
+    weights = jax.tree.map(
         lambda leaf: np.broadcast_to(leaf, (chunk, *leaf.shape)), pretrained.params
     )
-    weights = unrolled_members(pretrained.model, members)
     keys = jax.random.split(jax.random.key(0), MEMBERS).reshape(-1, chunk)
+    members = unrolled(pretrained.model, Members({"params": weights}, keys[0]))
     # A member's answers are as long as those of another, to other prompts.
     lengths = (long_tailed(PROMPTS, MEDIAN, LONGEST, seed) for seed in range(MEMBERS))
     limits = np.stack(list(lengths)).reshape(-1, chunk, PROMPTS)
-    run = partial(decode, model, weights, prompts, **settings)
     return lambda: [
-        run(key, limits=some) for key, some in zip(keys, limits, strict=True)
+        decode(dataclasses.replace(members, keys=key), prompts, settings, some)
+        for key, some in zip(keys, limits, strict=True)
     ]
 
 

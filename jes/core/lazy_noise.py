@@ -1,39 +1,39 @@
-"""Noise that is drawn where it is used, a layer at a time.
+"""Noise that a layer draws when it uses a weight, so one layer's is held at a time.
 
-A member is then the centre, which all share, and a key for each leaf: nothing of the
-size of a model. The numbers are those of `draw_members`, bit for bit, because a number
-of a leaf's noise depends on the leaf's key and the number's place alone. The price is
-that they are drawn again wherever the weight is used: once in a scoring pass, but for
-every token in decoding.
+A member is then the shared weights and a key for each leaf: nothing of the size of a
+model. The numbers are those of `draw_members`, bit for bit, because a number depends on
+its leaf's key and its position alone. The price is that noise is drawn again wherever a
+weight is used: once in a scoring pass, but for every token in decoding.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jes.core.low_rank import has_matrices, is_stack
-from jes.core.mesh import by_member
+from jes.core.members import by_member
 from jes.core.noise import DISTRIBUTIONS_AT, Noise, PyTree, leaf_key, leaf_noise
 from jes.core.placement import not_before
 from jes.core.random import Place, places
 
 BLOCKS = 16
-"""Of an embedding: one has about as many weights as a layer then."""
+"""Of an embedding: a block then has about as many weights as a layer."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LazyNoise:
-    """How a member's weight differs, not drawn yet: scale times noise.
+    """What to draw a weight's noise from: scale times noise of the key.
 
     Attributes:
       key: uint32 [..., 2], data of the leaf's key.
       scale: float32 [...], σ with the member's sign.
-      matrix: int32 [...], which matrix of a stack, or 0.
+      matrix: int32 [...], number of the matrix in a stack, or 0.
       distribution: of `jes.core.noise.DISTRIBUTIONS`.
       dtype: of the member's weight.
       partitioned: see `Noise.partitioned`.
@@ -47,44 +47,46 @@ class LazyNoise:
     partitioned: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def after(self, x: jax.Array) -> "LazyNoise":
-        """The same, but not to be drawn before `x` is there."""
+        """The same, not to be drawn before `x` is computed."""
         return dataclasses.replace(self, key=not_before(x, self.key))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Own:
-    """A member's weight itself: of vectors, which take no memory to speak of."""
+class MemberWeight:
+    """A member's weight in full, in place of noise: of vectors, which are small."""
 
     weight: jax.Array
 
 
+@partial(jax.jit, static_argnums=(3, 4), static_argnames="mesh")
 @by_member(own=["members"], shared=["params", "key"])
-def draw_later(
+def draw_lazily(
     params: PyTree, key: jax.Array, members: jax.Array, noise: Noise, dtype: Any
 ) -> PyTree:
-    """How a chunk of members differ from the centre, as what is to be drawn.
+    """Noise of a chunk of members for the layers to draw.
 
     Args:
-      params: the centre, layers stacked under 'layers'.
+      params: θ, layers stacked under 'layers'.
       key: the generation key.
-      members: int [C], member numbers.
-      noise: how members differ from it.
+      members: int [M], member numbers.
+      noise: how members differ.
       dtype: of the members' weights.
 
     Returns:
-      The tree of the parameters: for matrices a `LazyNoise` with a leading axis [C],
-      or of a stack [C, L]; for vectors an `Own`.
+      The tree of the parameters: for matrices a `LazyNoise` with a leading axis [M],
+      or of a stack [M, L]; for vectors a `MemberWeight`.
     """
 
     def draw(member: jax.Array) -> PyTree:
         direction_key, sign = noise.direction(key, member)
 
-        def one(path: tuple[Any, ...], leaf: jax.Array) -> LazyNoise | Own:
+        def one(path: tuple[Any, ...], leaf: jax.Array) -> LazyNoise | MemberWeight:
             scale, matrix = noise.sigma * sign, jnp.int32(0)
             if not has_matrices(path, leaf.shape):
                 drawn = leaf_noise(direction_key, path, leaf.shape, noise)
-                return Own((leaf.astype(jnp.float32) + scale * drawn).astype(dtype))
+                weight = leaf.astype(jnp.float32) + scale * drawn
+                return MemberWeight(weight.astype(dtype))
             data = jax.random.key_data(leaf_key(direction_key, path))
             if is_stack(path):
                 count = leaf.shape[0]
@@ -99,37 +101,37 @@ def draw_later(
     return jax.vmap(draw)(members)
 
 
-def add(weight: jax.Array, drawn: LazyNoise) -> jax.Array:
-    """The member's weight, with all of its noise."""
-    size, spread = weight.size, drawn.partitioned
-    place = places(weight.shape, drawn.matrix, size, partitioned=spread)
-    return _sum(weight, drawn, place)
+def add(weight: jax.Array, noise: LazyNoise) -> jax.Array:
+    """The member's whole weight."""
+    place = places(
+        weight.shape, noise.matrix, weight.size, partitioned=noise.partitioned
+    )
+    return _sum(weight, noise, place)
 
 
-def add_rows(table: jax.Array, drawn: LazyNoise, rows: jax.Array) -> jax.Array:
+def add_rows(table: jax.Array, noise: LazyNoise, rows: jax.Array) -> jax.Array:
     """Some rows of the member's matrix [V, D] alone: int [...] -> [..., D]."""
     width = table.shape[1]
-    spread = drawn.partitioned
-    place = places((width,), rows[..., None], width, partitioned=spread)
-    return _sum(table[rows], drawn, place)
+    place = places((width,), rows[..., None], width, partitioned=noise.partitioned)
+    return _sum(table[rows], noise, place)
 
 
-def use_blocks(
+def map_blocks(
     weight: jax.Array,
-    drawn: LazyNoise,
+    noise: LazyNoise,
     axis: int,
-    use: Callable[[jax.Array], jax.Array],
+    function: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """Uses a member's matrix in blocks, of which one is there at a time.
+    """Applies a function to a member's matrix block by block, holding one at a time.
 
     Args:
       weight: matrix [I, O].
-      drawn: its noise.
-      axis: that is cut into blocks, `BLOCKS` of them or a divisor of that.
-      use: function of a block.
+      noise: of it.
+      axis: that is cut into `BLOCKS` blocks, or a divisor of that.
+      function: of a block.
 
     Returns:
-      What `use` gives for each, stacked.
+      The results, stacked.
     """
     count = math.gcd(weight.shape[axis], BLOCKS)
     length = weight.shape[axis] // count
@@ -139,15 +141,15 @@ def use_blocks(
         block = jax.lax.dynamic_slice_in_dim(weight, start, length, axis)
         row, column = (start, 0) if axis == 0 else (0, start)
         rows = row + jnp.arange(block.shape[0])[:, None]
-        width, spread = weight.shape[1], drawn.partitioned
-        place = places(block.shape[1:], rows, width, column, spread)
-        return use(_sum(block, drawn, place))
+        width = weight.shape[1]
+        place = places(block.shape[1:], rows, width, column, noise.partitioned)
+        return function(_sum(block, noise, place))
 
     return jax.lax.map(one, jnp.arange(count))
 
 
-def _sum(weight: jax.Array, drawn: LazyNoise, place: Place) -> jax.Array:
-    key = jax.random.wrap_key_data(drawn.key, impl="threefry2x32")
-    noise = DISTRIBUTIONS_AT[drawn.distribution](key, place).reshape(weight.shape)
-    total = weight.astype(jnp.float32) + drawn.scale * noise
-    return total.astype(drawn.dtype)
+def _sum(weight: jax.Array, noise: LazyNoise, place: Place) -> jax.Array:
+    key = jax.random.wrap_key_data(noise.key, impl="threefry2x32")
+    drawn = DISTRIBUTIONS_AT[noise.distribution](key, place).reshape(weight.shape)
+    total = weight.astype(jnp.float32) + noise.scale * drawn
+    return total.astype(noise.dtype)

@@ -1,15 +1,11 @@
 """Several devices: a mesh with the axes 'population' and 'model'.
 
-Members are spread over 'population', and the arrays of one model over 'model'. Where
-the parameters are decides where work is done: placed on a mesh, the same functions
-use all of its devices; anywhere else, one device and the programs for one device.
+Members are spread over 'population', and the arrays of one model over 'model'. What
+depends on the mesh takes it as an argument, or reads it from arrays (`mesh_of`);
+without one, programs are those for one device.
 """
 
-import functools
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -63,67 +59,6 @@ def replicated(tree: Any, mesh: Mesh | None) -> Any:
         return leaf if there else jax.device_put(leaf, everywhere)
 
     return jax.tree.map(put, tree)
-
-
-@contextmanager
-def on_mesh_of(tree: Any) -> Iterator[int]:
-    """Runs what is inside on the mesh of these arrays, if they are on one.
-
-    Yields:
-      the number of devices that members are spread over.
-    """
-    mesh = mesh_of(tree)
-    if mesh is None:
-        yield 1
-        return
-    with jax.set_mesh(mesh):
-        yield mesh.shape[POPULATION]
-
-
-def by_member(own: Sequence[str], shared: Sequence[str] = ()) -> Callable:
-    """Decorator: on a mesh, every device computes its own members.
-
-    The function gives arrays with a leading axis of members, and is to be jitted.
-    Inside `on_mesh_of` each device runs it on its part of that axis; nothing goes from
-    device to device but what a model that is spread over 'model' needs.
-
-    Args:
-      own: names of arguments with a leading axis of members, of a length that the axis
-        'population' divides.
-      shared: names of arguments that are the same for all members.
-    """
-
-    def decorate(function: Callable) -> Callable:
-        signature = inspect.signature(function)
-
-        @functools.wraps(function)
-        def spread(*args: Any, **kwargs: Any) -> Any:
-            mesh = jax.sharding.get_abstract_mesh()
-            if mesh.empty:
-                return function(*args, **kwargs)
-            settings = dict(signature.bind(*args, **kwargs).arguments)
-            names = [name for name in (*own, *shared) if name in settings]
-            arrays = {name: settings.pop(name) for name in names}
-            whole, parts = PartitionSpec(), PartitionSpec(POPULATION)
-            # With an axis of size 1 left to the compiler, it makes another program of
-            # the same function, which rounds differently.
-            spread_out = mesh.shape.get(MODEL, 1) > 1
-            if spread_out and settings.get("noise") is not None:
-                settings["noise"] = replace(settings["noise"], partitioned=True)
-            manual = {POPULATION} if spread_out else set(mesh.axis_names)
-            return jax.shard_map(
-                lambda arrays: function(**settings, **arrays),
-                in_specs=({name: parts if name in own else whole for name in names},),
-                out_specs=parts,
-                axis_names=manual,
-                # Every result is of a device's own members: nothing to check, and
-                # loops may carry what only their later turns make of them.
-                check_vma=spread_out,
-            )(arrays)
-
-        return spread
-
-    return decorate
 
 
 def model_is_spread(mesh: Mesh | None) -> bool:

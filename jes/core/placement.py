@@ -1,4 +1,4 @@
-"""Where a program has arrays, and from when on."""
+"""Memory placement and scheduling barriers."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 def on_device(leaf: jax.Array) -> jax.Array:
     """The array in the device's memory; itself where it is there already.
 
-    Only then untouched: `jax.device_put` would tie all that is computed from it to the
-    device it is on, and a program that sees its own results so is compiled once more.
+    `jax.device_put` would commit the array to its device, and with it all results: a
+    program that gets its own results back would be compiled once more.
     """
     if jax.typeof(leaf).memory_space == jax.memory.Space.Host:
         return jax.device_put(leaf, jax.memory.Space.Device)
@@ -16,11 +16,11 @@ def on_device(leaf: jax.Array) -> jax.Array:
 
 
 def not_before(x: jax.Array, bits: jax.Array) -> jax.Array:
-    """The same integers, but nothing can be made of them before `x` is there.
+    """The same integers, but XLA cannot use them before `x` is computed.
 
-    For what is made of them in each layer for a moment. A compiler would make it for
-    all layers at once, before the first token, and keep it over all tokens. (A barrier
-    does not help: the one for CPUs takes it out too early.)
+    For weights that each layer computes from them and drops. XLA would hoist that out
+    of the loop over tokens and keep the weights of all layers. (An optimization barrier
+    does not help: the CPU compiler removes it too early.)
 
     Args:
       x: floats [...], at least one.

@@ -1,6 +1,12 @@
-"""Evaluating a population: members in chunks, `vmap` inside, a host loop outside."""
+"""A population: perturbed in chunks of members, evaluated chunk by chunk.
 
-from collections.abc import Callable, Iterator, Sequence
+All kinds of perturbation make a `Members`: weights of each member's own; low-rank
+factors; noise for the layers to draw; changed codes of a quantised model; or nothing.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -8,10 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jes.core.codes import Codes, Overlay, allowed, pick
+from jes.core.lazy_noise import draw_lazily
 from jes.core.low_rank import LowRank, draw_low_rank, has_matrices
-from jes.core.mesh import by_member
+from jes.core.members import Members, by_member
+from jes.core.mesh import model_is_spread
 from jes.core.noise import (
     DISTRIBUTIONS,
     Noise,
@@ -21,7 +30,7 @@ from jes.core.noise import (
     leaf_noise,
     perturb_member,
 )
-from jes.core.tree import is_codes, map_leaves, split
+from jes.core.tree import is_codes, is_quantized, map_leaves, split
 
 
 def chunks(members: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -50,47 +59,86 @@ def chunk_size(
     return -(-population // -(-population // most))
 
 
-@by_member(own=["members"], shared=["params", "key"])
-def draw_members(
+def perturb_members(
     params: PyTree,
     key: jax.Array,
     members: jax.Array,
     noise: Noise | None,
-    dtype: Any,
-) -> PyTree:
-    """The weights of a chunk of members, stacked [C, ...].
+    *,
+    dtype: Any = jnp.float32,
+    draw: str = "member",
+    mesh: Mesh | None = None,
+) -> Members:
+    """A chunk of members of a generation.
 
     Args:
-      params: the centre θ.
+      params: θ, layers stacked. Where members share it, it is theirs as it is.
       key: the generation key.
-      members: int [C], member numbers.
-      noise: how members differ from the centre; None for the centre itself.
-      dtype: of the members' weights; the perturbed sum is taken before the cast.
+      members: int [M], member numbers.
+      noise: how members differ; None for the model itself.
+      dtype: of the members' own arrays.
+      draw: 'member' draws all noise now, 'layer' leaves that of matrices to the layers
+        (of floats with full-rank noise).
+      mesh: to spread the members over.
+    """
+    dtype = jnp.dtype(dtype)
+    if noise is not None:
+        noise = dataclasses.replace(noise, partitioned=model_is_spread(mesh))
+    if noise is None:
+        variables = {"params": params, "noise": {}}
+    elif is_quantized(params):
+        overlays = draw_overlays(params, key, members, noise, mesh=mesh)
+        variables = {"params": params, "noise": overlays}
+    elif noise.rank:
+        factors = draw_factors(params, key, members, noise, dtype, mesh=mesh)
+        variables = {"params": params, "noise": factors}
+    elif draw == "layer":
+        lazy = draw_lazily(params, key, members, noise, dtype, mesh=mesh)
+        variables = {"params": params, "noise": lazy}
+    else:
+        own = draw_members(params, key, members, noise, dtype, mesh=mesh)
+        variables = {"params": own}
+    return Members(variables, _sampling_keys(key, members), mesh)
+
+
+@jax.jit
+def _sampling_keys(key: jax.Array, members: jax.Array) -> jax.Array:
+    """A key for each member to sample its answers with: [M]."""
+    sampling_key = jax.random.fold_in(key, zlib.crc32(b"sampling"))
+    return jax.vmap(partial(jax.random.fold_in, sampling_key))(members)
+
+
+@partial(jax.jit, static_argnums=(3, 4), static_argnames="mesh")
+@by_member(own=["members"], shared=["params", "key"])
+def draw_members(
+    params: PyTree, key: jax.Array, members: jax.Array, noise: Noise, dtype: Any
+) -> PyTree:
+    """The weights of a chunk of members, stacked [M, ...].
+
+    Args:
+      params, key, members, noise: as for `perturb_members`.
+      dtype: of the result; the perturbed sum is taken before the cast.
     """
 
     def draw(member: jax.Array) -> PyTree:
-        weights = params
-        if noise is not None:
-            weights = perturb_member(params, key, member, noise)
+        weights = perturb_member(params, key, member, noise)
         return jax.tree.map(lambda leaf: leaf.astype(dtype), weights)
 
     return jax.vmap(draw)(members)
 
 
+@partial(jax.jit, static_argnums=3, static_argnames="mesh")
 @by_member(own=["members"], shared=["params", "key"])
 def draw_overlays(
     params: PyTree, key: jax.Array, members: jax.Array, noise: Noise
 ) -> PyTree:
-    """How a chunk of members of a quantised model differ from the centre.
+    """How a chunk of members of a quantised model differ from it.
 
     Args:
-      params: the centre.
-      key: the generation key.
-      members: int [C], member numbers.
-      noise: how members differ from it.
+      params, key, members, noise: as for `perturb_members`.
 
     Returns:
-      The tree of the parameters with an `Overlay` of arrays [C, ...] for codes (moves
+      The tree of the parameters with an `Overlay` of arrays [M, ...] for codes (moves
       out of their range left out, 2602.03120 Eq. 4), what to add for scales that are
       trained, and None for all that is frozen.
     """
@@ -99,7 +147,7 @@ def draw_overlays(
     def draw(member: jax.Array) -> PyTree:
         direction_key, sign = noise.direction(key, member)
 
-        def deviation(path: tuple[Any, ...], leaf: Any) -> Any:
+        def difference(path: tuple[Any, ...], leaf: Any) -> Any:
             if not is_codes(leaf):
                 drawn = leaf_noise(direction_key, path, leaf.shape, noise)
                 return noise.scale_sigma * sign * drawn
@@ -108,7 +156,7 @@ def draw_overlays(
                 return one(leaf, 0)
             return jax.vmap(one)(leaf, jnp.arange(leaf.shape[0]))
 
-        return map_leaves(deviation, trained)
+        return map_leaves(difference, trained)
 
     return jax.vmap(draw)(members)
 
@@ -127,29 +175,28 @@ def _overlay(
     return Overlay(positions, allowed(codes, pick(codes, positions), moves))
 
 
+@partial(jax.jit, static_argnums=(3, 4), static_argnames="mesh")
 @by_member(own=["members"], shared=["params", "key"])
-def draw_deviations(
+def draw_factors(
     params: PyTree, key: jax.Array, members: jax.Array, noise: Noise, dtype: Any
 ) -> PyTree:
-    """How a chunk of members with noise of low rank differ from the centre.
+    """Noise of low rank of a chunk of members.
 
     Args:
-      params: the centre θ; only shapes are read.
-      key: the generation key.
-      members: int [C], member numbers.
-      noise: how members differ from it, with a rank.
+      params, key, members, noise: as for `perturb_members`; only shapes are read of
+        the parameters.
       dtype: of the result.
 
     Returns:
-      The tree of the parameters, σε: a `LowRank` of factors [C, ..., r, I] and
-      [C, ..., r, O] for matrices [..., I, O], and arrays [C, ...] for vectors.
+      The tree of the parameters, σε: a `LowRank` of factors [M, ..., r, I] and
+      [M, ..., r, O] for matrices [..., I, O], and arrays [M, ...] for vectors.
     """
 
     def draw(member: jax.Array) -> PyTree:
         direction_key, sign = noise.direction(key, member)
         scale = noise.sigma * sign
 
-        def deviation(path: tuple[Any, ...], leaf: Any) -> Any:
+        def one(path: tuple[Any, ...], leaf: Any) -> Any:
             if not has_matrices(path, leaf.shape):
                 drawn = leaf_noise(direction_key, path, leaf.shape, noise)
                 return (scale * drawn).astype(dtype)
@@ -159,31 +206,31 @@ def draw_deviations(
             )
             return LowRank(low.a.astype(dtype), (scale * low.b).astype(dtype))
 
-        return jax.tree_util.tree_map_with_path(deviation, params)
+        return jax.tree_util.tree_map_with_path(one, params)
 
     return jax.vmap(draw)(members)
 
 
 def evaluate(
     rollout: Callable[[np.ndarray], Any],
-    score: Callable[[Any], Sequence[Any]],
+    score: Callable[[Any], Any],
     members: np.ndarray,
     chunk: int,
-) -> list[Any]:
+) -> Any:
     """Scores members; the device works on a chunk while the host scores another.
 
-    Scores are computed in a thread of their own, so that a rollout may keep the host
-    busy too: it then gives its slices of work to the device between two scores.
+    Scores are computed in a thread of their own, because a rollout may need the host
+    too, to schedule its prompts.
 
     Args:
-      rollout: gives one chunk of member numbers [C] to the device and returns its
+      rollout: starts one chunk of member numbers [M] on the device and returns its
         outputs, which need not be ready.
-      score: gives one score a member of the chunk, from outputs that are ready.
+      score: makes a tree of arrays [M] from outputs that are ready.
       members: int [N], member numbers.
-      chunk: members in a chunk.
+      chunk: M.
 
     Returns:
-      One score a member, in order.
+      The tree of arrays [N].
     """
     scores: list[Any] = []
     with ThreadPoolExecutor(1) as scorer:
@@ -192,8 +239,8 @@ def evaluate(
             # Two chunks at once would need twice the memory.
             outputs = jax.block_until_ready(rollout(some))
             if scoring is not None:
-                scores.extend(scoring.result())
+                scores.append(scoring.result())
             scoring = scorer.submit(score, outputs)
         if scoring is not None:
-            scores.extend(scoring.result())
-    return scores[: len(members)]
+            scores.append(scoring.result())
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(members)], *scores)

@@ -59,19 +59,19 @@ class Cache(NamedTuple):
             jnp.zeros_like(self.length),
         )
 
-    def with_rows(self, new: "Cache", places: jax.Array) -> "Cache":
-        """The same ring with other rows in some places (in place where XLA can).
+    def with_rows(self, new: "Cache", rows: jax.Array) -> "Cache":
+        """The same ring with some rows replaced (in place where XLA can).
 
-        A cache is a ring where its `length` goes back to 0 after the last slot. New
-        rows are turned in it so that their last token comes right before `length`.
-        They are written whole: what is not seen counts 0 times, and a NaN would stay.
+        A cache is a ring when its `length` goes back to 0 after the last slot. New
+        rows are rolled so that their last token is right before `length`, and replace
+        all slots of the old: masked values are multiplied by 0, which keeps a NaN.
 
         Args:
           new: F rows with no more slots than these.
-          places: int32 [F], the rows to write them to; B and above for nowhere.
+          rows: int32 [F], the rows to replace; B and above for none.
         """
 
-        def turned(leaf: jax.Array, axis: int, padding: int = 0) -> jax.Array:
+        def rolled(leaf: jax.Array, axis: int, padding: int = 0) -> jax.Array:
             slots = self.positions.shape[1]
             widths = [(0, 0)] * leaf.ndim
             widths[axis] = (slots - leaf.shape[axis], 0)
@@ -79,14 +79,14 @@ class Cache(NamedTuple):
             return jnp.roll(leaf, self.length, axis)
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            return old.at[places].set(new, mode="drop")
+            return old.at[rows].set(new, mode="drop")
 
         keys = zip(self.keys, new.keys, strict=True)
         values = zip(self.values, new.values, strict=True)
         return self._replace(
-            keys=tuple(put(old, turned(k, -1)) for old, k in keys),
-            values=tuple(put(old, turned(v, -2)) for old, v in values),
-            positions=put(self.positions, turned(new.positions, -1, PADDING)),
+            keys=tuple(put(old, rolled(k, -1)) for old, k in keys),
+            values=tuple(put(old, rolled(v, -2)) for old, v in values),
+            positions=put(self.positions, rolled(new.positions, -1, PADDING)),
         )
 
 

@@ -1,16 +1,16 @@
-"""A member's weights where the model uses them: those that all share, and its own part.
+"""Products with a member's weights: those that all share, and its noise.
 
-The collection 'noise' has the tree of the parameters, with None or nothing where a
-member is like the centre. A deviation is
+The Flax collection 'noise' has the tree of the parameters, with None or nothing where a
+member has the shared weight. Noise of a weight is
 
-- an array of the shape of the weight, which is added to it;
-- `LazyNoise`, such an array that is drawn where it is used;
-- `Own`, the member's weight itself;
-- `LowRank`, for a matrix: its product is that of the centre, one for all members, and
-  a thin one;
+- an array of its shape, which is added to it;
+- `LazyNoise`, such an array that is drawn where the weight is used;
+- `MemberWeight`, the member's weight itself;
+- `LowRank`, for a matrix: the product with the shared weight is one for all members,
+  and each adds a thin product of its own;
 - what `jes.models.quantized` takes, for quantised weights.
 
-Axis letters: I inputs, O outputs of a matrix, r rank, V words, D hidden.
+Axis letters: B batch, T tokens, I inputs, O outputs, r rank, V vocabulary, D hidden.
 """
 
 from typing import Any
@@ -19,9 +19,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jes.core.lazy_noise import LazyNoise, Own, add, add_rows, use_blocks
+from jes.core.lazy_noise import LazyNoise, MemberWeight, add, add_rows, map_blocks
 from jes.core.low_rank import LowRank
-from jes.models.quantized import Quantized, matmul
+from jes.models.quantized import Quantized, quantized_matmul
 
 FEW = 8
 """Ranks up to which a weighted sum of rows is written out."""
@@ -29,11 +29,11 @@ LANES = 16
 """Numbers that a CPU adds at once, at most."""
 
 
-def deviated(weight: jax.Array, noise: Any) -> jax.Array:
+def member_weight(weight: jax.Array, noise: Any) -> jax.Array:
     """A weight of a member, in full."""
     if noise is None:
         return weight
-    if isinstance(noise, Own):
+    if isinstance(noise, MemberWeight):
         return noise.weight
     if isinstance(noise, LazyNoise):
         return add(weight, noise)
@@ -42,25 +42,25 @@ def deviated(weight: jax.Array, noise: Any) -> jax.Array:
     return weight + noise
 
 
-def times(x: jax.Array, weight: Any, noise: Any) -> jax.Array:
+def matmul(x: jax.Array, weight: Any, noise: Any) -> jax.Array:
     """x @ weight of a member, [..., I] -> [..., O] in the dtype of x."""
     if isinstance(weight, Quantized):
-        return matmul(x, weight, noise)
+        return quantized_matmul(x, weight, noise)
     if isinstance(noise, LowRank):
         shared = x @ weight
         return shared + thin_product(x, noise.a, noise.b).astype(shared.dtype)
     if isinstance(noise, LazyNoise):
         noise = noise.after(x)
-    return x @ deviated(weight, noise)
+    return x @ member_weight(weight, noise)
 
 
 def thin_product(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """(x @ a^T) @ b for factors [r, I] and [r, O]: [B, T, I] -> float32 [B, T, O]."""
     if len(a) == 1 and x.shape[1] == 1:
-        parts = jax.lax.platform_dependent(x, a, cpu=_inner_halved, default=_inner)
+        inner = jax.lax.platform_dependent(x, a, cpu=_inner_halved, default=_inner)
     else:
-        parts = _inner(x, a)
-    return weighted(parts, b)
+        inner = _inner(x, a)
+    return sum_rows(inner, b)
 
 
 def _inner(x, a):
@@ -68,10 +68,10 @@ def _inner(x, a):
 
 
 def _inner_halved(x, a):
-    """With a single vector, summed by halves: one pass over vectors of several lanes.
+    """`_inner` for one vector, summed by halves: vectorised over several lanes.
 
-    XLA for CPUs makes a sum of products of the product with one vector, in a library
-    that takes long for it (15 us, this 0.5, for 32 members and 128 inputs).
+    For a product with one vector, XLA for CPUs calls a library that is slow for it
+    (15 us, this 0.5, for 32 members and 128 inputs).
     """
     products = x.astype(jnp.float32) * a.astype(jnp.float32)[None]
     while products.shape[-1] > LANES and products.shape[-1] % 2 == 0:
@@ -80,59 +80,57 @@ def _inner_halved(x, a):
     return products.sum(-1, keepdims=True)
 
 
-def weighted(parts: jax.Array, rows: jax.Array) -> jax.Array:
-    """Sums of the rows [r, O], by weights: [B, T, r] -> float32 [B, T, O].
+def sum_rows(weights: jax.Array, rows: jax.Array) -> jax.Array:
+    """Weighted sums of rows [r, O]: weights [B, T, r] -> float32 [B, T, O].
 
-    A few rows one by one, in the same pass as what is computed of the sum.
+    A few rows are added one by one, which fuses with what uses the sum.
     """
-    parts, rows = parts.astype(jnp.float32), rows.astype(jnp.float32)
+    weights, rows = weights.astype(jnp.float32), rows.astype(jnp.float32)
     if len(rows) > FEW:
-        return jnp.einsum("btk,ko->bto", parts, rows)
-    each = [parts[..., k, None] * rows[k][None, None] for k in range(len(rows))]
+        return jnp.einsum("btk,ko->bto", weights, rows)
+    each = [weights[..., k, None] * rows[k][None, None] for k in range(len(rows))]
     return sum(each[1:], each[0])
 
 
-def look_up(table: jax.Array, noise: Any, tokens: jax.Array) -> jax.Array:
+def embed(table: jax.Array, noise: Any, tokens: jax.Array) -> jax.Array:
     """Rows of a member's embedding [V, D]: int [B, T] -> [B, T, D]."""
     if isinstance(noise, LazyNoise):
         return add_rows(table, noise, tokens)
     if isinstance(noise, LowRank):
-        own = weighted(jnp.moveaxis(noise.a[:, tokens], 0, -1), noise.b)
+        own = sum_rows(jnp.moveaxis(noise.a[:, tokens], 0, -1), noise.b)
         return table[tokens] + own.astype(table.dtype)
-    return deviated(table, noise)[tokens]
+    return member_weight(table, noise)[tokens]
 
 
-def word_scores(
-    x: jax.Array, weight: jax.Array, noise: Any, *, tied: bool
-) -> jax.Array:
-    """Products with all words: [B, T, D] -> float32 [B, T, V].
+def unembed(x: jax.Array, weight: jax.Array, noise: Any, *, tied: bool) -> jax.Array:
+    """Logits of all tokens: [B, T, D] -> float32 [B, T, V].
 
     Args:
-      x: the stream.
+      x: the residual stream.
       weight: the embedding [V, D] if `tied`, else a matrix [D, V].
-      noise: how a member's weight differs.
+      noise: of it.
       tied: the embedding comes first in its product: under vmap, XLA for the CPU
         writes a transposed second factor out in full, half a gigabyte a token for
-        151936 words.
+        151936 tokens.
     """
     if isinstance(noise, LowRank):
         a, b = (noise.b, noise.a) if tied else (noise.a, noise.b)
-        return word_scores(x, weight, None, tied=tied) + thin_product(x, a, b)
-    equation, words = ("vd,btd->vbt", 0) if tied else ("btd,dv->btv", -1)
+        return unembed(x, weight, None, tied=tied) + thin_product(x, a, b)
+    equation, axis = ("vd,btd->vbt", 0) if tied else ("btd,dv->btv", -1)
 
-    def scores(weight: jax.Array) -> jax.Array:
+    def product(weight: jax.Array) -> jax.Array:
         factors = (weight, x) if tied else (x, weight)
         return jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
 
     if isinstance(noise, LazyNoise):
-        blocks = use_blocks(weight, noise.after(x), 0 if tied else 1, scores)
-        logits = jnp.concatenate(blocks, words)
+        blocks = map_blocks(weight, noise.after(x), 0 if tied else 1, product)
+        logits = jnp.concatenate(blocks, axis)
     else:
-        logits = scores(deviated(weight, noise))
-    return jnp.moveaxis(logits, words, -1)
+        logits = product(member_weight(weight, noise))
+    return jnp.moveaxis(logits, axis, -1)
 
 
 def parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
-    """A weight of a module as the member has it; for its `__call__`."""
+    """A parameter of a module as the member has it; for its `__call__`."""
     weight = module.param(name, init, shape)
-    return deviated(weight, module.get_variable("noise", name))
+    return member_weight(weight, module.get_variable("noise", name))

@@ -49,8 +49,8 @@ def dequantize(
 
     Args:
       weight: one matrix.
-      noise: a member's deviation, in the same form: an `Overlay` for the codes, what
-        to add to the scales or None, None for the rest.
+      noise: of a member, in the same form: an `Overlay` for the codes, what to add to
+        the scales or None, None for the rest.
       dtype: of the result.
     """
     values = moved(weight.codes, _overlay(noise))
@@ -88,7 +88,7 @@ def _by_row(weight: Quantized) -> Any:
     return spread
 
 
-def matmul(x: jax.Array, weight: Quantized, noise: Any = None) -> jax.Array:
+def quantized_matmul(x: jax.Array, weight: Quantized, noise: Any = None) -> jax.Array:
     """x @ weight, [..., I] -> [..., O] in the dtype of x."""
     data = not_before(x, weight.codes.data)
     weight = dataclasses.replace(

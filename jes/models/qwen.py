@@ -25,12 +25,12 @@ import numpy as np
 
 from jes.models.cache import PADDING, Cache, write
 from jes.models.config import ModelConfig, RopeScaling
-from jes.models.member_layers import look_up, parameter, times, word_scores
+from jes.models.member_layers import embed, matmul, parameter, unembed
 from jes.models.quantized import Quantized
 
 MASKED = -1e30
-"""Score of a slot that may not be seen: finite, so that a row of padding, which sees
-nothing, gives numbers and not NaN."""
+"""Score of a masked slot: finite, so that a row of padding, which sees nothing, gives
+numbers and not NaN."""
 
 
 class Decoder(nn.Module):
@@ -59,7 +59,7 @@ class Decoder(nn.Module):
             it the T tokens see each other only, and the returned cache holds them
             (`cache.extended(n)` makes room for n more).
           last: how many of the last positions to give logits for, by default all;
-            sampling needs one. At 151936 words they are most of the memory otherwise.
+            sampling needs one. All, of 151936 tokens, are most of the memory.
           prefix: a cache of batch 1 with tokens that come before those of every row.
             Positions count from its first token on. It is read only.
 
@@ -91,21 +91,19 @@ class Decoder(nn.Module):
         angles = rope_angles(positions, cfg)
 
         table, noise = Embedding(cfg.vocab_size, cfg.hidden_size, name="embed")()
-        x = look_up(table, noise, tokens)
-        if self.scan_layers:
-            x, keys, values = self._scanned(x, visible, angles, cache, slot, prefix)
-        else:
-            x, keys, values = self._unrolled(x, visible, angles, cache, slot, prefix)
+        x = embed(table, noise, tokens)
+        run = self._scanned if self.scan_layers else self._unrolled
+        x, keys, values = run(x, visible, angles, cache, slot, prefix)
         if last is not None:
             x = x[:, -last:]
         x = RMSNorm(cfg.rms_norm_eps, name="final_norm")(x)
         if cfg.tie_word_embeddings:
-            logits = word_scores(x, table, noise, tied=True)
+            logits = unembed(x, table, noise, tied=True)
         else:
             shape = (cfg.hidden_size, cfg.vocab_size)
             head = self.param("lm_head", nn.initializers.normal(0.02), shape)
             noise = self.get_variable("noise", "lm_head")
-            logits = word_scores(x, head, noise, tied=False)
+            logits = unembed(x, head, noise, tied=False)
         return logits, Cache(keys, values, key_positions, slot + length)
 
     def _scanned(self, x, visible, angles, cache, slot, prefix):
@@ -150,7 +148,7 @@ class Decoder(nn.Module):
 
         Args:
           params: with stacked layers.
-          first: number of the layer to begin with, if it is to be a traced one.
+          first: a traced 0, to slice the layers by a number that XLA does not know.
         """
 
         def pick(leaf: jax.Array, i: int) -> jax.Array:
@@ -167,20 +165,20 @@ class Decoder(nn.Module):
 
 
 class Embedding(nn.Module):
-    """One vector [D] a word, and how a member's differ: used at both ends."""
+    """A vector [D] for each token, and its noise: used at both ends."""
 
-    words: int
+    tokens: int
     features: int
 
     @nn.compact
     def __call__(self):
         init = nn.initializers.normal(0.02)
-        table = self.param("embedding", init, (self.words, self.features))
+        table = self.param("embedding", init, (self.tokens, self.features))
         return table, self.get_variable("noise", "embedding")
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the stream."""
+    """Attention and feed-forward, both behind a norm, added to the residual stream."""
 
     config: ModelConfig
 
@@ -248,8 +246,8 @@ class FeedForward(nn.Module):
 class Dense(nn.Module):
     """x @ kernel + bias, with kernel [in, out] in the dtype of the parameters.
 
-    The kernel may be `Quantized`. How a member differs is in the collection 'noise',
-    here as in every module with weights: see `jes.models.member_layers`.
+    The kernel may be `Quantized`. Here and in every module with weights, the collection
+    'noise' says how a member's differ: see `jes.models.member_layers`.
     """
 
     features: int
@@ -261,7 +259,7 @@ class Dense(nn.Module):
         if not isinstance(kernel, Quantized):
             init = nn.initializers.normal(0.02)
             kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        y = times(x, kernel, self.get_variable("noise", "kernel"))
+        y = matmul(x, kernel, self.get_variable("noise", "kernel"))
         if self.use_bias:
             zeros = nn.initializers.zeros_init()
             bias = parameter(self, "bias", zeros, (self.features,))
@@ -270,7 +268,7 @@ class Dense(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, in float32 whatever the dtype of the stream."""
+    """Root-mean-square norm, in float32 whatever the dtype of the residual stream."""
 
     eps: float
 
@@ -309,8 +307,8 @@ def attend(
     """
     if prefix is None:
         return _attend(q, keys, values, visible)[0]
-    # The queries of all rows are those of one long row to the prefix, which so is read
-    # once. A softmax over two parts is a mean of theirs, weighted by their sums.
+    # The queries of all rows attend to the prefix as one long row: it is read once. A
+    # softmax over both parts is the mean of theirs, weighted by their sums.
     batch, length = q.shape[:2]
     slots = prefix[0].shape[-1]
     before = visible[..., :slots].reshape(1, batch * length, slots)
@@ -323,10 +321,10 @@ def attend(
 
 
 def _attend(q, keys, values, visible):
-    """Attention [B, T, K, G, H] and the logarithm of its softmax's sum [B, T, K, G]."""
+    """Attention [B, T, K, G, H] and the logsumexp of its scores [B, T, K, G]."""
     if q.shape[1] == 1:
         # One query a row: 2BK matrix-vector products, which a CPU runs faster as one
-        # fused multiply-and-sum over the cache; accelerators prefer the products.
+        # fused multiply-and-sum over the cache; accelerators prefer matrix products.
         return jax.lax.platform_dependent(
             q, keys, values, visible, cpu=_attend_fused, default=_attend_products
         )
@@ -355,9 +353,9 @@ def _attend_fused(q, keys, values, visible):
 
 
 def _softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights, and the logarithm of the sum that they were divided by."""
+    """Softmax weights, and the logsumexp of the scores."""
     scores = jnp.where(visible, scores, MASKED)
-    # Written as softmax computes it, so that the compiler does so once.
+    # Written as softmax computes it, so that the compiler merges the two.
     largest = scores.max(-1, keepdims=True)
     total = jnp.exp(scores - largest).sum(-1, keepdims=True)
     return jax.nn.softmax(scores, axis=-1), (largest + jnp.log(total))[..., 0]

@@ -1,4 +1,4 @@
-"""Cached decoding of many prompts, by one set of weights or by many at once.
+"""Cached decoding of many prompts by many members.
 
 Axis letters: M members, B prompts, T prompt tokens, N new tokens, V vocabulary.
 """
@@ -8,26 +8,29 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jes.core.mesh import by_member
+from jes.core.members import Members, by_member, unperturbed
 from jes.core.tree import is_quantized
 from jes.sampling.prompts import BUCKETS, PromptBatch, batches, share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen.
+    """How answers are generated.
 
     Attributes:
+      max_new_tokens: longest answer; 0 in an `Evaluation` for that of its task.
+      eos_ids: tokens that end an answer.
       temperature: 0 takes the likeliest token.
       top_k: sample among the k likeliest only; 0 for all.
       top_p: sample among the likeliest that hold this much probability; 1 for all.
     """
 
+    max_new_tokens: int = 0
+    eos_ids: tuple[int, ...] = ()
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -36,96 +39,85 @@ class Sampling:
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"temperature, top_k >= 0 and 0 < top_p <= 1, not {self}")
 
+    @property
+    def fill(self) -> int:
+        """The token that follows the end of an answer."""
+        return self.eos_ids[0] if self.eos_ids else 0
 
-GREEDY = Sampling()
 
-
-@by_member(own=["params", "keys", "limits"], shared=["prompts", "centre", "prefix"])
+@partial(jax.jit, static_argnames=("model", "sampling"))
+@by_member(own=["limits"], shared=["prompts"])
 def decode(
     model: Any,
-    params: Any,
+    members: Members,
     prompts: PromptBatch,
-    keys: jax.Array,
-    *,
-    max_new_tokens: int,
-    eos_ids: tuple[int, ...],
-    sampling: Sampling = GREEDY,
-    centre: Any = None,
-    prefix: PromptBatch | None = None,
+    sampling: Sampling,
     limits: jax.Array | None = None,
 ) -> jax.Array:
-    """Answers every prompt with every member's weights (to be traced under `jit`).
+    """Every member answers every prompt; stops when all rows have ended.
 
-    Stops when every row has ended. The step is vmapped inside the loop, not the loop
-    itself: a vmapped `while_loop` would copy the whole cache at each step to keep the
-    rows of finished members.
+    The step is vmapped inside the loop, not the loop itself: a vmapped `while_loop`
+    would copy the whole cache at each step to keep the rows of finished members.
 
     Args:
-      model: a decoder, in its unrolled form but where noise is drawn by layer.
-      params: its parameters, each leaf with a leading member axis [M, ...]; or how
-        members differ from a `centre`, or None.
-      prompts: left-padded prompts, the same for all members.
-      keys: typed PRNG keys [M], used where the temperature is above 0. A row's draws
-        depend on its member's key and its number alone.
-      max_new_tokens: N.
-      eos_ids: tokens that end an answer.
-      sampling: how the next token is chosen.
-      centre: the parameters that members share: stacked, of a quantised model or where
-        noise is drawn by layer; or unrolled.
-      prefix: one row of tokens that every prompt begins with, left out of `prompts`:
-        see `prompts.share`. Each member reads it once.
+      model: a decoder, unrolled but where the layers draw their noise.
+      members: from `unrolled`. A row's draws depend on its member's key and the row's
+        number alone.
+      prompts: the same for all members. Each member reads their prefix once.
+      sampling: how they are answered.
       limits: int32 [M, B], most tokens of each answer, where that is fewer than N.
 
     Returns:
-      int32 [M, B, N]; after an end token, or its limit, the row holds `eos_ids[0]` (0
-      where there are none).
+      int32 [M, B, N]; after an end token, or its limit, a row holds `sampling.fill`.
     """
-    chex.assert_equal_shape(list(prompts))
-    chex.assert_tree_shape_prefix(params, keys.shape)
-    row_keys = keys_of_rows(keys, jnp.arange(prompts.tokens.shape[0])[None])
+    new, prefix = sampling.max_new_tokens, prompts.prefix
+    row_keys = keys_of_rows(members.keys, jnp.arange(prompts.tokens.shape[0])[None])
     next_position = jnp.asarray(prompts.positions[:, -1:]) + 1
+    forward = partial(next_logits, model)
 
-    forward = partial(next_logits, model, centre)
-
-    def prefill(params: Any) -> Any:
+    def prefill(variables: Any) -> Any:
         shared = None
         if prefix is not None:
-            _, shared = forward(params, *map(jnp.asarray, prefix))
-        tokens, positions = map(jnp.asarray, prompts)
-        logits, cache = forward(params, tokens, positions, prefix=shared)
-        return logits, cache.extended(max_new_tokens - 1), shared
+            _, shared = forward(variables, *map(jnp.asarray, prefix[:2]))
+        tokens, positions = map(jnp.asarray, prompts[:2])
+        logits, cache = forward(variables, tokens, positions, prefix=shared)
+        return logits, cache.extended(new - 1), shared
 
     # Arrays of the cache are per member; its length is one scalar for all, so that a
     # step writes one slot in place instead of scattering to a slot per member.
-    shapes = jax.eval_shape(prefill, jax.tree.map(lambda leaf: leaf[0], params))
+    shapes = jax.eval_shape(lambda members: prefill(members[0]), members)
     axes = jax.tree.map(lambda leaf: 0 if leaf.ndim else None, shapes)
-    step = jax.vmap(forward, in_axes=(0, 0, None, *axes[1:]), out_axes=axes[:2])
+    step = jax.vmap(
+        forward, in_axes=(members.axes, 0, None, *axes[1:]), out_axes=axes[:2]
+    )
 
     def choose(logits: jax.Array, index: jax.Array) -> jax.Array:
         indices = jnp.broadcast_to(index, row_keys.shape)
         return choose_tokens(logits, row_keys, indices, sampling)
 
     def ended(token: jax.Array, index: jax.Array) -> jax.Array:
-        ends = is_end(token, eos_ids)
+        ends = is_end(token, sampling.eos_ids)
         return ends if limits is None else ends | (index + 1 >= limits)
 
-    members = keys.shape[0]
-    read = jax.vmap(prefill, out_axes=axes, axis_size=members)
-    logits, cache, shared = read(params)
+    read = jax.vmap(
+        prefill, in_axes=(members.axes,), out_axes=axes, axis_size=members.count
+    )
+    logits, cache, shared = read(members.variables)
     token = choose(logits, jnp.int32(0))
-    fill = eos_ids[0] if eos_ids else 0
-    answers = jnp.full((*token.shape, max_new_tokens), fill, jnp.int32)
+    answers = jnp.full((*token.shape, new), sampling.fill, jnp.int32)
     answers = answers.at[..., 0].set(token)
 
     def running(state: Any) -> jax.Array:
         index, _, done, _, _ = state
-        return (index < max_new_tokens) & ~done.all()
+        return (index < new) & ~done.all()
 
     def advance(state: Any) -> Any:
         index, token, done, cache, answers = state
         position = next_position + index - 1
-        logits, cache = step(params, token[..., None], position, cache, shared)
-        token = jnp.where(done, fill, choose(logits, index))
+        logits, cache = step(
+            members.variables, token[..., None], position, cache, shared
+        )
+        token = jnp.where(done, sampling.fill, choose(logits, index))
         answers = jax.lax.dynamic_update_index_in_dim(answers, token, index, 2)
         return index + 1, token, done | ended(token, index), cache, answers
 
@@ -136,26 +128,19 @@ def decode(
 
 def next_logits(
     model: Any,
-    centre: Any,
-    params: Any,
+    variables: Any,
     tokens: Any,
     positions: Any,
     cache: Any = None,
     prefix: Any = None,
 ) -> tuple[jax.Array, Any]:
-    """Logits [R, V] after the last of a member's tokens [R, T], and the cache.
-
-    Args:
-      model, centre, params: as for `decode`, `params` of one member.
-      tokens, positions, cache, prefix: what `model.apply` takes.
-    """
-    stack = centre
-    if centre is not None and "layers" in centre and not model.scan_layers:
-        # Never so, but not for the compiler to know: or it would take all layers
-        # out of the stack before the first token, and hold them twice.
-        impossible = (positions.reshape(-1)[0] < -1).astype(jnp.int32)
-        stack = model.unrolled_params(centre, impossible)
-    variables = member_variables(params, stack)
+    """Logits [R, V] after the last of a member's tokens [R, T], and the cache."""
+    params = variables["params"]
+    if "layers" in params and not model.scan_layers:
+        # Always 0, but opaque to XLA, so that the slices are not hoisted: it would
+        # take all layers out of the stack before the first token, and hold them twice.
+        first = (positions.reshape(-1)[0] < -1).astype(jnp.int32)
+        variables = variables | {"params": model.unrolled_params(params, first)}
     logits, cache = model.apply(
         variables, tokens, positions, cache, last=1, prefix=prefix
     )
@@ -192,13 +177,6 @@ def is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
     return jnp.isin(tokens, jnp.array(eos_ids, jnp.int32))
 
 
-def member_variables(params: Any, centre: Any) -> dict[str, Any]:
-    """What `model.apply` takes for a member, from its weights or its deviation."""
-    if centre is None:
-        return {"params": params}
-    return {"params": centre} | ({} if params is None else {"noise": params})
-
-
 def restrict(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """Logits at the temperature, -inf outside top-k and top-p. [..., V] -> [..., V]."""
     logits = logits / sampling.temperature
@@ -214,38 +192,42 @@ def restrict(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return logits
 
 
+def lengths_of(answers: np.ndarray, eos_ids: Iterable[int]) -> np.ndarray:
+    """How many tokens of answers [..., N] come before the first end token: [...]."""
+    ends = np.isin(answers, list(eos_ids))
+    return np.where(ends.any(-1), ends.argmax(-1), answers.shape[-1])
+
+
 def trim(
     answers: np.ndarray, eos_ids: Iterable[int], *, keep_end: bool = False
 ) -> list[list[int]]:
     """Rows [B, N] as lists of token ids, cut before (or after) the first end token."""
-    ends = np.isin(answers, list(eos_ids))
-    lengths = np.where(ends.any(-1), ends.argmax(-1) + keep_end, answers.shape[-1])
+    lengths = lengths_of(answers, eos_ids) + keep_end
     return [row[:n].tolist() for row, n in zip(answers, lengths, strict=True)]
 
 
-decode_members = jax.jit(
-    decode, static_argnums=0, static_argnames=("max_new_tokens", "eos_ids", "sampling")
-)
-"""`decode`, compiled once for each shape and setting."""
-
-
-@partial(jax.jit, static_argnums=0)
-@by_member(own=["params"])
-def unrolled_members(model: Any, params: Any) -> Any:
-    """Members' stacked parameters [M, L, ...] with one subtree a layer, [M, ...].
+def unrolled(model: Any, members: Members) -> Members:
+    """Members with one subtree a layer in all that is each member's own.
 
     A program of its own, after which the stack can be dropped: as a part of `decode`,
     or of drawing the members, both forms would be held while it runs.
     """
-    return jax.vmap(model.unrolled_params)(params)
+    own = "noise" if members.share_params else "params"
+    if not members.variables[own]:
+        return members
+    tree = _unrolled_by_member(model, members.variables[own], mesh=members.mesh)
+    return members.replace(**{own: tree})
+
+
+@partial(jax.jit, static_argnames=("model", "mesh"))
+@by_member(own=["tree"])
+def _unrolled_by_member(model: Any, tree: Any) -> Any:
+    return jax.vmap(model.unrolled_params)(tree)
 
 
 @partial(jax.jit, static_argnums=0)
-def unrolled_centre(model: Any, params: Any) -> Any:
-    """What members share, stacked [L, ...], with one subtree a layer.
-
-    A program of its own, so that no token and no chunk of members copies it again.
-    """
+def unrolled_params(model: Any, params: Any) -> Any:
+    """Shared parameters with one subtree a layer, copied once for all tokens."""
     return model.unrolled_params(params)
 
 
@@ -297,30 +279,24 @@ def generate(
         raise ValueError("sampling with a temperature needs a key")
     if not prompts:
         return []
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        eos_ids=tuple(int(i) for i in eos_ids),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
     key = jax.random.key(0) if key is None else key
     parts = None if share_prefix else ()
+    if not is_quantized(params):
+        params = unrolled_params(model, params)
     start = 0
     answers: list[list[int]] = [[] for _ in prompts]
-    weights, centre = None, params
-    if not is_quantized(params):
-        one = jax.tree.map(lambda leaf: leaf[None], params)
-        weights, centre = unrolled_members(model, one), None
-    plan = batches(prompts, batch_size, max_new_tokens, buckets, parts)
-    for chosen, size in plan:
+    for chosen, size in batches(prompts, batch_size, max_new_tokens, buckets, parts):
         filled = chosen + chosen[-1:] * (size - len(chosen))
-        prefix, batch = share([prompts[i] for i in filled], buckets, parts=parts)
-        out = decode_members(
-            model.unrolled(),
-            weights,
-            batch,
-            jax.random.fold_in(key, start)[None],
-            max_new_tokens=max_new_tokens,
-            eos_ids=tuple(int(i) for i in eos_ids),
-            sampling=sampling,
-            centre=centre,
-            prefix=prefix,
-        )
+        batch = share([prompts[i] for i in filled], buckets, parts=parts)
+        itself = unperturbed(params, jax.random.fold_in(key, start))
+        out = decode(model.unrolled(), itself, batch, sampling)
         start += len(chosen)
         rows = trim(np.asarray(out[0]), eos_ids, keep_end=keep_end)
         for i, answer in zip(chosen, rows, strict=False):

@@ -108,7 +108,7 @@ def divergence(
         # One length for all batches of a bucket; the first token is never an answer's.
         longest = min(int(lengths.max()), batch.tokens.shape[1] - 1)
         counted = np.arange(longest) >= longest - lengths[filled][:, None]
-        out = _log_ratios(model, base, params, *batch, counted, jnp.dtype(dtype))
+        out = _log_ratios(model, base, params, *batch[:2], counted, jnp.dtype(dtype))
         sums[chosen] = np.asarray(out)[: len(chosen)]
     tokens = int(lengths.sum())
     sampled, full = sums.sum(0) / tokens

@@ -5,14 +5,14 @@ K tokens of the longest choice.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jes.core.mesh import by_member
-from jes.sampling.generate import member_variables
+from jes.core.members import Members, by_member
 from jes.sampling.prompts import BUCKETS, PromptBatch, share
 
 
@@ -20,16 +20,14 @@ class ChoiceBatch(NamedTuple):
     """Prompts with their choices, a row each, left-padded.
 
     Attributes:
-      rows: the tokens of prompt and choice, without those of the prefix.
+      rows: the tokens of prompt and choice.
       scored: bool [R, K], which of a row's last K tokens belong to its choice.
       owners: int [R], the prompt that a row belongs to.
-      prefix: what all rows begin with, as one row; see `prompts.share`.
     """
 
     rows: PromptBatch
     scored: np.ndarray
     owners: np.ndarray
-    prefix: PromptBatch | None = None
 
 
 def pad_choices(
@@ -53,53 +51,43 @@ def pad_choices(
     lengths = np.array([len(tail) for tail in tails])
     longest = lengths.max()
     scored = np.arange(longest) >= longest - lengths[:, None]
-    # Also the last token before a choice has to be there: it predicts the first of it.
-    prefix, rest = share(rows, buckets, parts=parts, own=int(longest) + 1)
-    return ChoiceBatch(rest, scored, np.array(owners), prefix)
+    # A row keeps the token before its choice too, which predicts the choice's first.
+    batch = share(rows, buckets, parts=parts, own=int(longest) + 1)
+    return ChoiceBatch(batch, scored, np.array(owners))
 
 
-@by_member(own=["params"], shared=["batch", "centre"])
-def choice_log_likelihoods(
-    model: Any, params: Any, batch: ChoiceBatch, members: int, centre: Any = None
-) -> jax.Array:
-    """Summed log-probability in nats of every row's choice under every member.
+def choice_log_likelihoods(model: Any, variables: Any, batch: ChoiceBatch) -> jax.Array:
+    """Summed log-probability in nats of every row's choice: float32 [R].
 
     Args:
       model: a decoder.
-      params: stacked parameters with a leading member axis [M, ...]; with a `centre`,
-        how members differ from it, or None.
+      variables: of it, layers stacked.
       batch: prompts and choices.
-      members: M, where `params` is None.
-      centre: the stacked parameters that members share.
-
-    Returns:
-      float32 [M, R].
     """
-    tokens, positions = map(jnp.asarray, batch.rows)
+    tokens, positions = map(jnp.asarray, batch.rows[:2])
     longest = batch.scored.shape[1]
+    prefix = None
+    if batch.rows.prefix is not None:
+        row = map(jnp.asarray, batch.rows.prefix[:2])
+        _, prefix = model.apply(variables, *row, last=1)
+    logits, _ = model.apply(
+        variables, tokens, positions, last=longest + 1, prefix=prefix
+    )
+    log_probabilities = jax.nn.log_softmax(logits[:, :-1], axis=-1)
     targets = tokens[:, -longest:, None]
-
-    def score(params: Any) -> jax.Array:
-        variables = member_variables(params, centre)
-        shared = None
-        if batch.prefix is not None:
-            row = map(jnp.asarray, batch.prefix)
-            _, shared = model.apply(variables, *row, last=1)
-        logits, _ = model.apply(
-            variables, tokens, positions, last=longest + 1, prefix=shared
-        )
-        log_probabilities = jax.nn.log_softmax(logits[:, :-1], axis=-1)
-        chosen = jnp.take_along_axis(log_probabilities, targets, axis=-1)[..., 0]
-        return jnp.where(batch.scored, chosen, 0).sum(-1)
-
-    if params is None:
-        return jax.vmap(score, axis_size=members)(params)
-    if len(jax.tree.leaves(params)[0]) == 1:
-        # One member's layers are taken from its stack one by one. Of several the whole
-        # stack would be turned first, for a scan over layers of all of them.
-        return score(jax.tree.map(lambda leaf: leaf[0], params))[None]
-    return jax.vmap(score)(params)
+    chosen = jnp.take_along_axis(log_probabilities, targets, axis=-1)[..., 0]
+    return jnp.where(batch.scored, chosen, 0).sum(-1)
 
 
-log_likelihoods = jax.jit(choice_log_likelihoods, static_argnums=(0, 3))
-"""`choice_log_likelihoods`, compiled once for each shape."""
+@partial(jax.jit, static_argnums=0)
+@by_member(shared=["batch"])
+def log_likelihoods(model: Any, members: Members, batch: ChoiceBatch) -> jax.Array:
+    """`choice_log_likelihoods` under every member: float32 [M, R]."""
+    score = partial(choice_log_likelihoods, model, batch=batch)
+    if members.count == 1:
+        # One member's layers are taken from its stack one by one. With several, the
+        # whole stack would be transposed first, to scan over layers of all of them.
+        return score(members[0])[None]
+    return jax.vmap(score, in_axes=(members.axes,), axis_size=members.count)(
+        members.variables
+    )

@@ -36,11 +36,14 @@ class PromptBatch(NamedTuple):
     Attributes:
       tokens: int32 [B, T].
       positions: int32 [B, T]: 0, 1, ... from a row's first token on (or what follows
-        a prefix), -1 before it.
+        the prefix), -1 before it.
+      prefix: one row that all prompts begin with, left out of `tokens`; None where
+        nothing is shared.
     """
 
     tokens: np.ndarray
     positions: np.ndarray
+    prefix: "PromptBatch | None" = None
 
 
 def encode(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
@@ -108,8 +111,8 @@ def share(
     *,
     parts: Sequence[int] | None = None,
     own: int = 1,
-) -> tuple[PromptBatch | None, PromptBatch]:
-    """Prompts without what all of them begin with, and that as a batch of one row.
+) -> PromptBatch:
+    """Prompts as a batch, with their common prefix apart where that saves tokens.
 
     Args:
       prompts: token ids.
@@ -117,9 +120,6 @@ def share(
       parts: lengths to pad the prefix and the rest to; None for `buckets`, () to share
         nothing.
       own: fewest tokens that each prompt keeps.
-
-    Returns:
-      The prefix, None where sharing would not leave far fewer tokens, and the rest.
 
     Raises:
       ValueError: as `pad`.
@@ -129,11 +129,11 @@ def share(
     common = agreement(min(prompts, key=tuple), max(prompts, key=tuple))
     count = worthwhile(min(common, min(map(len, prompts)) - own), parts)
     if not count or max(map(len, prompts)) - count > max(parts):
-        return None, whole
+        return whole
     prefix = pad([prompts[0][:count]], parts)
     rest = pad([prompt[count:] for prompt in prompts], parts, first=count)
     pays = prefix.tokens.size + rest.tokens.size <= MOST * whole.tokens.size
-    return (prefix, rest) if pays else (None, whole)
+    return rest._replace(prefix=prefix) if pays else whole
 
 
 def worthwhile(count: int, parts: Sequence[int]) -> int:

@@ -24,6 +24,7 @@ from rich.table import Table
 from scipy.special import expit
 
 from jes.config import DTYPES
+from jes.core.members import unperturbed
 from jes.core.noise import PyTree
 from jes.core.tree import with_dtype
 from jes.errors import InputError
@@ -188,7 +189,7 @@ def confidence(
             evaluation.buckets,
             evaluation.parts,
         )
-        (logs,) = log_likelihoods(evaluation.model, None, batch, 1, params)
+        (logs,) = log_likelihoods(evaluation.model, unperturbed(params), batch)
         yes, no = np.asarray(logs, float).reshape(-1, 2).T
         differences[chosen] = (yes - no)[: len(chosen)]
     return differences

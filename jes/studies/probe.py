@@ -44,7 +44,7 @@ from jes.models.weights import Pretrained, fingerprint, load
 from jes.questions import Evaluation, Question, padded_lengths, prepare
 from jes.rollout import answer_each
 from jes.run_folder import alone, claim_results
-from jes.sampling.generate import GREEDY, Sampling
+from jes.sampling.generate import Sampling
 from jes.scoring import Answered
 from jes.studies import grid
 
@@ -164,9 +164,11 @@ class Subject:
     ) -> Iterator[tuple[int, Answered]]:
         """Each candidate's number and answers, in chunks that fit the memory."""
         noise = Noise(sigma=float(batch.sigma)) if batch.sigma else None
-        temperature = self.config.probe.sham_temperature
-        sampling = Sampling(temperature=temperature) if batch.number == -2 else GREEDY
-        evaluation = dataclasses.replace(self.evaluation, sampling=sampling)
+        evaluation = self.evaluation
+        if batch.number == -2:
+            temperature = self.config.probe.sham_temperature
+            sham = dataclasses.replace(evaluation.sampling, temperature=temperature)
+            evaluation = dataclasses.replace(evaluation, sampling=sham)
         # Batch numbers start at -2, keys at 0.
         key = generation_key(jax.random.key(self.config.seed), batch.number + 2)
         chunk = choose_chunk(
@@ -241,9 +243,13 @@ def probe_model(
     """Appends the missing rows of one model to candidates.jsonl."""
     probe = config.probe
     pretrained = load_floats(name)
-    settings = {"mode": config.mode, "max_new_tokens": config.max_new_tokens}
+    sampling = Sampling(max_new_tokens=config.max_new_tokens)
     evaluation = task_evaluation(
-        run_config.freeze(config), pretrained, config.task, **settings
+        run_config.freeze(config),
+        pretrained,
+        config.task,
+        mode=config.mode,
+        sampling=sampling,
     )
     questions = draw_questions(
         evaluation,
@@ -254,11 +260,12 @@ def probe_model(
     subject = Subject(
         config, pretrained, one_bucket(evaluation, questions), questions, stop
     )
-    depends = {key: config[key] for key in ("task", "dtype", "seed")}
+    names = ("mode", "max_new_tokens", "task", "dtype", "seed")
+    depends = {key: config[key] for key in names}
     depends |= {key: probe[key] for key in ("pool", "pool_seed", "fresh")}
     depends |= {"sham_temperature": probe.sham_temperature}
     print_of = {f"model {name}": fingerprint(pretrained.params)}
-    claim_results(path.parent, settings | depends | print_of)
+    claim_results(path.parent, depends | print_of)
     done = {
         (row["sigma"], row["batch"], row["candidate"])
         for row in read_rows(path)
@@ -270,13 +277,13 @@ def probe_model(
         key = batch.sigma, batch.number
         missing = [i for i in range(batch.candidates) if (*key, i) not in done]
         for candidate, answered in subject.answers(batch, missing) if missing else ():
-            other = (answered.said != itself.said).any(-1).mean()
+            other = (answered.tokens != itself.tokens).any(-1).mean()
             row = {
                 "model": name,
                 "sigma": batch.sigma,
                 "batch": batch.number,
                 "candidate": candidate,
-                "right": to_hex(answered.right),
+                "right": to_hex(answered.correct),
                 "other_answers": float(other),
             }
             append_row(path, row)

@@ -45,7 +45,7 @@ from jes.baselines.gradient import largest_divisor, mean_gradient
 from jes.config import freeze
 from jes.core.ledger import append_row
 from jes.core.noise import Noise, PyTree, generation_key
-from jes.core.population import draw_members
+from jes.core.population import perturb_members
 from jes.errors import InputError
 from jes.experiment import one_bucket, task_evaluation
 from jes.io import command_line, memory
@@ -55,10 +55,9 @@ from jes.landscape import curvature, lanczos
 from jes.landscape.curvature import Directions
 from jes.landscape.lanczos import Measures, Quadrature
 from jes.models.weights import Pretrained, fingerprint
-from jes.questions import Evaluation, Question
-from jes.rollout import rollout
+from jes.questions import Evaluation, Question, batch_of
+from jes.rollout import answer, prepare_rollout
 from jes.run_folder import alone, claim
-from jes.sampling.generate import trim
 from jes.sampling.likelihood import (
     ChoiceBatch,
     choice_log_likelihoods,
@@ -66,7 +65,7 @@ from jes.sampling.likelihood import (
     pad_choices,
 )
 from jes.sampling.prompts import encode
-from jes.scoring import rewards_of
+from jes.scoring import answer_rewards
 from jes.studies import grid
 from jes.studies.probe import choose_chunk, draw_questions, load_floats
 from jes.studies.sparsity import displacement, load_run
@@ -181,9 +180,14 @@ def make_subject(
     """
     name, count = config.models[number], config.curvature.examples
     pretrained = load_floats(name)
-    settings = {"mode": config.mode, "max_new_tokens": config.max_new_tokens}
-    settings["sampling"] = freeze(config).sampling
-    evaluation = task_evaluation(freeze(config), pretrained, config.task, **settings)
+    settings = freeze(config)
+    evaluation = task_evaluation(
+        settings,
+        pretrained,
+        config.task,
+        mode=config.mode,
+        sampling=settings.sampling,
+    )
     if evaluation.task.meta is not None:
         raise InputError(f"task {config.task} asks two questions: give another")
     questions = draw_questions(
@@ -259,7 +263,7 @@ def surrogate_loss(model: Any, params: PyTree, batch: ChoiceBatch) -> jax.Array:
       params: its weights, float32, without a member axis.
       batch: from `reference_batch`.
     """
-    return -choice_log_likelihoods(model, None, batch, 1, params).mean()
+    return -choice_log_likelihoods(model, {"params": params}, batch).mean()
 
 
 def mean_over_rows(function: Any, batch: ChoiceBatch, microbatch: int = 0) -> PyTree:
@@ -404,33 +408,18 @@ def values_of(
     """
     evaluation, questions = subject.evaluation, subject.questions
     params, key = subject.pretrained.params, generation_key(subject.key, 0)
-    numbers = jnp.asarray(members)
-    run, _, judge = rollout(evaluation, questions)
-    answers = run(params, key, numbers, noise=noise)
-    if evaluation.mode == "likelihood":
-        reward = judge(answers).right.astype(float)
-    else:
-        asked = [
-            (number, (tuple(text),))
-            for rows in np.asarray(answers)
-            for number, text in enumerate(trim(rows, evaluation.eos_ids))
-        ]
-        earned = rewards_of(evaluation, questions, asked)[:, 0]
-        reward = earned.reshape(len(members), len(questions))
-    stacked = _draw(params, key, numbers, noise=noise, dtype=jnp.dtype("float32"))
+    batch = batch_of(evaluation, questions)
+    outputs = answer(prepare_rollout(evaluation, params, noise), key, members, batch)
+    reward = answer_rewards(evaluation, questions, batch, outputs)[..., 0]
+    exact = perturb_members(params, key, jnp.asarray(members), noise)
     with jax.default_matmul_precision("highest"):
-        logs = log_likelihoods(
-            evaluation.model, stacked, subject.references, len(members)
-        )
+        logs = log_likelihoods(evaluation.model, exact, subject.references)
     surrogate = np.asarray(logs, np.float64)
     if not np.isfinite(surrogate).all():
         raise InputError(
             f"{subject.name}: likelihoods of members are not finite: a smaller sigma?"
         )
     return {"reward": reward, "surrogate": surrogate}
-
-
-_draw = jax.jit(draw_members, static_argnames=("noise", "dtype"))
 
 
 def vectors_of(subject: Subject, run: Path | None) -> list[Row]:

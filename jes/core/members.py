@@ -1,0 +1,133 @@
+"""Members: what answers, as one value, and functions that devices share by member."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from jes.core.mesh import POPULATION, model_is_spread
+from jes.core.noise import PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """The members of a chunk as variables of a Flax model, with their vmap axes.
+
+    Attributes:
+      variables: {'params': θ_k}, each leaf with a leading axis [M, ...]; or
+        {'params': θ, 'noise': ε_k}, where members share θ and 'noise' has the axis.
+        An empty 'noise' is the unperturbed model.
+      keys: typed PRNG keys [M], which sampled answers draw from.
+      mesh: that members are spread over; None for one device.
+    """
+
+    variables: dict[str, PyTree]
+    keys: jax.Array
+    mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def count(self) -> int:
+        """M."""
+        return self.keys.shape[0]
+
+    @property
+    def axes(self) -> dict[str, int | None]:
+        """The `in_axes` of `variables`."""
+        return {"params": None, "noise": 0} if self.share_params else {"params": 0}
+
+    @property
+    def share_params(self) -> bool:
+        """Whether all members have the same params and differ by 'noise'."""
+        return "noise" in self.variables
+
+    def __getitem__(self, member: int) -> dict[str, PyTree]:
+        """The variables of one member."""
+        return {
+            name: jax.tree.map(lambda leaf: leaf[member], tree)
+            if self.axes[name] == 0
+            else tree
+            for name, tree in self.variables.items()
+        }
+
+    def replace(self, **collections: PyTree) -> "Members":
+        """The same members with other 'params' or 'noise'."""
+        return dataclasses.replace(self, variables=self.variables | collections)
+
+
+def unperturbed(params: PyTree, key: jax.Array | None = None) -> Members:
+    """The model itself as the only member; `key` for sampling its answers."""
+    key = jax.random.key(0) if key is None else key
+    return Members({"params": params, "noise": {}}, key[None])
+
+
+def by_member(own: Sequence[str] = (), shared: Sequence[str] = ()) -> Callable:
+    """Decorator: on a mesh, every device computes its own members by `shard_map`.
+
+    The function returns arrays with a leading axis of members, and is to be jitted.
+    The mesh is that of its `Members` argument, or a keyword argument `mesh` (static
+    under `jit`). Devices exchange nothing but what a model that is partitioned over
+    'model' needs.
+
+    Args:
+      own: names of arguments with a leading axis of members, of a length that the axis
+        'population' divides.
+      shared: names of arguments that are the same for all members. Arguments that are
+        neither are static.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def spread(*args: Any, mesh: Mesh | None = None, **kwargs: Any) -> Any:
+            settings = dict(signature.bind(*args, **kwargs).arguments)
+            arrays: dict[str, Any] = {}
+            specs: dict[str, Any] = {}
+            for name in list(settings):
+                if name in own or name in shared:
+                    specs[name] = _spec(0 if name in own else None)
+                elif isinstance(settings[name], Members):
+                    mesh = settings[name].mesh
+                    settings[name] = dataclasses.replace(settings[name], mesh=None)
+                    specs[name] = _specs_of(settings[name])
+                else:
+                    continue
+                arrays[name] = settings.pop(name)
+            if mesh is None:
+                return function(*args, **kwargs)
+            # With an axis of size 1 left to the compiler, it makes another program of
+            # the same function, which rounds differently.
+            partitioned = model_is_spread(mesh)
+            return jax.shard_map(
+                lambda arrays: function(**settings, **arrays),
+                mesh=mesh,
+                in_specs=(specs,),
+                out_specs=_spec(0),
+                axis_names={POPULATION} if partitioned else set(mesh.axis_names),
+                # Every result belongs to a device's own members: there is nothing to
+                # check, and loops may carry values that become per-member later.
+                check_vma=partitioned,
+            )(arrays)
+
+        keyword = inspect.Parameter(
+            "mesh", inspect.Parameter.KEYWORD_ONLY, default=None
+        )
+        parameters = [*signature.parameters.values(), keyword]
+        spread.__signature__ = signature.replace(parameters=parameters)  # type: ignore
+        return spread
+
+    return decorate
+
+
+def _spec(axis: int | None) -> PartitionSpec:
+    return PartitionSpec() if axis is None else PartitionSpec(POPULATION)
+
+
+def _specs_of(members: Members) -> Any:
+    variables = {name: _spec(axis) for name, axis in members.axes.items()}
+    return dataclasses.replace(members, variables=variables, keys=_spec(0))  # type: ignore
