@@ -39,6 +39,7 @@ def results(folder: Path) -> dict[str, np.ndarray]:
         return dict(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_members_score_the_same(mesh: str, results: dict[str, np.ndarray]) -> None:
     """Five members, which no number of devices here divides; in float32, greedily."""
@@ -48,6 +49,7 @@ def test_members_score_the_same(mesh: str, results: dict[str, np.ndarray]) -> No
         np.testing.assert_array_equal(results[f"{mode} {mesh}"], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_log_likelihoods_are_the_same(
     mesh: str, results: dict[str, np.ndarray]
@@ -58,6 +60,7 @@ def test_log_likelihoods_are_the_same(
     )
 
 
+@pytest.mark.slow
 def test_noise_is_drawn_in_the_layers_of_a_spread_model(
     results: dict[str, np.ndarray],
 ) -> None:
@@ -65,6 +68,7 @@ def test_noise_is_drawn_in_the_layers_of_a_spread_model(
     np.testing.assert_allclose(found, results["log-likelihoods 1/1"], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_updates_are_the_same(mesh: str, results: dict[str, np.ndarray]) -> None:
     """To the bit where a device has the whole model, and else to 2 ulp of a weight."""
@@ -78,6 +82,7 @@ def test_updates_are_the_same(mesh: str, results: dict[str, np.ndarray]) -> None
             np.testing.assert_array_max_ulp(got, expected, 2)
 
 
+@pytest.mark.slow
 def test_a_model_is_shared_among_devices(results: dict[str, np.ndarray]) -> None:
     assert [float(results[f"held {mesh}"]) for mesh in WHOLE] == [1, 1]
     assert float(results["held 2/2"]) == pytest.approx(1 / 2, abs=0.02)
@@ -85,6 +90,7 @@ def test_a_model_is_shared_among_devices(results: dict[str, np.ndarray]) -> None
     assert float(results["held 8/4"]) < 0.6
 
 
+@pytest.mark.slow
 def test_runs_are_the_same(folder: Path) -> None:
     outcomes: dict[str, Any] = json.loads((folder / "outcomes.json").read_text())
     one = outcomes["one"]

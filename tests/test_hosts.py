@@ -14,6 +14,7 @@ from jes.core import ledger as ledgers
 from jes.export import rebuild
 from jes.models.weights import fingerprint
 
+pytestmark = pytest.mark.slow
 TIMEOUT = 30
 
 

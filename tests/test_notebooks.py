@@ -19,6 +19,7 @@ def cells(path: Path) -> list[dict[str, Any]]:
     return [cell for cell in found if cell["cell_type"] == "code"]
 
 
+@pytest.mark.slow
 @every
 def test_a_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code, cell after cell, in the folder of the notebooks."""

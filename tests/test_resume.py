@@ -86,6 +86,7 @@ def expected(finished_run: Path) -> Outcome:
     return outcome(finished_run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", faults())
 def test_a_killed_run_goes_on_and_ends_the_same(
     name: str, killed: Killed, expected: Outcome, small_model: Path
@@ -98,6 +99,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(
     assert outcome(workdir) == expected
 
 
+@pytest.mark.slow
 def test_signals_of_a_process(killed: Killed) -> None:
     first, workdir = killed["sigterm"]
     assert first["status"] == 143
