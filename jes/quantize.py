@@ -3,12 +3,12 @@
     python -m jes.quantize --model=tiny --out=FOLDER --bits=4 --group-size=32
     python -m jes.quantize --model=Qwen/Qwen2.5-0.5B-Instruct --out=FOLDER --w8a8
 
-Only the matrices of the layers are rounded; embedding, norms, biases and head stay as
-they are. The folder is one of GPTQ (version 1), or with --w8a8 of compressed-tensors
-(int8 weights, int8 activations), as vLLM and `jes.load` read them.
+Only the matrices of the layers are rounded, not embedding, norms, biases and head. The
+folder is in the format of GPTQ (version 1), or with --w8a8 of compressed-tensors (int8
+weights, int8 activations), which vLLM and `jes.load` read.
 
-Deliberate simplification: no data is looked at. GPTQ itself moves the weights that are
-rounded later to make up for those before, and loses less at 4 bits.
+Deliberate simplification: no calibration data. GPTQ itself adjusts the weights that it
+rounds later to compensate for earlier ones, and loses less at 4 bits.
 """
 
 import argparse
@@ -36,15 +36,17 @@ from jes.models.quantized import Quantized, dequantize
 from jes.models.safetensors_files import locate, weight_files
 from jes.models.weights import Pretrained, is_kernel, load
 
-FORMS: dict[str, Any] = {
+GROUP_SIZE = 128
+SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
+"""Smallest scale: that of groups of zeros, or of values that round to 0 in float16."""
+
+
+FORMS: dict[str, dict[str, Any]] = {
     "int4": {"bits": 4},
     "int8": {"bits": 8},
     "w8a8": {"bits": 8, "int8_activations": True},
 }
-"""What a run can round a float model to, and the settings of `quantize`."""
-GROUP_SIZE = 128
-SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
-"""Of the scales: those of groups of zeros, and what else rounds to 0 in float16."""
+"""What `config.quantize` can be, as settings of `quantize`."""
 
 
 def quantize(
@@ -55,13 +57,13 @@ def quantize(
     symmetric: bool = True,
     int8_activations: bool = False,
 ) -> dict[str, Any]:
-    """Rounds the kernels of the layers to the nearest code; all else is as it was.
+    """Rounds the kernels of the layers to the nearest code; all else is unchanged.
 
-    Symmetric: (code - 2^(bits-1)) * scale, the scale being the largest absolute value
-    of a group over 2^(bits-1) - 1. Otherwise (code - zero) * scale, the codes reaching
-    from the smallest to the largest value of a group, or to 0. Scales are rounded to
-    float16 before the codes are computed. With `int8_activations`: code * scale with
-    codes -127..127 and a float32 scale for each output.
+    Symmetric: (code - 2^(bits-1)) * scale, where the scale is the largest absolute
+    value of a group over 2^(bits-1) - 1. Otherwise (code - zero) * scale, where the
+    codes cover the values of a group and 0. Scales are rounded to float16 before the
+    codes are computed. With `int8_activations`: code * scale with codes -127..127 and a
+    float32 scale for each output.
 
     Args:
       params: parameters with stacked layers, floats.
@@ -69,30 +71,13 @@ def quantize(
       group_size: how many inputs share a scale for each output; -1 for all. By default
         128, or all with `int8_activations`.
       symmetric: whether 0 is the middle code of every group.
-      int8_activations: W8A8, which takes 8 bits, no groups and symmetry.
+      int8_activations: W8A8, which needs 8 bits, no groups and symmetry.
 
     Raises:
-      InputError: for settings that cannot be, a group size that does not divide the
-        inputs of a layer, or weights that are quantised, not finite or too large.
+      InputError: for settings that do not go together, a group size that does not
+        divide the inputs of a layer, or weights that are quantised, not finite or too
+        large.
     """
-    _check_settings(bits, group_size, symmetric, int8_activations)
-    if is_quantized(params):
-        raise InputError("the weights are quantised already: leave out `quantize`")
-    leaves = flatten_dict(dict(params), sep="/")
-    for path in filter(is_kernel, leaves):
-        if int8_activations:
-            leaves[path] = _round_channels(leaves[path])
-        else:
-            size = _group_size(path, leaves[path].shape[1], group_size)
-            leaves[path] = _round_groups(leaves[path], bits, size, symmetric)
-        if not jnp.isfinite(leaves[path].scales).all():
-            raise InputError(f"{path} holds weights that are not finite, or too large")
-    return unflatten_dict(leaves, sep="/")
-
-
-def _check_settings(
-    bits: int, group_size: int | None, symmetric: bool, int8_activations: bool
-) -> None:
     if bits not in BITS:
         raise InputError(f"bits must be one of {BITS}, not {bits}")
     if int8_activations and (bits, symmetric) != (8, True):
@@ -101,10 +86,29 @@ def _check_settings(
         raise InputError(
             f"int8_activations take one scale an output, not groups of {group_size}"
         )
+    if is_quantized(params):
+        raise InputError("the weights are quantised already: leave out `quantize`")
+    leaves = flatten_dict(dict(params), sep="/")
+    for path in filter(is_kernel, leaves):
+        leaf, rows = leaves[path], leaves[path].shape[1]
+        size = GROUP_SIZE if group_size is None else group_size
+        size = rows if size == -1 else size
+        if int8_activations:
+            leaf = _round_channels(leaf)
+        elif size < 1 or rows % size:
+            raise InputError(
+                f"{path} has {rows} inputs, which group_size={size} does not divide"
+            )
+        else:
+            leaf = _round_groups(leaf, bits, size, symmetric)
+        if not jnp.isfinite(leaf.scales).all():
+            raise InputError(f"{path} holds weights that are not finite, or too large")
+        leaves[path] = leaf
+    return unflatten_dict(leaves, sep="/")
 
 
 def rounding_error(params: Mapping[str, Any], quantized: Mapping[str, Any]) -> float:
-    """RMS of what rounding changed, over the RMS of the weights that were rounded."""
+    """RMS of the rounding errors over the RMS of the weights that were rounded."""
     before, after = (flatten_dict(dict(p), sep="/") for p in (params, quantized))
     changed = total = 0.0
     for path, leaf in after.items():
@@ -122,18 +126,6 @@ def _squares(before: jax.Array, after: Quantized) -> tuple[jax.Array, jax.Array]
     return ((dequantize(after) - before) ** 2).sum(), (before**2).sum()
 
 
-def _group_size(path: str, rows: int, size: int | None) -> int:
-    """How many inputs of a layer share a scale."""
-    size = GROUP_SIZE if size is None else size
-    if size == -1:
-        return rows
-    if size < 1 or rows % size:
-        raise InputError(
-            f"{path} has {rows} inputs, which group_size={size} does not divide"
-        )
-    return size
-
-
 @partial(jax.jit, static_argnames=("bits", "size", "symmetric"))
 def _round_groups(stack: jax.Array, bits: int, size: int, symmetric: bool) -> Quantized:
     """A stack [L, I, O] of floats, in groups of `size` inputs."""
@@ -148,7 +140,7 @@ def _round_groups(stack: jax.Array, bits: int, size: int, symmetric: bool) -> Qu
             zeros = jnp.full(scales.shape, highest // 2 + 1, jnp.int16)
         else:
             top = jnp.maximum(groups.max(1), 0)
-            # A zero of 0 would be stored as -1: at least one code is below it.
+            # A zero point of 0 would be stored as -1: keep at least one code below.
             bottom = jnp.minimum(groups.min(1), -top / (highest - 1))
             scales = _stored_scales((top - bottom) / highest)
             zeros = jnp.round(-bottom / scales.astype(jnp.float32))
@@ -178,28 +170,16 @@ def _round_channels(stack: jax.Array) -> Quantized:
     return jax.lax.map(one, stack)
 
 
-def quantize_model(
-    pretrained: Pretrained,
-    *,
-    bits: int,
-    group_size: int | None = None,
-    symmetric: bool = True,
-    int8_activations: bool = False,
-) -> Pretrained:
+def quantize_model(pretrained: Pretrained, **settings: Any) -> Pretrained:
     """A model with rounded weights and a config.json that says so; see `quantize`."""
-    if int8_activations:
-        settings = compressed_tensors.to_config()
-    else:
-        size = GROUP_SIZE if group_size is None else group_size
-        settings = gptq.to_config(bits, size, symmetric)
-    params = quantize(
-        pretrained.params,
-        bits=bits,
-        group_size=group_size,
-        symmetric=symmetric,
-        int8_activations=int8_activations,
-    )
-    hf_config = {**pretrained.hf_config, "quantization_config": settings}
+    params = quantize(pretrained.params, **settings)
+    described = compressed_tensors.to_config()
+    if not settings.get("int8_activations"):
+        size = settings.get("group_size") or GROUP_SIZE
+        described = gptq.to_config(
+            settings["bits"], size, settings.get("symmetric", True)
+        )
+    hf_config = {**pretrained.hf_config, "quantization_config": described}
     return dataclasses.replace(pretrained, params=params, hf_config=hf_config)
 
 
@@ -210,13 +190,13 @@ def load_base(
     dtype: str = "float32",
     mesh: Mesh | None = None,
 ) -> Pretrained:
-    """What a run starts from: a model of float32 weights, or a quantised one.
+    """The model that a run starts from: of float32 weights, or quantised.
 
     Args:
       name: a folder, hub id, or 'tiny'.
-      form: one of `FORMS`, to round a float model to; '' for the model as it is.
+      form: one of `FORMS`, to round a float model; '' for the model as stored.
       group_size: of int4 and int8.
-      dtype: of the floats of a quantised model, which nothing trains.
+      dtype: of the floats of a quantised model, which are not trained.
       mesh: devices to put it on; by default one.
 
     Raises:
@@ -226,9 +206,8 @@ def load_base(
         raise InputError(f"weights are rounded to one of {(*FORMS,)}, not {form!r}")
     pretrained = load(name, mesh=None if form else mesh)
     if form:
-        settings = FORMS[form]
-        size = None if settings.get("int8_activations") else group_size
-        pretrained = quantize_model(pretrained, group_size=size, **settings)
+        size = None if form == "w8a8" else group_size
+        pretrained = quantize_model(pretrained, group_size=size, **FORMS[form])
     if not is_quantized(pretrained.params):
         return pretrained
     params = with_dtype(pretrained.params, jnp.dtype(dtype))
@@ -253,32 +232,30 @@ def main() -> None:
         "--dtype", choices=DTYPES, help="of all else; by default that of the model"
     )
     args = parser.parse_args()
-
-    def command() -> None:
-        folder = locate(args.model)
-        pretrained = load(folder)
-        rounded = quantize_model(
-            pretrained,
-            bits=args.bits or (8 if args.w8a8 else 4),
-            group_size=args.group_size,
-            symmetric=not args.asymmetric,
-            int8_activations=args.w8a8,
-        )
-        rounded.save(args.out, dtype=args.dtype or pretrained.stored_dtype)
-        report(pretrained, rounded, folder, args.out)
-
-    guarded(command)
+    guarded(lambda: run(args))
 
 
-def report(before: Pretrained, after: Pretrained, source: Path, out: Path) -> None:
-    """Prints what rounding cost and saved."""
-    sizes = [sum(p.stat().st_size for p in weight_files(f)) for f in (source, out)]
-    error = rounding_error(before.params, after.params)
-    console.print(
-        f"model in {out}: {sizes[1] / 1e6:.2f} MB of weights, "
-        f"{sizes[0] / sizes[1]:.2f} times less than the {sizes[0] / 1e6:.2f} MB of "
-        f"{source}"
+def run(args: argparse.Namespace) -> None:
+    """Rounds a model, and prints the error and the size of the files."""
+    folder = locate(args.model)
+    pretrained = load(folder)
+    rounded = quantize_model(
+        pretrained,
+        bits=args.bits or (8 if args.w8a8 else 4),
+        group_size=args.group_size,
+        symmetric=not args.asymmetric,
+        int8_activations=args.w8a8,
     )
+    rounded.save(args.out, dtype=args.dtype or pretrained.stored_dtype)
+    before, after = (
+        sum(path.stat().st_size for path in weight_files(f)) / 1e6
+        for f in (folder, args.out)
+    )
+    console.print(
+        f"model in {args.out}: {after:.2f} MB of weights, {before / after:.2f} times "
+        f"less than the {before:.2f} MB of {folder}"
+    )
+    error = rounding_error(pretrained.params, rounded.params)
     console.print(f"RMS rounding error: {100 * error:.2f} % of the RMS of the weights")
 
 
