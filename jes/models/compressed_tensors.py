@@ -6,31 +6,22 @@ as they come, so the files hold nothing about them.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jes.core.codes import Codes
 from jes.models.quantized import Quantized
 from jes.models.quantized_files import (
+    check_finite,
     check_setting,
     check_unset,
-    read_scales,
     scales_problem,
 )
-from jes.models.safetensors_files import (
-    Expected,
-    Tensor,
-    aligned_empty,
-    copy_transposed,
-    dtype_name,
-    transposed,
-)
+from jes.models.safetensors_files import Expected, transposed
 
 FORMAT = "int-quantized"
-INT8 = np.dtype(np.int8)
 
 WEIGHTS: dict[str, Any] = {
     "num_bits": 8,
@@ -61,60 +52,37 @@ class Int8:
     def __str__(self) -> str:
         return "compressed-tensors with int8 weights, a scale for each output"
 
-    def tensors(self, layer: str, rows: int, columns: int) -> dict[str, Expected]:
-        """The tensors of a linear layer with weights [rows, columns], by name."""
+    def parts(self, rows: int, columns: int) -> dict[str, Expected]:
+        """The parts of a matrix [rows, columns]."""
         dtypes = ("I8", "I32", "I64")
-        zero_point = Expected((columns, 1), dtypes, needed=False, zero=True)
         return {
-            f"{layer}.weight": Expected((columns, rows), ("I8",)),
-            f"{layer}.weight_scale": Expected((columns, 1)),
-            f"{layer}.weight_zero_point": zero_point,
+            "weight": Expected((columns, rows), ("I8",)),
+            "weight_scale": Expected((columns, 1)),
+            "weight_zero_point": Expected((columns, 1), dtypes, False, zero=True),
         }
 
-    def read(
-        self,
-        layers: Sequence[str],
-        shape: tuple[int, int, int],
-        tensors: Mapping[str, Tensor],
-    ) -> Quantized:
-        """The stacked matrices [L, I, O] of the named linear layers."""
-        count, _, columns = shape
-        data = aligned_empty(shape, INT8)
-        for i, layer in enumerate(layers):
-            copy_transposed(tensors[f"{layer}.weight"].read(), data[i])
-        names = [f"{layer}.weight_scale" for layer in layers]
-        scales = read_scales(names, tensors, (count, 1, columns))
-        return Quantized(
-            codes=Codes(jax.device_put(data), bits=8, signed=True),
-            scales=jax.device_put(scales),
-            int8_activations=True,
-        )
+    def unpack(self, parts: Mapping[str, Any]) -> Quantized:
+        """A matrix, of numpy arrays."""
+        scales = check_finite("weight_scale", parts["weight_scale"])
+        codes = Codes(transposed(parts["weight"]), bits=8, signed=True)
+        return Quantized(codes, transposed(scales), int8_activations=True)
 
-    def problem(self, leaf: Quantized) -> str:
+    def pack(self, stack: Quantized, index: int) -> dict[str, Callable[[], np.ndarray]]:
+        """Functions that compute the parts of one matrix of a stack."""
+        return {
+            "weight": lambda: transposed(np.asarray(stack.codes.data[index])),
+            "weight_scale": lambda: transposed(np.asarray(stack.scales[index])),
+        }
+
+    def problem(self, stack: Quantized) -> str:
         """Why the format cannot store a stack of matrices; '' if it can."""
-        if not (leaf.int8_activations and leaf.codes.signed and leaf.codes.bits == 8):
+        codes = stack.codes
+        if not (stack.int8_activations and codes.signed and codes.bits == 8):
             return "is not W8A8"
-        if leaf.zeros is not None or leaf.groups is not None:
+        if stack.zeros is not None or stack.groups is not None:
             return "has zeros or groups, which W8A8 lacks"
-        layers, _, columns = leaf.shape
-        return scales_problem(leaf, (layers, 1, columns))
-
-    def write(self, layer: str, leaf: Quantized, index: int) -> dict[str, Tensor]:
-        """The tensors of a linear layer, matrix `index` of the stack `leaf`."""
-        data, scales = leaf.codes.data, leaf.scales
-
-        def tensor(stack: Any) -> Tensor:
-            dtype = np.dtype(stack.dtype)
-            return Tensor(
-                stack.shape[:0:-1],
-                dtype_name(dtype),
-                lambda: transposed(np.asarray(stack[index]), dtype),
-            )
-
-        return {
-            f"{layer}.weight": tensor(data),
-            f"{layer}.weight_scale": tensor(scales),
-        }
+        layers, _, columns = stack.shape
+        return scales_problem(stack, (layers, 1, columns))
 
 
 def from_config(config: Mapping[str, Any]) -> Int8:

@@ -13,36 +13,26 @@ Words are little-endian, and a byte of `qweight` is a byte of `Codes`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jes.core.codes import BITS, Codes
 from jes.models.quantized import Quantized
 from jes.models.quantized_files import (
+    check_finite,
     check_setting,
     check_unset,
-    read_scales,
     scales_problem,
 )
-from jes.models.safetensors_files import (
-    Expected,
-    Tensor,
-    WeightsError,
-    aligned_empty,
-    dtype_name,
-)
+from jes.models.safetensors_files import Expected
 
 OFFSETS = {"gptq": 1, "gptq_v2": 0}
 """What is subtracted from zero points when stored, by `checkpoint_format`."""
 
 REFUSED = ("dynamic", "modules_in_block_to_quantize", "lm_head", "is_marlin_format")
 """Settings that make layers differ, or order the words differently."""
-
-UINT8, INT16, INT32 = np.dtype(np.uint8), np.dtype(np.int16), np.dtype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,67 +69,89 @@ class Gptq:
         """The number of groups of so many inputs."""
         return 1 if self.group_size == -1 else rows // self.group_size
 
-    def tensors(self, layer: str, rows: int, columns: int) -> dict[str, Expected]:
-        """The tensors of a linear layer with weights [rows, columns], by name."""
+    def parts(self, rows: int, columns: int) -> dict[str, Expected]:
+        """The parts of a matrix [rows, columns]."""
         per_word = 32 // self.bits
         for count, what in ((rows, "inputs"), (columns, "outputs")):
             if count % per_word:
-                raise WeightsError(
-                    f"{layer} has {count} {what}, which do not fill words of "
-                    f"{per_word} codes: GPTQ with {self.bits} bits cannot store it"
+                raise ValueError(
+                    f"{count} {what}, which do not fill words of {per_word} codes: "
+                    f"GPTQ with {self.bits} bits cannot store it"
                 )
         if self.group_size != -1 and rows % self.group_size:
-            raise WeightsError(
-                f"{layer} has {rows} inputs, which group_size={self.group_size} "
-                "does not divide"
+            raise ValueError(
+                f"{rows} inputs, which group_size={self.group_size} does not divide"
             )
         groups = self.group_count(rows)
         return {
-            f"{layer}.qweight": Expected((rows // per_word, columns), ("I32",)),
-            f"{layer}.qzeros": Expected((groups, columns // per_word), ("I32",)),
-            f"{layer}.scales": Expected((groups, columns)),
-            f"{layer}.g_idx": Expected((rows,), ("I32",), needed=self.act_order),
+            "qweight": Expected((rows // per_word, columns), ("I32",)),
+            "qzeros": Expected((groups, columns // per_word), ("I32",)),
+            "scales": Expected((groups, columns)),
+            "g_idx": Expected((rows,), ("I32",), needed=self.act_order),
         }
 
-    def read(
-        self,
-        layers: Sequence[str],
-        shape: tuple[int, int, int],
-        tensors: Mapping[str, Tensor],
-    ) -> Quantized:
-        """The stacked matrices [L, I, O] of the named linear layers."""
-        count, rows, columns = shape
-        grouped = (count, self.group_count(rows), columns)
-        data = aligned_empty((count, rows * self.bits // 8, columns), UINT8)
-        zeros = aligned_empty(grouped, INT16)
-        groups = aligned_empty((count, rows), INT32)
-        for i, layer in enumerate(layers):
-            words = tensors[f"{layer}.qweight"].read().view(UINT8)
-            for byte in range(4):
-                data[i, byte::4] = words[:, byte::4]
-            zeros[i] = self._read_zeros(f"{layer}.qzeros", tensors)
-            groups[i] = self._read_groups(f"{layer}.g_idx", tensors, rows)
-        scales = read_scales([f"{layer}.scales" for layer in layers], tensors, grouped)
-        in_order = (groups == self._consecutive(rows)).all()
-        return Quantized(
-            codes=Codes(jax.device_put(data), self.bits),
-            scales=jax.device_put(scales),
-            zeros=jax.device_put(zeros),
-            groups=None if in_order else jax.device_put(groups),
-        )
+    def unpack(self, parts: Mapping[str, Any]) -> Quantized:
+        """A matrix, of numpy arrays."""
+        words = parts["qweight"].view(np.uint8)
+        data: Any = np.empty((4 * words.shape[0], words.shape[1] // 4), np.uint8)
+        for byte in range(4):
+            data[byte::4] = words[:, byte::4]
+        packed = parts["qzeros"].view(np.uint8)
+        halves = (packed & 15, packed >> 4) if self.bits == 4 else (packed,)
+        stored = np.stack(halves, axis=-1).reshape(len(packed), -1)
+        zeros: Any = stored.astype(np.int16)
+        zeros += self.offset
+        if self.symmetric and (zeros != self.middle).any():
+            raise ValueError(
+                f"qzeros is not {self.middle} throughout, but the quantization_config "
+                "says sym=True"
+            )
+        rows = len(data) * 8 // self.bits
+        groups = parts.get("g_idx", self._consecutive(rows))
+        self._check_groups(groups)
+        scales = check_finite("scales", parts["scales"])
+        return Quantized(Codes(data, self.bits), scales, zeros, groups)
 
-    def problem(self, leaf: Quantized) -> str:
+    def pack(self, stack: Quantized, index: int) -> dict[str, Callable[[], np.ndarray]]:
+        """Functions that compute the parts of one matrix of a stack."""
+
+        def qweight() -> np.ndarray:
+            data = np.asarray(stack.codes.data[index])
+            words = np.empty((data.shape[0] // 4, data.shape[1]), np.int32)
+            for byte in range(4):
+                words.view(np.uint8)[:, byte::4] = data[byte::4]
+            return words
+
+        def qzeros() -> np.ndarray:
+            assert stack.zeros is not None
+            zeros: Any = np.asarray(stack.zeros[index])
+            stored = (zeros - self.offset).astype(np.uint8)
+            if self.bits == 4:
+                stored = stored[:, 0::2] | stored[:, 1::2] << 4
+            return np.ascontiguousarray(stored).view(np.int32)
+
+        def g_idx() -> np.ndarray:
+            if stack.groups is None:
+                return self._consecutive(stack.shape[1])
+            return np.ascontiguousarray(stack.groups[index])
+
+        def scales() -> np.ndarray:
+            return np.ascontiguousarray(stack.scales[index])
+
+        return {"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": g_idx}
+
+    def problem(self, stack: Quantized) -> str:
         """Why the format cannot store a stack of matrices; '' if it can."""
-        if leaf.zeros is None or leaf.codes.signed or leaf.int8_activations:
+        if stack.zeros is None or stack.codes.signed or stack.int8_activations:
             return "is W8A8, not GPTQ"
-        if leaf.codes.bits != self.bits:
-            return f"has codes of {leaf.codes.bits} bits, not {self.bits}"
-        layers, rows, columns = leaf.shape
-        if problem := scales_problem(leaf, (layers, self.group_count(rows), columns)):
+        if stack.codes.bits != self.bits:
+            return f"has codes of {stack.codes.bits} bits, not {self.bits}"
+        layers, rows, columns = stack.shape
+        if problem := scales_problem(stack, (layers, self.group_count(rows), columns)):
             return problem
-        if leaf.zeros.shape != leaf.scales.shape:
-            return f"has zeros {leaf.zeros.shape}, expected {leaf.scales.shape}"
-        zeros = np.asarray(leaf.zeros)
+        if stack.zeros.shape != stack.scales.shape:
+            return f"has zeros {stack.zeros.shape}, expected {stack.scales.shape}"
+        zeros = np.asarray(stack.zeros)
         if self.symmetric and (zeros != self.middle).any():
             return "is not symmetric, but sym=True"
         lowest, highest = self.offset, self.offset + 2**self.bits - 1
@@ -147,78 +159,29 @@ class Gptq:
             return f"has zeros outside of {lowest}..{highest}"
         return ""
 
-    def write(self, layer: str, leaf: Quantized, index: int) -> dict[str, Tensor]:
-        """The tensors of a linear layer, matrix `index` of the stack `leaf`."""
-        _, rows, columns = leaf.shape
-
-        def groups() -> np.ndarray:
-            if leaf.groups is None:
-                return self._consecutive(rows)
-            return np.ascontiguousarray(leaf.groups[index])
-
-        values: dict[str, tuple[np.dtype, Callable[[], np.ndarray]]] = {
-            "qweight": (INT32, partial(_pack_rows, leaf.codes, index)),
-            "qzeros": (INT32, partial(self._pack_zeros, leaf, index)),
-            "scales": (
-                np.dtype(leaf.scales.dtype),
-                lambda: np.ascontiguousarray(leaf.scales[index]),
-            ),
-            "g_idx": (INT32, groups),
-        }
-        shapes = self.tensors(layer, rows, columns)
-        out = {}
-        for part, (dtype, read) in values.items():
-            name = f"{layer}.{part}"
-            out[name] = Tensor(shapes[name].shape, dtype_name(dtype), read)
-        return out
-
-    def _read_zeros(self, name: str, tensors: Mapping[str, Tensor]) -> np.ndarray:
-        """The zero points, int16 [G, O]."""
-        packed = tensors[name].read().view(UINT8)
-        parts = (packed & 15, packed >> 4) if self.bits == 4 else (packed,)
-        stored = np.stack(parts, axis=-1).reshape(len(packed), -1)
-        zeros = stored.astype(np.int16) + np.int16(self.offset)
-        if self.symmetric and (zeros != self.middle).any():
-            raise WeightsError(
-                f"{name} is not {self.middle} throughout, but the quantization_config "
-                "says sym=True"
-            )
-        return zeros
-
-    def _pack_zeros(self, leaf: Quantized, index: int) -> np.ndarray:
-        """The inverse of `_read_zeros`."""
-        assert leaf.zeros is not None
-        stored = (np.asarray(leaf.zeros[index]) - self.offset).astype(np.uint8)
-        packed = stored[:, 0::2] | stored[:, 1::2] << 4 if self.bits == 4 else stored
-        return np.ascontiguousarray(packed).view(np.int32)
-
     def _consecutive(self, rows: int) -> np.ndarray:
         """The group of each input where groups are of consecutive inputs."""
         return np.arange(rows, dtype=np.int32) // (rows // self.group_count(rows))
 
-    def _read_groups(
-        self, name: str, tensors: Mapping[str, Tensor], rows: int
-    ) -> np.ndarray:
-        """The group of each input, int32 [I].
+    def _check_groups(self, groups: np.ndarray) -> None:
+        """Groups must be of equal size.
 
-        Used even where desc_act=False: some writers set that for inputs that were
-        reordered after the groups were made.
+        They count even where desc_act=False: some writers set that for inputs that
+        were reordered after the groups were made.
         """
-        if name not in tensors:
-            return self._consecutive(rows)
-        groups, count = tensors[name].read(), self.group_count(rows)
+        rows = len(groups)
+        count = self.group_count(rows)
         if groups.min() < 0 or groups.max() >= count:
-            raise WeightsError(
-                f"{name} names groups {groups.min()} to {groups.max()}, but with "
-                f"{rows} inputs there are groups 0 to {count - 1} ({self})"
+            raise ValueError(
+                f"g_idx names groups {groups.min()} to {groups.max()}, but with {rows} "
+                f"inputs there are groups 0 to {count - 1} ({self})"
             )
         sizes = np.bincount(groups, minlength=count)
         if (sizes != rows // count).any():
-            raise WeightsError(
-                f"{name} has groups of {sizes.min()} to {sizes.max()} inputs, not all "
+            raise ValueError(
+                f"g_idx has groups of {sizes.min()} to {sizes.max()} inputs, not all "
                 f"of {rows // count}"
             )
-        return groups
 
 
 def from_config(config: Mapping[str, Any]) -> Gptq:
@@ -258,12 +221,3 @@ def to_config(bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
         "lm_head": False,
         "checkpoint_format": "gptq",
     }
-
-
-def _pack_rows(codes: Codes, index: int) -> np.ndarray:
-    """Words [W, O] of bytes [4 W, O]."""
-    data = np.asarray(codes.data[index])
-    words = np.empty((data.shape[0] // 4, data.shape[1]), np.int32)
-    for byte in range(4):
-        words.view(np.uint8)[:, byte::4] = data[byte::4]
-    return words

@@ -245,9 +245,9 @@ def copy_transposed(source: np.ndarray, target: np.ndarray) -> None:
         target[:, start : start + 16] = source[start : start + 16].T
 
 
-def transposed(source: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A transposed matrix, C-contiguous, in another dtype."""
-    target = np.empty(source.shape[::-1], dtype)
+def transposed(source: np.ndarray, dtype: np.dtype | None = None) -> Any:
+    """A transposed matrix, C-contiguous, in `dtype` if given."""
+    target = np.empty(source.shape[::-1], dtype or source.dtype)
     copy_transposed(source, target)
     return target
 

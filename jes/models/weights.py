@@ -25,7 +25,13 @@ from jes.models import compressed_tensors, gptq
 from jes.models.config import ModelConfig
 from jes.models.partition import leaf_sharding, place
 from jes.models.quantized import Quantized
-from jes.models.quantized_files import Format, check_setting
+from jes.models.quantized_files import (
+    Format,
+    check_setting,
+    layer_tensors,
+    layer_to_write,
+    read_stack,
+)
 from jes.models.qwen import Decoder
 from jes.models.safetensors_files import (
     FLOATS,
@@ -154,8 +160,7 @@ def load(
     for path, shape in leaf_shapes(config).items():
         if quantized and is_kernel(path):
             layers = [name.removesuffix(".weight") for name in _names(path, shape)]
-            layer_shape = (shape[0], shape[1], shape[2])
-            leaves[path] = quantized.read(layers, layer_shape, tensors)
+            leaves[path] = read_stack(quantized, layers, shape, tensors)
         else:
             sharding = None if mesh is None else leaf_sharding(path, config, mesh)
             leaves[path] = jax.device_put(
@@ -304,7 +309,7 @@ def expected_tensors(
                 expected[name] = Expected(shape_on_disk)
                 continue
             layer = name.removesuffix(".weight")
-            expected |= quantized.tensors(layer, *one)
+            expected |= layer_tensors(quantized, layer, *one)
             if path.replace("kernel", "bias") not in leaves:
                 # AutoGPTQ wrote a bias for every layer.
                 bias = Expected((one[1],), needed=False, zero=True)
@@ -410,9 +415,8 @@ def _tensors_of(
         shape = leaf.shape[1:] if _is_stacked(path) else leaf.shape
         for i, name in enumerate(_names(path, leaf.shape)):
             if quantized and is_kernel(path):
-                yield from quantized.write(
-                    name.removesuffix(".weight"), leaf, i
-                ).items()
+                layer = name.removesuffix(".weight")
+                yield from layer_to_write(quantized, layer, leaf, i).items()
                 continue
             index = i if _is_stacked(path) else ...
             shape_on_disk = shape[::-1] if _is_transposed(path) else shape
