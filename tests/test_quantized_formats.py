@@ -22,7 +22,7 @@ import jes
 from jes import quantize as command_line
 from jes.core.codes import pack, unpack
 from jes.errors import InputError
-from jes.models.quantized import Quantized, dequantize, matmul
+from jes.models.quantized import Quantized, dequantize, quantized_matmul
 from jes.models.safetensors_files import SINGLE, WeightsError, read_json
 from jes.models.weights import NAMES, fingerprint, save
 from jes.quantize import quantize, rounding_error
@@ -402,7 +402,7 @@ def test_w8a8_products_are_those_of_integers(tmp_path):
         int
     )
     scales = tensors[f"{name}.weight_scale"].astype(np.float32).T
-    got = matmul(jnp.asarray(x), jax.tree.map(lambda leaf: leaf[1], stack))
+    got = quantized_matmul(jnp.asarray(x), jax.tree.map(lambda a: a[1], stack))
     np.testing.assert_allclose(got, sums * steps * scales, rtol=1e-6, atol=1e-7)
 
 
