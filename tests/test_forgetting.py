@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from jes.studies.paper_configs import (
 )
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+RESULTS = CONFIGS.parent / "notebooks" / "results"
 
 
 def small_config(model: Path) -> ConfigDict:
@@ -323,8 +325,10 @@ def test_command_lines(small_model: Path, tmp_path: Path, compiled: Path) -> Non
     bare = ["jes.studies.forgetting", *config]
     start = [*bare, "--config.eval_tasks=('tiny/sort',)"]
     work = f"--workdir={tmp_path / 'study'}"
+    stored = shutil.copytree(RESULTS / "qes_float4", tmp_path / "stored")
     jobs = [
         [*start, work, "--methods=es,l2:1", f"--out={tmp_path / 'out'}"],
+        [*bare, "--redraw", f"--out={stored}"],
         [*start, "--methods=es,l2:x", work],
         [*start, "--methods=es,es", work],
         [*start, "--seeds=1,b", work],
@@ -336,6 +340,8 @@ def test_command_lines(small_model: Path, tmp_path: Path, compiled: Path) -> Non
     assert done[0]["status"] == 0, done[0]["stderr"]
     assert "| l2:1 | 1 |" in done[0]["stdout"]
     assert (tmp_path / "out" / "forgetting.png").is_file()
+    assert done[1]["status"] == 0, done[1]["stderr"]
+    assert "| es | 3 | 53.7 ± 3.8 |" in done[1]["stdout"]
     messages = [
         "'l2:x' is no method of a study: es, l2:λ",
         "--methods=es,es: an entry is empty or repeated",
@@ -344,7 +350,7 @@ def test_command_lines(small_model: Path, tmp_path: Path, compiled: Path) -> Non
         "unexpected 'more'",
         "the study needs prior tasks: eval_tasks is empty",
     ]
-    for job, message in zip(done[1:], messages, strict=True):
+    for job, message in zip(done[2:], messages, strict=True):
         assert job["status"] != 0
         assert message in job["stderr"]
         assert "Traceback" not in job["stderr"]
