@@ -69,19 +69,6 @@ def collect(grid: Grid) -> None:
     check(grid.config)
     grid.run()
     shrink(grid)
-    collect_runs(grid)
-
-
-def check(config: ConfigDict) -> None:
-    """Raises InputError if forgetting cannot be measured with these settings."""
-    if config.anchor == "none":
-        raise InputError("the study measures distances: anchor='none' cannot be used")
-    if not config.eval_tasks:
-        raise InputError("the study needs prior tasks: eval_tasks is empty")
-
-
-def collect_runs(grid: Grid) -> None:
-    """Writes the data of finished runs."""
     rows: list[Row] = []
     curves: Curves = {}
     hours = 0.0
@@ -107,6 +94,14 @@ def collect_runs(grid: Grid) -> None:
         "systematic": systematic_rows(grid),
     }
     write_json(grid.out / "study.json", study)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError if forgetting cannot be measured with these settings."""
+    if config.anchor == "none":
+        raise InputError("the study measures distances: anchor='none' cannot be used")
+    if not config.eval_tasks:
+        raise InputError("the study needs prior tasks: eval_tasks is empty")
 
 
 def result(grid: Grid, method: str, seed: int, curve: dict[str, list]) -> Row:
