@@ -178,5 +178,10 @@ def figure(
     return made
 
 
+def main() -> None:
+    """The command line."""
+    grids.run_study(collect, draw)
+
+
 if __name__ == "__main__":
-    grids.main(collect, draw)
+    main()

@@ -596,7 +596,7 @@ def main() -> None:
         return draw_chain(out) if flags.FLAGS.chain else draw(out)
 
     methods = "es,l2:1,l1:0.02,answers:128,shuffled,grpo:1e-5"
-    grids.main(collect_chosen, draw_chosen, methods=methods)
+    grids.run_study(collect_chosen, draw_chosen, methods=methods)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def train_once(config: ConfigDict, folder: Path, name: str) -> None:
         train.run(config, folder)
 
 
-def main(
+def run_study(
     collect: Callable[[Grid], None],
     draw: Callable[[Path], str],
     *,

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from jes.errors import InputError
 from jes.experiment import ON_TRAIN
 from jes.io.metrics import read_rows, write_json
-from jes.studies.grid import Grid, band, main, mean_error, precision, table, tidy
+from jes.studies.grid import Grid, band, mean_error, precision, run_study, table, tidy
 
 PATIENCE = 6
 SMOOTH = 3
@@ -159,5 +159,10 @@ def figure(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     return made
 
 
+def main() -> None:
+    """The command line."""
+    run_study(collect, draw, methods="n:10,n:30", kind="decay")
+
+
 if __name__ == "__main__":
-    main(collect, draw, methods="n:10,n:30", kind="decay")
+    main()
