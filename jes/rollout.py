@@ -87,13 +87,7 @@ def answer(
     numbers: np.ndarray,
     batch: PromptBatch | ChoiceBatch,
 ) -> jax.Array | np.ndarray:
-    """Lets a chunk of members answer.
-
-    Args:
-      rollout: from `prepare_rollout`.
-      key: the generation key.
-      numbers: int [M], of the members.
-      batch: from `questions.batch_of`.
+    """Lets members answer a batch.
 
     Returns:
       Tokens int32 [M, B, max_new_tokens], or log-likelihoods of choices [M, R].

@@ -64,14 +64,7 @@ class MemberWeight:
 def draw_lazily(
     params: PyTree, key: jax.Array, members: jax.Array, noise: Noise, dtype: Any
 ) -> PyTree:
-    """Noise of a chunk of members for the layers to draw.
-
-    Args:
-      params: θ, layers stacked under 'layers'.
-      key: the generation key.
-      members: int [M], member numbers.
-      noise: how members differ.
-      dtype: of the members' weights.
+    """Noise of a chunk of members for the layers to draw, as for `perturb_members`.
 
     Returns:
       The tree of the parameters: for matrices a `LazyNoise` with a leading axis [M],
@@ -122,16 +115,9 @@ def map_blocks(
     axis: int,
     function: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """Applies a function to a member's matrix block by block, holding one at a time.
+    """Applies a function to a member's matrix [I, O] one block at a time.
 
-    Args:
-      weight: matrix [I, O].
-      noise: of it.
-      axis: that is cut into `BLOCKS` blocks, or a divisor of that.
-      function: of a block.
-
-    Returns:
-      The results, stacked.
+    The axis is cut into `BLOCKS` blocks, or a divisor of that. Results are stacked.
     """
     count = math.gcd(weight.shape[axis], BLOCKS)
     length = weight.shape[axis] // count

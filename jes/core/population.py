@@ -46,13 +46,9 @@ def chunks(members: np.ndarray, size: int) -> Iterator[np.ndarray]:
 def chunk_size(
     population: int, bytes_per_member: int, budget: int, most: int | None = None
 ) -> int:
-    """How many members to hold at once: what fits, spread evenly over the chunks.
+    """Members to hold at once: what fits a budget in bytes, evenly over the chunks.
 
-    Args:
-      population: number of members.
-      bytes_per_member: memory of one member's weights, cache and activations.
-      budget: bytes to spend; one member is held even where it does not fit.
-      most: members that are worth holding at once, if there is a limit to it.
+    At least one, and no more than `most`, where more are not worth holding.
     """
     fitting = min(population, budget // max(bytes_per_member, 1))
     most = max(1, fitting if most is None else min(fitting, most))
@@ -113,11 +109,9 @@ def _sampling_keys(key: jax.Array, members: jax.Array) -> jax.Array:
 def draw_members(
     params: PyTree, key: jax.Array, members: jax.Array, noise: Noise, dtype: Any
 ) -> PyTree:
-    """The weights of a chunk of members, stacked [M, ...].
+    """The weights of members, stacked [M, ...]; the sum is taken before the cast.
 
-    Args:
-      params, key, members, noise: as for `perturb_members`.
-      dtype: of the result; the perturbed sum is taken before the cast.
+    Arguments are those of `perturb_members`.
     """
 
     def draw(member: jax.Array) -> PyTree:
@@ -132,10 +126,7 @@ def draw_members(
 def draw_overlays(
     params: PyTree, key: jax.Array, members: jax.Array, noise: Noise
 ) -> PyTree:
-    """How a chunk of members of a quantised model differ from it.
-
-    Args:
-      params, key, members, noise: as for `perturb_members`.
+    """How members of a quantised model differ from it, as noise for `perturb_members`.
 
     Returns:
       The tree of the parameters with an `Overlay` of arrays [M, ...] for codes (moves
@@ -180,12 +171,7 @@ def _overlay(
 def draw_factors(
     params: PyTree, key: jax.Array, members: jax.Array, noise: Noise, dtype: Any
 ) -> PyTree:
-    """Noise of low rank of a chunk of members.
-
-    Args:
-      params, key, members, noise: as for `perturb_members`; only shapes are read of
-        the parameters.
-      dtype: of the result.
+    """Noise of low rank; only shapes are read of the parameters.
 
     Returns:
       The tree of the parameters, σε: a `LowRank` of factors [M, ..., r, I] and

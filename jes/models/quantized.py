@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jes.core.codes import Codes, Overlay, moved
+from jes.core.codes import Codes, moved
 from jes.core.placement import not_before
 
 
@@ -53,39 +53,31 @@ def dequantize(
         the scales or None, None for the rest.
       dtype: of the result.
     """
-    values = moved(weight.codes, _overlay(noise))
-    scales = member_scales(weight, noise)
-    spread = _by_row(weight)
-    values = values.astype(jnp.float32)
+    codes, scales = _of_member(weight, noise)
+    values = codes.astype(jnp.float32)
     if weight.zeros is not None:
-        values -= spread(weight.zeros.astype(jnp.float32))
-    return (values * spread(scales)).astype(dtype)
+        values -= _by_row(weight, weight.zeros.astype(jnp.float32))
+    return (values * _by_row(weight, scales)).astype(dtype)
 
 
-def _overlay(noise: Any) -> Overlay | None:
-    return None if noise is None else noise.codes
-
-
-def member_scales(weight: Quantized, noise: Any) -> jax.Array:
-    """Scales float32 [G, O] as a member has them."""
+def _of_member(weight: Quantized, noise: Any) -> tuple[jax.Array, jax.Array]:
+    """Codes, uint8 or int8 [I, O], and scales, float32 [G, O], of a member."""
     scales = weight.scales.astype(jnp.float32)
-    if noise is not None and noise.scales is not None:
+    if noise is None:
+        return moved(weight.codes, None), scales
+    if noise.scales is not None:
         scales += noise.scales
-    return scales
+    return moved(weight.codes, noise.codes), scales
 
 
-def _by_row(weight: Quantized) -> Any:
-    """A function from [G, O] to [I, O]."""
+def _by_row(weight: Quantized, values: jax.Array) -> jax.Array:
+    """Values of groups [G, O] for each row: [I, O]."""
+    if weight.groups is not None:
+        return values[weight.groups]
     rows, columns = weight.shape
-
-    def spread(values: jax.Array) -> jax.Array:
-        if weight.groups is not None:
-            return values[weight.groups]
-        count = values.shape[0]
-        wide = jnp.broadcast_to(values[:, None], (count, rows // count, columns))
-        return wide.reshape(rows, columns)
-
-    return spread
+    count = values.shape[0]
+    wide = jnp.broadcast_to(values[:, None], (count, rows // count, columns))
+    return wide.reshape(rows, columns)
 
 
 def quantized_matmul(x: jax.Array, weight: Quantized, noise: Any = None) -> jax.Array:
@@ -96,10 +88,10 @@ def quantized_matmul(x: jax.Array, weight: Quantized, noise: Any = None) -> jax.
     )
     if not weight.int8_activations:
         return x @ dequantize(weight, noise, x.dtype)
-    codes = moved(weight.codes, _overlay(noise))
+    codes, scales = _of_member(weight, noise)
     rounded, token_scales = round_tokens(x)
     products = jnp.matmul(rounded, codes, preferred_element_type=jnp.int32)
-    scales = member_scales(weight, noise).reshape((1,) * (x.ndim - 1) + (-1,))
+    scales = scales.reshape((1,) * (x.ndim - 1) + (-1,))
     return (products.astype(jnp.float32) * token_scales * scales).astype(x.dtype)
 
 

@@ -15,19 +15,17 @@ BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 409
 little (padding costs as much as text)."""
 
 SHORTEST = 16
-"""Fewest tokens that are shared."""
+"""Fewest tokens that are worth sharing."""
 
 MOST = 0.75
-"""Part of the tokens that may be left with sharing: more does not pay for a second
-pass through the weights."""
+"""Sharing must leave at most this part of the tokens, to pay for a second pass through
+the weights."""
 
 STEP = 8
-"""Shared tokens, and rows of a family, are a multiple of this, so that few that agree
-by chance in one batch do not give it a shape of its own."""
+"""Shared tokens, and rows of a family, are multiples of this: few shapes to compile."""
 
 IDLE_ROWS = 64
-"""A new token of fewer rows than this is counted as one of so many: what takes the time
-is to read the weights."""
+"""A step of fewer rows takes as long as one of so many: it is bound by the weights."""
 
 
 class PromptBatch(NamedTuple):
@@ -124,22 +122,40 @@ def share(
     Raises:
       ValueError: as `pad`.
     """
-    whole = pad(prompts, buckets)
     parts = buckets if parts is None else parts
+    whole, lengths = pad(prompts, buckets), [len(prompt) for prompt in prompts]
     common = agreement(min(prompts, key=tuple), max(prompts, key=tuple))
-    count = worthwhile(min(common, min(map(len, prompts)) - own), parts)
-    if not count or max(map(len, prompts)) - count > max(parts):
+    common = min(common, min(lengths) - own)
+    count, _ = prefix_to_share(lengths, common, len(prompts), buckets, parts)
+    if not count:
         return whole
-    prefix = pad([prompts[0][:count]], parts)
     rest = pad([prompt[count:] for prompt in prompts], parts, first=count)
-    pays = prefix.tokens.size + rest.tokens.size <= MOST * whole.tokens.size
-    return rest._replace(prefix=prefix) if pays else whole
+    return rest._replace(prefix=pad([prompts[0][:count]], parts))
 
 
-def worthwhile(count: int, parts: Sequence[int]) -> int:
-    """How many of so many common tokens are shared."""
-    count = min(count, max(parts, default=0))
-    return count - count % STEP if count >= SHORTEST else 0
+def prefix_to_share(
+    lengths: Sequence[int],
+    common: int,
+    rows: int,
+    buckets: Sequence[int],
+    parts: Sequence[int],
+) -> tuple[int, int]:
+    """How many common tokens a batch shares, and its size in padded tokens.
+
+    Args:
+      lengths: of the prompts.
+      common: tokens that all begin with and can spare.
+      rows: of the batch.
+      buckets, parts: as for `share`.
+    """
+    longest = max(lengths)
+    whole = rows * bucket(longest, buckets)
+    count = min(common, max(parts, default=0))
+    count = count - count % STEP if count >= SHORTEST else 0
+    if not count or longest - count > max(parts):
+        return 0, whole
+    less = bucket(count, parts) + rows * bucket(longest - count, parts)
+    return (count, less) if less <= MOST * whole else (0, whole)
 
 
 def agreement(first: Sequence[int], second: Sequence[int]) -> int:
@@ -192,8 +208,9 @@ def batches(
                 chosen = family[start : start + rows]
                 plan.append((chosen, rows))
                 lengths = [len(prompts[i]) for i in chosen]
-                work += _work(lengths, common, rows, buckets, parts)
-                work += max(rows, IDLE_ROWS) * new_tokens
+                spare = min(common, min(lengths) - 1)
+                _, tokens = prefix_to_share(lengths, spare, rows, buckets, parts)
+                work += tokens + max(rows, IDLE_ROWS) * new_tokens
         if work < least_work:
             best, least_work = plan, work
     return best
@@ -202,31 +219,9 @@ def batches(
 def _families(
     ordered: Sequence[int], shared: Sequence[int], least: int
 ) -> Iterator[tuple[list[int], int]]:
-    """Numbers of prompts that share `least` tokens or more, and how many they do.
-
-    Args:
-      ordered: numbers of the prompts in the order of lists.
-      shared: tokens that each shares with the next.
-      least: with fewer than so many a family ends.
-    """
+    """Prompts that each share `least` tokens with the next, and how many all share."""
     start = 0
     for stop in range(1, len(ordered) + 1):
         if stop == len(ordered) or shared[stop - 1] < least:
             yield list(ordered[start:stop]), min(shared[start : stop - 1], default=0)
             start = stop
-
-
-def _work(
-    lengths: Sequence[int],
-    common: int,
-    rows: int,
-    buckets: Sequence[int],
-    parts: Sequence[int],
-) -> int:
-    """Tokens of a batch, padded, as `share` would give it."""
-    whole = rows * bucket(max(lengths), buckets)
-    count = worthwhile(min(common, min(lengths) - 1), parts)
-    if not count or max(lengths) - count > max(parts):
-        return whole
-    less = bucket(count, parts) + rows * bucket(max(lengths) - count, parts)
-    return less if less <= MOST * whole else whole
