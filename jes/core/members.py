@@ -1,4 +1,4 @@
-"""Members: what answers, as one value, and functions that devices share by member."""
+"""Members of a population as one value, and functions that devices share by member."""
 
 import dataclasses
 import functools

@@ -45,7 +45,7 @@ class Cache(NamedTuple):
         )
 
     def blank(self, rows: int, slots: int) -> "Cache":
-        """A cache of the same model for so many rows and slots, without a token."""
+        """An empty cache of the same model, for other numbers of rows and slots."""
 
         def shape(leaf: jax.Array, axis: int) -> tuple[int, ...]:
             sizes = [rows, *leaf.shape[1:]]

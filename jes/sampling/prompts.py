@@ -99,7 +99,7 @@ def pad(
 
 
 def bucket(length: int, buckets: Sequence[int]) -> int:
-    """The shortest bucket that holds so many tokens; their number where none does."""
+    """The shortest bucket that holds a length; the length where none does."""
     return min((b for b in buckets if b >= length), default=length)
 
 
@@ -178,7 +178,7 @@ def batches(
 ) -> list[tuple[list[int], int]]:
     """Which prompts to answer together, so that the fewest tokens are computed.
 
-    Prompts of similar length; or, where it is less, such of one family: with worked
+    Prompts of similar length; or, where that is less, those of one family: with worked
     examples for each subject, say, those of a subject. Families are found by cutting
     the prompts in the order of lists wherever two neighbours share less than a bucket.
 
