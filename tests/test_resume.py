@@ -119,6 +119,7 @@ def test_signals_of_a_process(killed: Killed) -> None:
     assert "stopped after" not in first["stdout"]
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_in_another_process(
     tmp_path: Path, small_model: Path, compiled: Path, expected: Outcome
 ) -> None:

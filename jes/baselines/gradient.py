@@ -1,4 +1,4 @@
-"""What the baselines share that follow a gradient: one step's gradient, in pieces."""
+"""What the gradient baselines share: an optimizer step from microbatches."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jes.core.noise import PyTree
 from jes.errors import InputError
@@ -37,6 +38,44 @@ def mean_gradient(
 
     sums, _ = jax.lax.scan(add, first, pieces[1:])
     return jax.tree.map(lambda leaf: leaf / len(pieces), sums)
+
+
+def descend(
+    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+    optimizer: optax.GradientTransformation,
+    microbatch: int,
+    before: tuple[PyTree, Any],
+    data: PyTree,
+    rows: jax.Array,
+) -> tuple[PyTree, Any, dict[str, jax.Array]]:
+    """One optimizer step on the given rows of the data; to be traced.
+
+    Args:
+      loss: of the parameters and some rows of the data, with metrics.
+      optimizer: of the step.
+      microbatch: see `mean_gradient`.
+      before: parameters and optimizer state.
+      data: arrays [R, ...].
+      rows: int, numbers of the rows.
+
+    Returns:
+      Parameters and optimizer state after it, and of the weights before it the metrics,
+      `loss` and `gradient_norm`.
+    """
+    params, state = before
+
+    def slopes(rows: jax.Array) -> tuple[dict[str, jax.Array], PyTree]:
+        chosen = jax.tree.map(lambda array: array[rows], data)
+        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(
+            params, chosen
+        )
+        return metrics | {"loss": value}, gradient
+
+    metrics, gradient = mean_gradient(slopes, rows, microbatch)
+    norm = optax.tree.norm(gradient)
+    updates, state = optimizer.update(gradient, state, params)
+    metrics = metrics | {"gradient_norm": norm}
+    return optax.apply_updates(params, updates), state, metrics
 
 
 def check_finite(metrics: Mapping[str, float]) -> None:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jes.baselines.gradient import check_finite, largest_divisor, mean_gradient
+from jes.baselines.gradient import check_finite, descend, largest_divisor
 from jes.core.members import unperturbed
 from jes.core.noise import PyTree, generation_key
 from jes.core.placement import on_device
@@ -37,6 +37,8 @@ from jes.sampling.generate import decode, trim, unrolled_params
 from jes.sampling.prompts import pad
 from jes.scoring import Score, mean_score, rewards_of
 
+CLIP_NORM = 1.0
+"""Largest global norm of a minibatch's gradient."""
 MOST_NATS = 20.0
 """Log-ratios are cut off here: exp(89) is infinite in float32, and one infinite token
 would make the whole gradient NaN."""
@@ -132,24 +134,20 @@ def settings_of(experiment: Experiment, microbatch: int = 0) -> "Grpo":
 class Grpo:
     """Settings of the baseline.
 
-    The defaults are those that 2605.30148 ran verl with, the weight decay of 0.01
-    excepted, which pulls towards zero and would blur what is measured as forgetting.
+    The defaults are those that 2605.30148 ran verl with, but without its weight decay
+    of 0.01, which pulls towards zero and would blur what is measured as forgetting.
 
     Attributes:
-      prompts: P, prompts an iteration.
+      prompts: P, prompts per iteration.
       group: G, answers sampled to each prompt.
-      learning_rate: of AdamW, in units of the weights.
+      learning_rate: of AdamW without decay, in units of the weights.
       clip: the ratio to the sampling policy counts up to 1 ± clip.
       kl: weight of the divergence from the base model, in reward per nat.
-      minibatch: rows (answers) of one optimizer step; a divisor of P·G.
-      microbatch: rows whose logits and activations are held at once, while gradients
-        add up to those of the minibatch; a divisor of it, 0 for all. It takes memory
-        and changes no result beyond the order of sums.
+      minibatch: rows (answers) per optimizer step; a divisor of P·G.
+      microbatch: rows whose logits and activations are in memory at once; a divisor of
+        `minibatch`, 0 for all. It changes no result beyond the order of sums.
       epochs: how often each answer is used.
-      temperature: of the sampled answers; the policy that is trained is the one at
-        this temperature.
-      weight_decay: towards zero, decoupled (AdamW).
-      clip_norm: largest global norm of a minibatch's gradient.
+      temperature: of the sampled answers, and so of the policy that is trained.
     """
 
     prompts: int = 200
@@ -161,28 +159,29 @@ class Grpo:
     microbatch: int = 0
     epochs: int = 1
     temperature: float = 1.0
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "minibatch", "epochs"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        self._check("group", self.group >= 2, "at least 2, or nothing can be compared")
-        for name in ("learning_rate", "clip", "temperature", "clip_norm"):
-            value = getattr(self, name)
-            self._check(name, math.isfinite(value) and value > 0, "positive")
-        for name in ("kl", "weight_decay"):
-            value = getattr(self, name)
-            self._check(name, math.isfinite(value) and value >= 0, "at least 0")
-        rows = self.prompts * self.group
-        self._check("minibatch", not rows % self.minibatch, f"a divisor of {rows}")
-        held = self.microbatch or self.minibatch
-        divides = held > 0 and not self.minibatch % held
-        self._check("microbatch", divides, f"a divisor of {self.minibatch}")
-
-    def _check(self, name: str, right: bool, what: str) -> None:
-        if not right:
-            raise InputError(f"{name} must be {what}, not {getattr(self, name)}")
+        rows, held = self.prompts * self.group, self.microbatch or self.minibatch
+        right = {
+            "prompts": (self.prompts >= 1, "at least 1"),
+            "group": (self.group >= 2, "at least 2, or nothing can be compared"),
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "positive"),
+            "clip": (0 < self.clip < math.inf, "positive"),
+            "temperature": (0 < self.temperature < math.inf, "positive"),
+            "kl": (0 <= self.kl < math.inf, "at least 0"),
+            "minibatch": (
+                self.minibatch >= 1 and not rows % self.minibatch,
+                f"a divisor of {rows}",
+            ),
+            "microbatch": (
+                held > 0 and not self.minibatch % held,
+                f"a divisor of {self.minibatch}",
+            ),
+        }
+        for name, (is_right, what) in right.items():
+            if not is_right:
+                raise InputError(f"{name} must be {what}, not {getattr(self, name)}")
 
 
 class Batch(NamedTuple):
@@ -245,8 +244,8 @@ def advantages(rewards: np.ndarray) -> np.ndarray:
 def make_optimizer(settings: Grpo) -> optax.GradientTransformationExtraArgs:
     """AdamW behind a bound on the global norm of the gradient."""
     return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm),
-        optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay),
+        optax.clip_by_global_norm(CLIP_NORM),
+        optax.adamw(settings.learning_rate, weight_decay=0.0),
     )
 
 
@@ -302,23 +301,16 @@ def rollout(
         pieces.append(np.asarray(answers[0]))
     answers = np.concatenate(pieces)[: len(rows)]
     prompts = jax.tree.map(lambda array: array[rows], prompts)
-    return score_rollout(evaluation, questions, prompts, answers)
+    return _scored_rollout(evaluation, questions, prompts, answers)
 
 
-def score_rollout(
+def _scored_rollout(
     evaluation: Evaluation,
     questions: Sequence[Question],
     prompts: Any,
     answers: np.ndarray,
 ) -> Rollout:
-    """Rewards sampled answers and lays them out to learn from.
-
-    Args:
-      evaluation: as for `rollout`.
-      questions: [P].
-      prompts: a `PromptBatch` [R, T], each prompt's rows one after another.
-      answers: int32 [R, N] as they were decoded.
-    """
+    """Rewards the answers int32 [R, N] to the prompts [R, T], and lays them out."""
     group = len(answers) // len(questions)
     trimmed = [tuple(row) for row in trim(answers, evaluation.eos_ids)]
     asked = [(i // group, (answer,)) for i, answer in enumerate(trimmed)]
@@ -498,18 +490,12 @@ def _log_probabilities(
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def _step(settings, model, params, state, batch, old, reference, rows):
-    """One optimizer step on the given rows, a microbatch after the other."""
-    value_and_gradient = jax.value_and_grad(loss, argnums=2, has_aux=True)
-
-    def slopes(rows):
-        of_rows = jax.tree.map(lambda array: array[rows], (batch, old, reference))
-        (value, metrics), gradient = value_and_gradient(
-            settings, model, params, *of_rows
-        )
-        return metrics | {"loss": value}, gradient
-
-    metrics, gradient = mean_gradient(slopes, rows, settings.microbatch)
-    norm = optax.tree.norm(gradient)
-    updates, state = make_optimizer(settings).update(gradient, state, params)
-    metrics = metrics | {"gradient_norm": norm}
-    return optax.apply_updates(params, updates), state, metrics
+    """One optimizer step on the given rows."""
+    return descend(
+        lambda params, data: loss(settings, model, params, *data),
+        make_optimizer(settings),
+        settings.microbatch,
+        (params, state),
+        (batch, old, reference),
+        rows,
+    )

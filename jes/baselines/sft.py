@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jes.baselines.gradient import check_finite, largest_divisor, mean_gradient
+from jes.baselines.gradient import check_finite, descend, largest_divisor
 from jes.core.noise import PyTree
 from jes.core.tree import with_dtype
 from jes.errors import InputError
@@ -354,17 +354,12 @@ def improve(
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def _step(settings, model, params, state, batch):
-    """One optimizer step on all rows, a microbatch after the other."""
-    value_and_gradient = jax.value_and_grad(loss, argnums=1, has_aux=True)
-
-    def slopes(rows):
-        chosen = jax.tree.map(lambda array: array[rows], batch)
-        (value, metrics), gradient = value_and_gradient(model, params, chosen)
-        return metrics | {"loss": value}, gradient
-
-    rows = jnp.arange(len(batch.tokens))
-    metrics, gradient = mean_gradient(slopes, rows, settings.microbatch)
-    norm = optax.tree.norm(gradient)
-    updates, state = make_optimizer(settings).update(gradient, state, params)
-    metrics = metrics | {"gradient_norm": norm}
-    return optax.apply_updates(params, updates), state, metrics
+    """One optimizer step on all rows."""
+    return descend(
+        partial(loss, model),
+        make_optimizer(settings),
+        settings.microbatch,
+        (params, state),
+        batch,
+        jnp.arange(len(batch.tokens)),
+    )

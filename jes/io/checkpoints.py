@@ -16,13 +16,14 @@ KEPT = 2
 """How many checkpoints are kept: if the last is damaged there is one before it."""
 
 
-def tidy(folder: Path, generations: int) -> None:
-    """Deletes what a killed run left half written, and what has not happened.
+def saved(folder: Path) -> list[int]:
+    """After how many generations there are checkpoints, the newest first."""
+    names = [path.name for path in folder.glob("*") if path.name.isdigit()]
+    return sorted(map(int, names), reverse=True)
 
-    Args:
-      folder: of the checkpoints; it need not exist.
-      generations: how many have happened, by the ledger.
-    """
+
+def tidy(folder: Path, generations: int) -> None:
+    """Deletes half-written checkpoints, and those beyond so many generations."""
     for path in folder.glob("*"):
         if not path.name.isdigit() or int(path.name) > generations:
             shutil.rmtree(path)
@@ -35,21 +36,21 @@ def save(folder: Path, generations: int, state: Any) -> None:
       OSError: if the disk is full or the folder cannot be written.
     """
     try:
-        with quiet():
+        with _quiet():
             path = (folder / str(generations)).absolute()
             ocp.save(path, state, overwrite=True)
     except Exception as error:  # the storage layers below have errors of their own
         tidy(folder, generations)  # half a checkpoint may be what fills the disk
         if isinstance(error, OSError):
             raise
-        raise OSError(str(error).strip().partition("\n")[0][:300]) from error
+        raise OSError(_first_line(error, 300)) from error
     for old in saved(folder)[KEPT:]:
         shutil.rmtree(folder / str(old))
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps back what orbax logs: every save, and an error from each of its threads."""
+def _quiet() -> Iterator[None]:
+    """Silences orbax's log of every save, and of errors in each of its threads."""
     # For good: its tasks complain when they are collected, some time later.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logger = logging.getLogger("absl")
@@ -61,41 +62,37 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def saved(folder: Path) -> list[int]:
-    """After how many generations there are checkpoints, the newest first."""
-    names = [path.name for path in folder.glob("*") if path.name.isdigit()]
-    return sorted(map(int, names), reverse=True)
-
-
 def restore_latest(folder: Path, like: Any, at_most: int) -> tuple[int, Any] | None:
     """The newest state that can be read, and after how many generations it was.
 
-    A damaged checkpoint is passed over for the one before it. Nothing is written, so
-    that a run can be looked at while it goes on.
+    A damaged checkpoint is passed over for the one before it. Nothing is written: the
+    run may be going on.
 
     Args:
       folder: of the checkpoints; it need not exist.
-      like: a state with the shapes and dtypes to restore.
+      like: a state with the shapes, dtypes and shardings to restore.
       at_most: newer checkpoints than this many generations are not used.
 
     Returns:
-      (generations, state), or None where there is none to be had.
+      (generations, state), or None if there is none.
     """
-
-    def describe(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-    abstract = jax.tree.map(describe, like)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+    )
     for generations in saved(folder):
         if generations > at_most:
             continue
-        path = (folder / str(generations)).absolute()
         try:
-            return generations, ocp.load(path, abstract)
+            return generations, ocp.load(
+                (folder / str(generations)).absolute(), abstract
+            )
         except Exception as error:  # orbax raises whatever its storage layers raise
-            first_line = str(error).strip().partition("\n")[0][:100]
             console.print(
                 f"the checkpoint after {generations} generations cannot be read, so an "
-                f"earlier state is replayed ({first_line})"
+                f"earlier state is replayed ({_first_line(error, 100)})"
             )
     return None
+
+
+def _first_line(error: Exception, length: int) -> str:
+    return str(error).strip().partition("\n")[0][:length]

@@ -1,4 +1,4 @@
-"""Command lines: what the user got wrong is one line, never a traceback of ours."""
+"""Command lines: a mistake of the user is reported in one line, without a traceback."""
 
 import argparse
 import os
@@ -13,20 +13,21 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jes.errors import InputError
-from jes.io.hosts import Gone
+from jes.io.hosts import PeerLost
 from jes.io.interrupts import Stopped
 
 
 def start(command: Callable[[list[str]], None]) -> None:
-    """Parses absl flags and runs `command` with what is left of the command line.
+    """Parses absl flags, with a config flag `--config`, and runs `command`.
 
-    There is to be a config flag, `--config`; errors of the config file are the user's.
+    Args:
+      command: takes what is left of the command line.
     """
 
     def parse(argv: list[str]) -> list[str]:
         try:
             left = flags.FLAGS(argv)
-            # A file that could not be read shows at the first look into the config.
+            # A file that could not be read raises at the first use of the config.
             getattr(flags.FLAGS["config"].value, "keys")  # noqa: B009
             return left
         # A config file is Python: it, or an override of it, may raise anything.
@@ -34,7 +35,7 @@ def start(command: Callable[[list[str]], None]) -> None:
             fail(reason(error), 2)
 
     def go_on(argv: list[str]) -> None:
-        # Below are reports of what JAX and others have found on the machine.
+        # Lower levels report what JAX and others find on the machine.
         logging.set_verbosity(logging.WARNING)
         guarded(lambda: command(argv), "the same command goes on from what was saved")
 
@@ -42,7 +43,7 @@ def start(command: Callable[[list[str]], None]) -> None:
 
 
 def config_name() -> str:
-    """Of `--config=configs/NAME.py:VARIANT`, NAME_VARIANT or NAME: of a run folder."""
+    """NAME or NAME_VARIANT of `--config=configs/NAME.py:VARIANT`, for a run folder."""
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     file, _, variant = name.partition(":")
     return "_".join(filter(None, [Path(file).stem, variant]))
@@ -52,31 +53,30 @@ def reason(error: Exception) -> str:
     """One line that says what is wrong with the flags or the config file."""
     inner = error.args[0] if error.args else None
     if isinstance(error, AttributeError) and isinstance(inner, KeyError):
-        # Of ml_collections: the name, and on a second line perhaps a suggestion.
+        # From ml_collections: the name, perhaps a suggestion on a second line.
         return "there is no setting " + "; ".join(str(inner.args[0]).splitlines())
     text = str(error).strip()
     if isinstance(error, flags.Error) and "Traceback" not in text:
         return text.replace("\n", " ")
-    # The last line is what went wrong, those before it tell where.
+    # The last line says what went wrong, those before it where.
     return f"--config: {text.splitlines()[-1].strip()}"
 
 
 def guarded(command: Callable[[], None], after_os_error: str = "") -> None:
-    """Runs `command`; errors that are not ours become a line and an exit status.
+    """Runs `command`; turns expected errors into one line and an exit status.
 
     Args:
       command: what to run.
-      after_os_error: what the user is told after a full disk or the like.
+      after_os_error: added to the message after a full disk or the like.
     """
     try:
         command()
-    except Gone as gone:
-        print(f"error: {gone}", file=sys.stderr, flush=True)
+    except PeerLost as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(1)  # without JAX's wait for the others at the exit
+        os._exit(1)  # skips JAX's shutdown barrier
     except InputError as error:
-        # A full disk is no mistake in the input.
-        # Those without a number are of the network.
+        # A full disk (an OSError with a number) is no mistake in the input.
         if getattr(error.__cause__, "errno", None) is None:
             fail(str(error), 2)
         fail("; ".join(filter(None, [str(error), after_os_error])), 1)

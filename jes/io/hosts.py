@@ -1,9 +1,10 @@
 """Several processes, on one host or many, that are one run.
 
-Each has devices of its own and computes the same update; only what members came to
-goes from process to process, by `exchange`. The first process alone writes. What ends
-one of them, a signal or an error, ends them all: every exchange says first whether
-all are well.
+Each process has devices of its own and computes the same update. Only the members'
+scores go from process to process, by `exchange`. The first process alone writes.
+
+A signal or an error in one process ends all of them: every exchange of values begins
+with an exchange of status codes.
 """
 
 import dataclasses
@@ -19,16 +20,16 @@ from jax.experimental import multihost_utils
 from jes.errors import InputError
 from jes.io.interrupts import Stopped
 
-WELL, OVER, FAILED = 0, 100, 101
-"""What a process says of itself; anything else is the number of a signal."""
+RUNNING, DONE, FAILED = 0, 100, 101
+"""Status codes of a process; any other is the number of the signal that stopped it."""
 
 
-class Gone(InputError):
-    """A process has gone without a word. Not to be waited for at the exit either."""
+class PeerLost(InputError):
+    """A peer stopped responding: skip JAX's shutdown barrier, which would wait."""
 
 
-class Over(Exception):
-    """The run is over: the first process has nothing left to do."""
+class RunDone(Exception):
+    """The first process has nothing left to do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,10 +37,10 @@ class Cluster:
     """How processes find each other.
 
     Attributes:
-      coordinator: 'host:port' of the first process; '' to be found by JAX, which knows
-        TPU VMs, SLURM and some others.
+      coordinator: 'host:port' of the first process; with '' JAX looks for it (on TPU
+        VMs, under SLURM and a few others).
       processes, process: how many there are, and the number of this one.
-      timeout: seconds without a sign of life after which a process is given up.
+      timeout: seconds without a heartbeat after which a process is given up.
     """
 
     coordinator: str = ""
@@ -49,24 +50,23 @@ class Cluster:
 
     @property
     def named(self) -> bool:
-        """Whether it is said here who the processes are, or some of it."""
+        """Whether any of the addresses and numbers is given."""
         return bool(self.coordinator) or (self.processes, self.process) != (None, None)
 
     def join(self) -> None:
-        """Waits for the other processes; before anything else is done with JAX.
+        """Waits for the other processes; must come before any other use of JAX.
 
         Raises:
-          InputError: if they do not come, or the settings do not say who they are.
+          InputError: if they do not connect, or only some settings are given.
         """
         settings = (self.coordinator or None, self.processes, self.process)
         if self.named and None in settings:
             raise InputError("--coordinator, --processes and --process go together")
-        # SIGTERM is for the run, not for JAX.
+        # SIGTERM stops the run; JAX would take it for a preemption notice.
         jax.config.update("jax_enable_preemption_service", False)
         try:
             jax.distributed.initialize(
                 *settings,
-                # None of its ways to find them, where everything is said.
                 cluster_detection_method="deactivate" if self.named else None,
                 initialization_timeout=self.timeout,
                 heartbeat_timeout_seconds=self.timeout,
@@ -74,7 +74,7 @@ class Cluster:
             )
         except (ValueError, RuntimeError) as error:
             line = str(error).strip().partition("\n")[0]
-            raise InputError(f"the processes did not come together: {line}") from error
+            raise InputError(f"the processes did not connect: {line}") from error
 
 
 def first() -> bool:
@@ -83,15 +83,15 @@ def first() -> bool:
 
 
 def exchange(make: Callable[[], np.ndarray]) -> np.ndarray:
-    """What `make` gives in every process: [processes, ...], the same everywhere.
+    """The values of `make` in all processes: [processes, ...], the same everywhere.
 
     Args:
       make: gives an array of one dtype and shape in all processes.
 
     Raises:
-      Stopped: if any process was asked to stop.
-      Over: if the first process is done.
-      InputError: if another process failed; `Gone` if it does not answer.
+      Stopped: if any process got a signal to stop.
+      RunDone: if the first process is done.
+      InputError: if another process failed; `PeerLost` if one stopped responding.
       Exception: that of `make`, where it was this process that failed.
     """
     if jax.process_count() == 1:
@@ -99,14 +99,14 @@ def exchange(make: Callable[[], np.ndarray]) -> np.ndarray:
     try:
         values = make()
     except BaseException as error:
-        _say(error)
+        _announce(error)
         raise
-    _agree(WELL)
+    _agree(RUNNING)
     return _gather(values)
 
 
 def from_first(make: Callable[[], bytes]) -> bytes:
-    """What `make` gives in the first process, in all of them; raises as `exchange`."""
+    """The value of `make` in the first process, in all of them; see `exchange`."""
     sent = np.frombuffer(make() if first() else b"", np.uint8)
     (length, *_) = exchange(lambda: np.array([sent.size], np.uint32))[:, 0]
     padded = np.zeros(length, np.uint8)
@@ -123,65 +123,65 @@ def check_same(what: str, make: Callable[[], str]) -> None:
     )
     different = np.flatnonzero((digests != digests[0]).any(-1))
     if different.size:
-        error = InputError(f"process {different[0]} has {what} than the first")
-        error.told = True  # type: ignore[attr-defined]
-        raise error
+        raise _known(InputError(f"process {different[0]} has {what} than the first"))
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Around a run: an error or the end of it in one process ends it in all."""
+    """Around a run: its end, or an error, in one process ends it in all."""
     if jax.process_count() == 1:
         yield
         return
     try:
         yield
-        _agree(OVER)
-    except Over:
+        _agree(DONE)
+    except RunDone:
         pass
     except BaseException as error:
-        _say(error)
+        _announce(error)
         raise
 
 
-def _say(error: BaseException) -> None:
-    """Tells the others why this process ends, once."""
-    if getattr(error, "told", False):
+def _known(error: Any) -> Any:
+    """Marks an error that all processes know of: it is not announced."""
+    error.announced = True
+    return error
+
+
+def _announce(error: BaseException) -> None:
+    """Sends this process's last status code to the others, once."""
+    if getattr(error, "announced", False):
         return
-    error.told = True  # type: ignore[attr-defined]
+    _known(error)
     code = error.signal_number if isinstance(error, Stopped) else FAILED
-    with suppress(Gone):  # the first error says more
+    with suppress(PeerLost):  # the first error says more
         _gather(np.array([code], np.uint32))
 
 
 def _agree(mine: int) -> None:
-    """Raises what the others have to say, unless it is what this process says too."""
+    """Exchanges status codes; raises for those that end the run."""
     codes = _gather(np.array([mine], np.uint32))[:, 0].tolist()
-    failed = [process for process, code in enumerate(codes) if code == FAILED]
-    signals = [code for code in codes if code not in (WELL, OVER, FAILED)]
-    error: Any
-    if failed:
-        error = InputError(f"process {failed[0]} has failed, as its own output says")
-    elif signals:
-        error = Stopped(signals[0])
-    elif OVER in codes and mine != OVER:
-        error = Over()
-    else:
-        return
-    error.told = True
-    raise error
+    if FAILED in codes:
+        number = codes.index(FAILED)
+        raise _known(InputError(f"process {number} has failed: see its own output"))
+    for code in codes:
+        if code not in (RUNNING, DONE):
+            raise _known(Stopped(code))
+    if DONE in codes and mine != DONE:
+        raise _known(RunDone())
 
 
 def _gather(values: np.ndarray) -> np.ndarray:
-    """The arrays of all processes, bit for bit: JAX has no float64 by default."""
-    bits = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    """The arrays of all processes, as bytes: JAX has no float64 by default."""
+    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     try:
-        gathered = np.asarray(multihost_utils.process_allgather(bits))
+        gathered = np.asarray(multihost_utils.process_allgather(data))
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # jaxlib raises both
-        gone = Gone(
-            "another process of the run has gone; start the same command again in all "
-            f"of them, and it goes on ({str(error).partition(chr(10))[0][:200]})"
-        )
-        gone.told = True  # type: ignore[attr-defined]
-        raise gone from error
+        reason = str(error).partition("\n")[0][:200]
+        raise _known(
+            PeerLost(
+                "another process of the run stopped responding; start the same command "
+                f"again in all of them to go on ({reason})"
+            )
+        ) from error
     return gathered.view(values.dtype).reshape(-1, *values.shape)

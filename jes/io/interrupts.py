@@ -1,11 +1,10 @@
-"""Ctrl-C and SIGTERM: finish what is running on the device, save, then go."""
+"""Ctrl-C and SIGTERM: finish what is running on the device, save, then stop."""
 
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 from jes.io.console import console
 
@@ -13,10 +12,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """The run was asked to stop.
+    """A signal has asked the run to stop.
 
     Attributes:
-      signal_number: of the signal that asked.
+      signal_number: of the signal.
     """
 
     def __init__(self, signal_number: int) -> None:
@@ -31,26 +30,25 @@ class StopRequest:
         self.signal_number: int | None = None
 
     def check(self) -> None:
-        """Raises `Stopped` if a signal came; called where it is safe to stop."""
+        """Raises `Stopped` if a signal came; to be called where stopping is safe."""
         if self.signal_number is not None:
             raise Stopped(self.signal_number)
 
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Turns the first SIGINT or SIGTERM into a request; a second one acts at once.
+    """Turns the first SIGINT or SIGTERM into a request; a second one stops at once.
 
-    Python runs signal handlers between two steps of the main thread, which compiles
-    and waits for the device for minutes. So a thread answers: the system writes the
-    numbers of signals to its pipe as they come.
+    Python runs signal handlers between two steps of the main thread, which may compile
+    or wait for the device for minutes. So a thread reads the signals, from the pipe
+    that the system writes their numbers to.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield request  # only the main thread can ask for signals
+        yield request  # only the main thread can handle signals
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
-        del frame
+    def note(number: int, _: object) -> None:
         request.signal_number = number
 
     reader, writer = os.pipe()
@@ -71,7 +69,7 @@ def stop_request() -> Iterator[StopRequest]:
 
 
 def _watch(reader: int, request: StopRequest) -> None:
-    """Answers the signals that arrive in a pipe until its other end is closed."""
+    """Handles the signals that arrive in a pipe until its other end is closed."""
     asked = False
     while byte := os.read(reader, 1):
         number = byte[0]
@@ -79,8 +77,7 @@ def _watch(reader: int, request: StopRequest) -> None:
             continue
         if asked:
             console.show_cursor()  # which a progress bar hides
-            # No clean-up: a run can be killed at any moment and goes on.
-            os._exit(128 + number)
+            os._exit(128 + number)  # no clean-up: a run survives being killed
         asked = True
         request.signal_number = number
         console.print("stopping: saving first (once more to stop at once)")
