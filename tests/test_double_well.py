@@ -93,6 +93,7 @@ def test_variance_in_a_well() -> None:
     assert measured == pytest.approx(double_well.well_variance(well), rel=0.05)
 
 
+@pytest.mark.slow
 def test_hops_by_regime() -> None:
     """None far above log T, some near it, all where there is no barrier to speak of."""
     generations, runs = 1000, 200

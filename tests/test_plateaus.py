@@ -43,6 +43,7 @@ def test_of_the_linear_model() -> None:
     assert found.intercept == pytest.approx(-slope * 0.25 / 100, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_that_of_repetitions() -> None:
     """40 small studies: z-scores have unit variance (0.5 to 1.7: 4 of its errors)."""
     curves = curves_of((5, 20), "linear", runs=240)
@@ -58,6 +59,7 @@ def test_the_standard_error_is_that_of_repetitions() -> None:
     assert abs(np.mean(z)) < 4 * (5 / 3 / 40) ** 0.5
 
 
+@pytest.mark.slow
 def test_of_z_scored_runs() -> None:
     """With the deviation of rewards d_eff comes out; without, d_eff times S/σ."""
     populations = (20, 40, 80)

@@ -13,10 +13,12 @@ from small_run import rows, run_jobs, write_model
 
 import jes
 from jes.core.noise import Noise
+from jes.io.interrupts import StopRequest
 from jes.landscape.probes import best_of
 from jes.questions import Evaluation, prepare
 from jes.rollout import answer_each, ask
 from jes.sampling.generate import Sampling
+from jes.studies import probe
 from jes.studies.probe import check_probe, default, from_hex, to_hex
 from jes.tasks import load_task
 
@@ -44,6 +46,16 @@ def command(model: Path, workdir: Path, *changes: str) -> list[str]:
         f"--workdir={workdir}",
         *(f"--config.{change}" for change in changes),
     ]
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    """Folder of a model and of a probe of it."""
+    folder = tmp_path_factory.mktemp("probed")
+    model = write_model(folder / "model")
+    (folder / "whole").mkdir()
+    probe.run(get_config(str(model)), folder / "whole", StopRequest())
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +87,14 @@ def runs(tmp_path_factory):
     return folder, first, killed, rest, end
 
 
-def test_what_a_probe_leaves(runs):
-    folder, first, *_ = runs
-    assert first["status"] == 0, first["stderr"]
+def test_what_a_probe_leaves(probed):
+    folder = probed
     found = rows(folder / "whole" / "candidates.jsonl")
     assert len(found) == 1 + 2 * 2 * 8 + 8  # itself, batches, sham
     assert (folder / "whole" / "probe.png").is_file()
     results = json.loads((folder / "whole" / "probe.json").read_text())["results"]
     assert [one["sigma"] for one in results] == [0.1, 0.5, "sham"]
-    assert "best of 5" in first["stdout"]
+    assert "| best of 5 |" in (folder / "whole" / "probe.md").read_text()
     # The table is of the rows.
     base = from_hex(found[0]["right"], 20)
     gains = [
@@ -103,8 +114,8 @@ def test_what_a_probe_leaves(runs):
     assert results[1]["mean"] == pytest.approx(np.mean(gains + other))
 
 
-def test_a_candidate_is_the_perturbed_model(runs):
-    folder, *_ = runs
+def test_a_candidate_is_the_perturbed_model(probed):
+    folder = probed
     pretrained = jes.load(folder / "model")
     task = load_task("tiny/max")
     evaluation = Evaluation(
@@ -138,8 +149,11 @@ def test_a_candidate_is_the_perturbed_model(runs):
     assert evaluation.task.name == "tiny/max"
 
 
+@pytest.mark.slow
 def test_stopped_at_any_moment_it_goes_on(runs):
-    folder, _, killed, (interrupted, *_), (ended, _) = runs
+    folder, first, killed, (interrupted, *_), (ended, _) = runs
+    assert first["status"] == 0, first["stderr"]
+    assert "best of 5" in first["stdout"]
     assert killed["status"] == -9
     assert interrupted["status"] == 130
     assert "goes on" in interrupted["stdout"]
@@ -155,6 +169,7 @@ def test_stopped_at_any_moment_it_goes_on(runs):
     assert len(rows(folder / "parts" / "candidates.jsonl")) == len(whole)
 
 
+@pytest.mark.slow
 def test_what_the_user_got_wrong_is_said(runs):
     *_, (_, other, few, many, negative, absent), (_, fewer) = runs
     for result, said in (

@@ -222,6 +222,7 @@ def test_simulation_of_the_toy(population: int) -> None:
     assert np.abs(runs.objective[:, time].mean(0) - expected).max() < 0.004
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("population", POPULATIONS[:3])
 def test_simulated_peak(population: int) -> None:
     """Of 4000 runs, by a quartic through the top: within 5 % of Eq. (25)."""
@@ -236,6 +237,7 @@ def test_simulated_peak(population: int) -> None:
     assert grid[fitted(grid).argmax()] == pytest.approx(time, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", quadratic.NOISES)
 def test_simulation_of_random_spectra(noise: str) -> None:
     """Mean and variance of every mode, and the objective."""

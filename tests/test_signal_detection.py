@@ -446,6 +446,7 @@ def test_bootstrap_of_a_mean_is_binomial() -> None:
     assert found == tuple(expected) == (0.23, 0.37)
 
 
+@pytest.mark.slow
 def test_bootstrap_covers_the_truth() -> None:
     """In 95 % of 400 sets of 200 questions: within 3 standard errors, 3.3 %."""
     correct, yes = simulate(np.random.default_rng(0), (400, 200), 0.8, 0.3)

@@ -84,6 +84,7 @@ def test_deviation_of_rewards_and_of_samples() -> None:
     assert zscored.sample_deviation(1000) == pytest.approx(1 - 0.75 / 1000, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.01, 0.1, 1.0])
 @pytest.mark.parametrize("ascent", [TOY, random_ascent(4)], ids=["toy", "random"])
 def test_mean_field_against_z_scored_es(ascent: Ascent, sigma: float) -> None:

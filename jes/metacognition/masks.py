@@ -1,13 +1,13 @@
 r"""Parts of a displacement, by magnitude or at random: what makes it sparse, or not.
 
-The displacement Δ = θ - θ_0 that a run has come to, or its largest entries alone, is
-added to the base model (2602.02605). That the largest few percent do most of the work
-is no evidence of sparsity by itself: of a random walk the largest 10 % hold 44 % of
-‖Δ‖². The controls here have as many entries, the same norm, or both.
+The displacement Δ = θ - θ_0 of a run, or its largest entries alone, is added to the
+base model (2602.02605). Large entries that do most of the work are no evidence of
+sparsity by themselves: the largest 10 % of a random walk hold 44 % of ‖Δ‖². The
+controls here have as many entries, the same norm, or both.
 
-All functions take trees of floats, in which None is a tensor that is left alone, and
-return new trees of float32 on the host. No more is held beside these than a byte an
-entry and a few copies of one leaf.
+All functions take trees of floats, in which None is an excluded tensor, and return new
+trees of float32 on the host. Extra memory is a byte an entry and a few copies of one
+leaf.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,35 +25,26 @@ def keep_largest(delta: PyTree, share: float) -> PyTree:
     """The largest entries by magnitude, and 0 for the rest (2602.02605).
 
     One threshold for all tensors, the k-th smallest magnitude of n with
-    k = int(n (1 - share)) but at least 1; what is as large is kept, so that it is
-    n - k + 1 entries, or more with ties. Here a share of 0 keeps nothing, where the
-    published code keeps the largest entry.
-
-    Args:
-      delta: displacement, leaves of any shapes.
-      share: of the entries, from 0 to 1.
+    k = max(int(n (1 - share)), 1); entries of at least this magnitude are kept:
+    n - k + 1, or more with ties. A share of 0 keeps nothing, where the published code
+    keeps the largest entry.
 
     Raises:
-      ValueError: for a share that is none.
+      ValueError: for a share outside of [0, 1].
     """
     return _masked(delta, _largest(delta, share))
 
 
 def keep_smallest(delta: PyTree, share: float) -> PyTree:
-    """What is left when `keep_largest` of this share is taken away (2602.02605)."""
+    """The entries that `keep_largest` does not keep (2602.02605)."""
     return _masked(delta, [~mask for mask in _largest(delta, share)])
 
 
 def keep_like(delta: PyTree, other: PyTree, share: float) -> PyTree:
-    """The entries of Δ where another displacement has its largest.
-
-    Args:
-      delta: what is masked.
-      other: of another run from the same base, with the leaves of `delta`.
-      share: of the entries, as for `keep_largest`.
+    """The entries of Δ where the displacement of another run has its largest.
 
     Raises:
-      ValueError: for a share that is none, or trees that differ in their shapes.
+      ValueError: for trees of different shapes.
     """
     if _shapes(delta) != _shapes(other):
         raise ValueError("the displacements are not of one model")
@@ -61,15 +52,10 @@ def keep_like(delta: PyTree, other: PyTree, share: float) -> PyTree:
 
 
 def keep_random(delta: PyTree, share: float, seed: int) -> PyTree:
-    """As many entries as `keep_largest` keeps, drawn evenly from all.
+    """As many entries as `keep_largest` keeps, drawn uniformly from all.
 
-    The same seed gives a larger share all that it gives a smaller one.
-
-    Args:
-      delta: displacement.
-      share: of the entries, as for `keep_largest`.
-      seed: of the draw. Each entry draws one of 2^32 numbers: a tie, of which there is
-        hardly ever one, keeps an entry more.
+    With the same seed a larger share contains a smaller one. Each entry draws one of
+    2^32 numbers: a tie, which is rare, keeps one entry more.
     """
     kept = sum(int(mask.sum()) for mask in _largest(delta, share))
     leaves = _leaves(delta)
@@ -86,7 +72,7 @@ def keep_random(delta: PyTree, share: float, seed: int) -> PyTree:
 
 
 def keep_random_by_tensor(delta: PyTree, share: float, seed: int) -> PyTree:
-    """In each tensor as many entries as `keep_largest` keeps there, drawn evenly.
+    """In each tensor as many entries as `keep_largest` keeps there, drawn uniformly.
 
     Each layer of a stacked leaf [L, ...], one whose path begins with 'layers/', is a
     tensor.
@@ -108,7 +94,7 @@ def rescale(delta: PyTree, norm: float) -> PyTree:
 
 
 def shrink(delta: PyTree, share: float) -> PyTree:
-    """All of Δ, made smaller until this share of ‖Δ‖² is left: √share Δ."""
+    """√share Δ, which has this share of ‖Δ‖²."""
     if not 0 <= share <= 1:
         raise ValueError(f"a share is from 0 to 1, not {share}")
     factor = np.float32(share**0.5)
@@ -118,7 +104,7 @@ def shrink(delta: PyTree, share: float) -> PyTree:
 def random_walk(delta: PyTree, seed: int) -> PyTree:
     """Independent Gaussian entries, with the shapes and the norm of Δ.
 
-    What a run whose rewards say nothing comes to, but for rounding.
+    The displacement of a run with uninformative rewards, up to rounding.
     """
     rng = np.random.default_rng(seed)
     drawn = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), delta)
@@ -141,10 +127,9 @@ def norm_of(delta: PyTree) -> float:
 
 
 def exclude(delta: PyTree, prefixes: Sequence[str]) -> PyTree:
-    """Δ without the tensors whose paths begin with one of these (2602.02605).
+    """Δ with None for tensors whose paths begin with one of these (2602.02605).
 
-    They are None: neither counted nor moved. Paths are such as 'embed/embedding' or
-    'layers/mlp/up/kernel'.
+    Paths are such as 'embed/embedding' or 'layers/mlp/up/kernel'.
 
     Raises:
       ValueError: for a prefix that no path has.
@@ -178,11 +163,9 @@ def _magnitudes(leaf: np.ndarray) -> np.ndarray:
 
 
 def _ranked(parts: Callable[[], Iterable[np.ndarray]], rank: int) -> np.uint32:
-    """The number of this rank, from 1 for the smallest, among those of all parts.
+    """The number of this rank, from 1 for the smallest, in uint32 arrays.
 
-    Args:
-      parts: gives the same uint32 arrays at each of two calls.
-      rank: at most the number of all.
+    Two calls of `parts` must give the same arrays.
     """
     upper, rank = _digit((piece >> 16 for piece in _all_pieces(parts())), rank)
     lower, _ = _digit(

@@ -1,8 +1,4 @@
-"""What ESMA maximises: a member's fitness from how its yes agrees with its answers.
-
-Each objective but one is a table of four points, and depends on a member's answers
-only by the shares of the four cases.
-"""
+"""Objectives of ESMA: fitness by agreement of yes with correct answers (2602.02605)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,10 +20,10 @@ CELLS: dict[str, tuple[float, float, float, float]] = {
 that the published code has or had (2602.02605); its `ml3` is `esma`."""
 
 
-def _points(cells: tuple[float, float, float, float]) -> Callable[..., np.ndarray]:
-    def fitness(right_yes: Any, wrong_no: Any, right_no: Any, wrong_yes: Any) -> Any:
-        a, b, c, d = cells
-        return a * right_yes + b * wrong_no + c * right_no + d * wrong_yes
+def _points(cells: tuple[float, ...]) -> Callable[..., np.ndarray]:
+    def fitness(*shares: Any) -> Any:
+        a, b, c, d = (n * share for n, share in zip(cells, shares, strict=True))
+        return a + b + c + d
 
     return fitness
 
@@ -41,8 +37,8 @@ OBJECTIVES: dict[str, Callable[..., np.ndarray]] = {
     "d_prime": _d_prime,
 }
 """Name -> function of the shares of the four cases, in the order of `CELLS`. `d_prime`
-is type-2 d' of the whole batch, with the paper's clip; it is NaN, and the member is
-dropped, where all answers are right or all are wrong."""
+has the paper's clip; it is NaN, which drops the member, where all answers are right or
+all are wrong."""
 
 
 def objective_fitness(objective: str, score: Any) -> np.ndarray:

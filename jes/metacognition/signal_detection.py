@@ -5,10 +5,10 @@ The signal is that the model's own direct answer is correct. With
 sensitivity is :math:`d' = z(H) - z(F)`, reluctance :math:`c = -(z(H) + z(F)) / 2`.
 
 Type-2 d' is not free of bias (Barrett, Dienes and Seth 2013) and depends on which
-questions are answered wrongly: it is to be read next to accuracy, the rate of Yes and
-AUROC2. Meta-d' would need a two-choice task of type 1, which open questions are not.
+questions are answered wrongly: read it next to accuracy, the rate of Yes and AUROC2.
+Meta-d' needs a two-choice task of type 1, which open questions are not.
 
-Everything is float64, NaN where it is undefined, and silent about it.
+Everything is float64, and NaN without a warning where it is undefined.
 """
 
 import math
@@ -58,13 +58,10 @@ def counts(correct: ArrayLike, yes: ArrayLike, axis: int = -1) -> Counts:
     Args:
       correct: [..., questions], 0 or 1: whether the direct answer is correct.
       yes: 0 or 1, broadcast with `correct`: whether the model says that it knows.
-      axis: that of the questions.
-
-    Returns:
-      Integers of the shape without `axis`.
+      axis: of the questions; it is summed over.
 
     Raises:
-      ValueError: for values other than 0 and 1, or shapes that do not fit.
+      ValueError: for values other than 0 and 1.
     """
     right, said = _binary(correct), _binary(yes)
     cells = (right & said, right & ~said, ~right & said, ~right & ~said)
@@ -82,9 +79,6 @@ def d_prime(counts: Counts, correction: str = "loglinear") -> np.ndarray:
 
     Returns:
       float64 of the shape of the counts; NaN if nothing is correct, or nothing wrong.
-
-    Raises:
-      ValueError: for an unknown correction.
     """
     hit, false_alarm = _rates(counts, correction)
     with np.errstate(invalid="ignore"):  # inf - inf
@@ -94,14 +88,7 @@ def d_prime(counts: Counts, correction: str = "loglinear") -> np.ndarray:
 def criterion(counts: Counts, correction: str = "loglinear") -> np.ndarray:
     """Reluctance to say Yes, c = -(z(H) + z(F))/2; positive where No is preferred.
 
-    Args:
-      counts, correction: see `d_prime`.
-
-    Returns:
-      float64 of the shape of the counts; NaN if nothing is correct, or nothing wrong.
-
-    Raises:
-      ValueError: for an unknown correction.
+    Arguments and shape as for `d_prime`.
     """
     hit, false_alarm = _rates(counts, correction)
     with np.errstate(invalid="ignore"):
@@ -112,16 +99,8 @@ def d_prime_error(counts: Counts, correction: str = "loglinear") -> np.ndarray:
     r"""Standard error of d' by the delta method (Gourevitch & Galanter 1967).
 
     The root of :math:`H(1-H)/(n_1 \phi(z(H))^2) + F(1-F)/(n_0 \phi(z(F))^2)`; that of
-    the criterion is half of it.
-
-    Args:
-      counts, correction: see `d_prime`.
-
-    Returns:
-      float64 of the shape of the counts; NaN where d' is not finite.
-
-    Raises:
-      ValueError: for an unknown correction.
+    the criterion is half of it. Arguments and shape as for `d_prime`; NaN where d' is
+    not finite.
     """
     variance: Any = 0.0
     sizes = (counts[0] + counts[1], counts[2] + counts[3])
@@ -135,7 +114,7 @@ def d_prime_error(counts: Counts, correction: str = "loglinear") -> np.ndarray:
 def auroc2(confidence: ArrayLike, correct: ArrayLike) -> np.ndarray:
     """Area under the type-2 ROC: P(correct has more confidence than wrong), ties half.
 
-    By mid-ranks: a strictly increasing map of the confidence changes nothing. With Yes
+    By mid-ranks: invariant under a strictly increasing map of the confidence. With Yes
     and No as the confidence it is only (1 + H - F)/2.
 
     Args:
@@ -144,9 +123,6 @@ def auroc2(confidence: ArrayLike, correct: ArrayLike) -> np.ndarray:
 
     Returns:
       float64 [...]; NaN if nothing is correct, nothing wrong, or a confidence is NaN.
-
-    Raises:
-      ValueError: for values of `correct` other than 0 and 1.
     """
     level, right = np.broadcast_arrays(np.asarray(confidence), _binary(correct))
     ranks = rankdata(level, axis=-1)
@@ -185,10 +161,10 @@ def no_failure_rate(counts: Counts) -> np.ndarray:
 
 
 def relative_meta_information(counts: Counts) -> np.ndarray:
-    """Share of the entropy of correctness that Yes tells, I/H (2602.02605).
+    """Share of the entropy of correctness explained by Yes, I/H (2602.02605).
 
-    In [0, 1]; blind to sign: Yes and No exchanged tell the same. 0 at an accuracy of 0
-    or 1; NaN without questions.
+    In [0, 1], the same with Yes and No exchanged; 0 at an accuracy of 0 or 1; NaN
+    without questions.
     """
     hit, miss, false_alarm, rejection = _share(np.stack(counts), _total(counts))
     entropy = entr(hit + miss) + entr(false_alarm + rejection)
@@ -196,7 +172,7 @@ def relative_meta_information(counts: Counts) -> np.ndarray:
     joint = entr(hit) + entr(miss) + entr(false_alarm) + entr(rejection)
     certain = entropy == 0
     share = (entropy + said - joint) / np.where(certain, 1, entropy)
-    # Within rounding of the range; and at a certain outcome nothing is left to tell.
+    # Clipped for rounding; a certain outcome has no entropy to explain.
     return np.where(certain, 0, np.clip(share, 0, 1))[()]
 
 
@@ -218,7 +194,7 @@ def report(
       Measures by name. 'd_prime' and 'criterion' are log-linear, 'd_prime_clip' is that
       of 2602.02605, 'd_prime_without_other' (log-linear) leaves out the questions with
       another answer; 'correct' and 'wrong' are numbers of questions. NaN where
-      undefined, or where `other` or `confidence` would be needed and is not given.
+      undefined, or where `other` or `confidence` is needed and not given.
 
     Raises:
       ValueError: for shapes that differ, or values other than 0 and 1.
@@ -263,9 +239,8 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Percentile interval of a statistic over questions drawn with replacement.
 
-    All arrays are drawn from jointly, so that models compared on the same questions are
-    paired. Resamples whose statistic is NaN (no question of a class) are left out. The
-    spread over training seeds is another, and usually larger, uncertainty.
+    Arrays are resampled jointly, so that models compared on the same questions are
+    paired. Resamples whose statistic is NaN (no question of a class) are left out.
 
     Args:
       statistic: takes the arrays with many resamples at once, [resamples, questions,
@@ -308,10 +283,9 @@ def bootstrap(
 
 
 def best_threshold(confidence: ArrayLike, correct: ArrayLike) -> float:
-    """Threshold on the confidence with the largest alignment.
+    """Threshold on the confidence with the largest alignment; Yes is above it.
 
-    Yes is a confidence above it. The baseline of a model that learned no more than when
-    to say Yes, if fitted on training questions.
+    Fitted on training questions, the baseline of learning only when to say Yes.
 
     Args:
       confidence: [questions].
