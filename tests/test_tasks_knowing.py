@@ -407,27 +407,17 @@ def load_config(variant: str | None) -> Any:
     return module.get_config(variant)
 
 
-def test_the_config_of_the_paper() -> None:
+def test_every_variant_of_the_config_is_valid() -> None:
     for variant in (None, "1.5b", "3b", "7b", "published", "tiny", "tiny_int4"):
         config = load_config(variant)
         freeze(config)
         assert {config.task, *config.eval_tasks} <= set(TASKS)
-        tiny = variant in ("tiny", "tiny_int4")
-        population = 64 if tiny else 32
-        assert (config.objective, config.population) == ("esma", population)
-    config = load_config(None)
-    assert config.model == "Qwen/Qwen2.5-0.5B-Instruct"
-    assert load_config("7b").model == "Qwen/Qwen2.5-7B-Instruct"
-    assert (config.sigma, config.alpha, config.generations) == (1e-3, 5e-4, 750)
-    assert (config.prompts, config.max_new_tokens) == (256, 32)
-    assert config.temperature == 0
     with pytest.raises(ValueError, match="there is no variant 'huge'"):
         load_config("huge")
 
 
 def test_published_steps_are_of_z_scores_with_ddof_1() -> None:
     config = load_config("published")
-    assert (config.temperature, config.top_p, config.top_k) == (0.7, 0.8, 20)
     fitness = np.random.default_rng(0).normal(size=config.population)
     published = 5e-4 * (fitness - fitness.mean()) / (fitness.std(ddof=1) + 1e-8)
     ours = config.alpha * np.asarray(jes.shape_fitness(fitness))

@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from jes.tasks import arithmetic
+from jes.tasks import countdown
 from jes.tasks.task import Example, Reward
 
 LONGEST = 24
@@ -72,5 +72,5 @@ def evaluate(expression: str) -> int | None:
     """
     if len(expression) > LONGEST or OTHER.search(expression):
         return None
-    value = arithmetic.evaluate(expression)
+    value = countdown.evaluate(expression)
     return None if value is None else int(value)
