@@ -98,7 +98,8 @@ def test_rollout_lays_out_what_was_answered_and_rewards_it(
     evaluation: Evaluation, params: dict, questions: list[Question]
 ) -> None:
     # An end token that random weights do choose now and then.
-    evaluation = dataclasses.replace(evaluation, eos_ids=tuple(range(20)))
+    sampling = dataclasses.replace(evaluation.sampling, eos_ids=tuple(range(20)))
+    evaluation = dataclasses.replace(evaluation, sampling=sampling)
     got = rollout(
         evaluation, params, questions, jax.random.key(0), SETTINGS, batch_size=10
     )
@@ -167,7 +168,8 @@ def test_the_sampler_draws_from_these_probabilities(
     evaluation: Evaluation, params: dict, questions: list[Question]
 ) -> None:
     settings = Grpo(prompts=1, group=4000, minibatch=4000, temperature=1.5)
-    evaluation = dataclasses.replace(evaluation, max_new_tokens=1)
+    sampling = dataclasses.replace(evaluation.sampling, max_new_tokens=1)
+    evaluation = dataclasses.replace(evaluation, sampling=sampling)
     key = jax.random.key(1)
     got = rollout(evaluation, params, questions[:1], key, settings, batch_size=4000)
     logs = np.asarray(logs_of(evaluation.model, params, got.batch, 1.5))

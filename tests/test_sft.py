@@ -153,7 +153,8 @@ def test_claims_are_the_task_s_words_with_an_end(experiment: Experiment) -> None
     for claim, word in zip(claims_of(evaluation), ("yes", "no"), strict=True):
         assert evaluation.tokenizer.decode(claim[:-1]) == word
         assert claim[-1] == end
-    endless = dataclasses.replace(evaluation, eos_ids=())
+    sampling = dataclasses.replace(evaluation.sampling, eos_ids=())
+    endless = dataclasses.replace(evaluation, sampling=sampling)
     assert claims_of(endless)[1] == claims_of(evaluation)[1][:-1]
 
 
