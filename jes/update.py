@@ -69,9 +69,7 @@ def _scale_by_rates(rate: float, scale_rate: float) -> optax.GradientTransformat
     return optax.stateless(scaled)
 
 
-def _keep_residual(
-    steps: optax.GradientTransformation, evolution: Evolution
-) -> optax.GradientTransformationExtraArgs:
+def _keep_residual(steps: optax.GradientTransformation, evolution: Evolution) -> Any:
     feedback = error_feedback(
         decay=evolution.residual_decay,
         dtype=evolution.residual_dtype,
@@ -81,9 +79,7 @@ def _keep_residual(
     return optax.chain(steps, feedback)
 
 
-def _replay_residual(
-    steps: optax.GradientTransformation, evolution: Evolution
-) -> optax.GradientTransformationExtraArgs:
+def _seed_replay(steps: optax.GradientTransformation, evolution: Evolution) -> Any:
     return seed_replay(
         steps,
         population=evolution.population,
@@ -96,7 +92,7 @@ def _replay_residual(
 
 ROUNDINGS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "none": lambda steps, evolution: optax.with_extra_args_support(steps),
-    "replay": _replay_residual,
+    "replay": _seed_replay,
     "residual": _keep_residual,
     "naive": lambda steps, evolution: optax.chain(steps, error_feedback(decay=0)),
     "quzo": lambda steps, evolution: optax.chain(steps, stochastic_rounding()),

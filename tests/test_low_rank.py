@@ -19,7 +19,6 @@ from jes.bench import low_rank as bench_low_rank
 from jes.config import default, freeze
 from jes.core import ledger as ledgers
 from jes.core.codes import pack
-from jes.core.drift import predicted_drift
 from jes.core.evolution import Evolution
 from jes.core.low_rank import LowRank, draw_low_rank, has_matrices
 from jes.core.members import Members
@@ -500,25 +499,6 @@ def test_a_run_goes_on_where_it_was_stopped(
     )
     np.testing.assert_array_equal(found.fitness, expected.fitness)
     assert found.fingerprints[6] == expected.fingerprints[6]
-
-
-def test_pure_noise_walks_as_the_law_says() -> None:
-    """‖θ_T - θ_0‖ = α√(Td/N) for fitness independent of the noise."""
-    evolution = Evolution(population=30, sigma=1e-3, alpha=5e-4, rank=1)
-    steps = 40
-    params = {"layers": {"w": jnp.zeros((4, 150, 160))}}
-    state, root = first_state(evolution, params), jax.random.key(0)
-    rng = np.random.default_rng(0)
-    for generation in range(steps):
-        key = generation_key(root, generation)
-        fitness = jnp.float32(rng.normal(size=30))
-        params, state = tell(evolution, params, state, key, fitness)
-    moved = float(jnp.linalg.norm(params["layers"]["w"]))
-    # The squared norm of a factor product has a relative spread of about
-    # sqrt(2/150 + 2/160), of 4 x 40 x 30 of them 0.23 %; the norm half that.
-    assert moved == pytest.approx(
-        predicted_drift(evolution, 4 * 150 * 160, steps), rel=0.01
-    )
 
 
 def test_it_learns(tmp_path: Path) -> None:

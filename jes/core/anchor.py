@@ -1,4 +1,4 @@
-"""θ_0, the weights a run starts from: where they are kept, and how far it has gone."""
+"""The anchor θ_0, a run's base weights: where it is kept, and the distance to it."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,19 +17,17 @@ MOVED = 1e-6
 
 
 def keep_anchor(params: PyTree, place: str = "device", stored: Any = None) -> PyTree:
-    """A copy of the base weights, to measure from and to be pulled back to.
+    """A copy of the base weights, for distances and decay.
 
     Args:
-      params: float32 weights, which may be given away afterwards (donated). Of a
-        quantised model only codes and scales are copied, as they are, and the rest is
-        shared.
-      place: 'device' keeps them as they are; 'bfloat16' rounds them, which
-        moves the point that the pull goes to by up to 2^-8 of each weight; 'host'
-        keeps them in the pinned memory of the host, from where an update reads one
-        tensor at a time: no memory of the device, the same numbers. 'none' keeps
-        nothing and gives None.
-      stored: dtype of the files that the weights were read from. Where the weights fit
-        it without loss the copy has it: half the memory for a bfloat16 model.
+      params: float32 weights, which may be donated afterwards. Of a quantised model
+        only codes and scales are copied, and the rest is shared.
+      place: 'device' keeps them as they are; 'bfloat16' rounds them, which moves the
+        point of the decay by up to 2^-8 of each weight; 'host' keeps them in the host's
+        pinned memory, from where an update reads one tensor at a time; 'none' gives
+        None.
+      stored: dtype of the files that the weights were read from. The copy has it where
+        that loses nothing: half the memory for a bfloat16 model.
 
     Raises:
       ValueError: for an unknown place.
@@ -40,7 +38,7 @@ def keep_anchor(params: PyTree, place: str = "device", stored: Any = None) -> Py
     if place == "none":
         return None
 
-    exact = is_quantized(params)  # its scales are next to nothing
+    exact = is_quantized(params)  # its scales take little memory
 
     def kept(leaf: jax.Array) -> jax.Array:
         copy = jnp.array(leaf) if exact else _narrow(leaf, place, stored)
@@ -58,7 +56,7 @@ def _narrow(leaf: jax.Array, place: str, stored: Any) -> jax.Array:
     dtype = jnp.bfloat16 if place == "bfloat16" else jnp.dtype(stored or leaf.dtype)
     small, exact = _cast(leaf, dtype)
     if leaf.dtype == dtype or not (exact or place == "bfloat16"):
-        # Its own memory in any case: that of the centre is given to its successor.
+        # A copy in any case: the memory of the centre is donated to the next one.
         small = jnp.array(leaf)
     return small
 
@@ -71,12 +69,12 @@ def _cast(leaf: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
 
 
 class Distance(NamedTuple):
-    """How far weights are from where they started.
+    """How far weights are from the anchor.
 
     Attributes:
       norm: ‖θ - θ_0‖, Euclidean, in units of the weights; of a quantised model in
         codes (and of its scales in units of these).
-      relative: that over ‖θ_0‖; of codes, which are not around 0, it says little.
+      relative: that over ‖θ_0‖; of little use for codes, which are not around 0.
       moved: share of the weights, or codes, that differ by more than `MOVED`.
       largest: the largest difference of one weight.
       norms: the norm by kind of tensor: embedding, attention, mlp, norm, bias, lm_head;

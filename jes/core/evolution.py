@@ -14,30 +14,10 @@ RENAMED = {"law": "distribution"}
 class Evolution:
     """What the update depends on beside keys and fitness; kept in the ledger's header.
 
-    Attributes:
-      population: N, members a generation.
-      sigma: standard deviation of the perturbation, in units of the weights, or codes.
-      alpha: learning rate. For floats the factor 1/σ of the gradient is folded in, so
-        it is a length in weight space too (2509.24372, section 3.2). For codes it is
-        not: α is that of 2602.03120 Eq. (6), and α/σ is what moves a weight.
-      alpha_half_life, sigma_half_life: generations after which α or σ is halved, each
-        time; 0 for never. See `at`.
-      antithetic: whether members come in pairs θ ± σε.
-      shaping: see `jes.shape_fitness`.
-      decay: 'none', or the kind of anchored weight decay, 'l2' or 'l1'.
-      decay_coefficient: its λ.
-      anchor: where the base weights are kept; see `jes.keep_anchor`.
-      rounding: how steps of a quantised model are rounded to whole codes, see
-        `jes.update.ROUNDINGS`; 'none' for floats.
-      residual_decay: γ, of 'replay' and 'residual'.
-      window: K, generations that 'replay' goes back.
-      residual_dtype: of what 'residual' keeps.
-      initial_residual, residual_clip: see `jes.error_feedback`.
-      divide_by_population: False leaves out the 1/N of Eq. (5), as the published code
-        does; the same as N times the α.
-      scale_sigma, scale_alpha: of the scales of a quantised model, in units of these,
-        with 1/σ folded in; 0 keeps them frozen.
-      distribution, rank: of the noise; see `Noise`.
+    `jes.config` says what each setting means; `distribution` is its `noise`. For floats
+    α is a length in weight space: the factor 1/σ of the gradient is folded in
+    (2509.24372, section 3.2). For codes it is that of 2602.03120 Eq. (6), and α/σ is
+    what moves a weight.
     """
 
     population: int

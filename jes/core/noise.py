@@ -92,10 +92,6 @@ class Noise:
                 f"antithetic pairs need an even population, not {population}"
             )
 
-    def directions(self, population: int) -> int:
-        """Number of independent noise trees among `population` members."""
-        return population // 2 if self.antithetic else population
-
     def direction(
         self, key: jax.Array, member: jax.Array
     ) -> tuple[jax.Array, jax.Array]:

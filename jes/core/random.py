@@ -8,14 +8,12 @@ random bits to a loop that passes over several arrays of the size of the result.
 the rounds of Threefry unrolled, the bits, the number and whatever uses it are one pass,
 in half the time and without an array in between.
 
-`table` looks a number up from 16 random bits, which costs less than the inverse of erf.
-The values are the means of the normal distribution over 65,536 intervals of equal
-probability, scaled to variance 1. The distribution is symmetric, with fourth moment
-2.99983 (3), sixth moment 14.9912 (15) and largest |x| 4.3875, beyond which one normal
-number in 87,000 lies; equal numbers are frequent. The ES estimate does not show the
-difference: on a quadratic its mean depends on the variance and the third moment, which
-are exact, and its variance on the fourth and sixth. The gather is for CPUs, where half
-of the table (128 KB) stays in the cache of a core; no accelerator has been measured.
+`table` looks a number up from 16 random bits, which on CPUs costs less than the inverse
+of erf. The values are the means of the normal distribution over 65,536 intervals of
+equal probability, scaled to variance 1: symmetric, of fourth moment 2.99983 (3), sixth
+moment 14.9912 (15) and largest |x| 4.3875, beyond which one normal number in 87,000
+lies. On a quadratic the mean of the ES estimate depends on the variance and the third
+moment, which are exact, and its variance on the fourth and sixth.
 """
 
 import functools
