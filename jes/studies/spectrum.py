@@ -656,11 +656,7 @@ def draw(out: Path) -> str:
     return text
 
 
-TableParts = tuple[Sequence[str], list[list[str]]]
-"""Heads and rows."""
-
-
-def shape_table(found: Row) -> TableParts:
+def shape_table(found: Row) -> tuple[Sequence[str], list[list[str]]]:
     """Estimates of the shape of the spectrum, side by side."""
     lines = []
     for name, one in found["indices"].items():
@@ -670,13 +666,10 @@ def shape_table(found: Row) -> TableParts:
         )
         lines.append([name, trace, g(one["square"]), dimension, *"----"])
     lines += [shape_line(*item) for item in found["shapes"].items()]
-    kinds = {"measured": "", "pairs": "pairs", "rewards": "rewards"}
     for label, one in found["operators"].items():
-        for kind in kinds:
-            name = f"the same, {kind} shuffled"
-            if kind == "measured":
-                name = f"pairs as an operator, {label}"
-            lines.append(shape_line(name, one[kind]))
+        lines.append(shape_line(f"pairs as an operator, {label}", one["measured"]))
+        for kind in ("pairs", "rewards"):
+            lines.append(shape_line(f"the same, {kind} shuffled", one[kind]))
     heads = ["estimate", "tr H", "tr H²", "d_eff", "PR", "rank"]
     return [*heads, "negative", "highest λ"], lines
 
@@ -693,7 +686,7 @@ def shape_line(name: str, one: Row) -> list[str]:
     return [name, *map(cell, keys), negative, cell("largest")]
 
 
-def top_table(found: Row) -> TableParts:
+def top_table(found: Row) -> tuple[Sequence[str], list[list[str]]]:
     """The top of the surrogate's spectrum, by two methods."""
     values, residuals = found["top"]["values"], found["top"]["residuals"]
     exact = [g(one) for one in found["exact"] or []] + [""] * len(values)
@@ -706,7 +699,7 @@ def top_table(found: Row) -> TableParts:
     return ["surrogate, number", "λ by Lanczos", "residual", "by ARPACK"], lines
 
 
-def along_table(found: Row) -> TableParts:
+def along_table(found: Row) -> tuple[Sequence[str], list[list[str]]]:
     """Curvature along chosen directions, by pairs that did not choose them."""
     top = np.array(found["top"]["values"])
     heads = ["curvature", f"top {HALVES} of half the pairs", "the same, by the others"]
@@ -725,7 +718,7 @@ def along_table(found: Row) -> TableParts:
     return heads, lines
 
 
-def overlap_table(found: Row) -> TableParts:
+def overlap_table(found: Row) -> tuple[Sequence[str], list[list[str]]]:
     """Shares in the top subspace and in a random one, in units of k/D."""
     lines = []
     for row in found["overlaps"]:
