@@ -68,7 +68,7 @@ def members_of(rollout: Rollout, key: jax.Array, numbers: np.ndarray) -> Members
     members = perturb_members(
         rollout.params,
         key,
-        jnp.asarray(numbers),
+        numbers,
         rollout.noise,
         dtype=evaluation.dtype,
         draw=evaluation.draw,

@@ -29,17 +29,17 @@ from absl import flags
 from ml_collections import config_flags
 
 from jes.baselines import grpo, sft
-from jes.chunk import choose, with_slots
 from jes.config import Settings, freeze
 from jes.core.anchor import displacement, keep_anchor
 from jes.core.drift import predicted_drift
 from jes.core.noise import PyTree, generation_key
 from jes.errors import InputError
 from jes.experiment import Experiment, State, make_experiment, pick
-from jes.io import command_line, hosts, memory
+from jes.io import command_line, hosts
 from jes.io.compiled import keep_compiled
 from jes.io.console import bar, console
 from jes.io.interrupts import Stopped, stop_request
+from jes.memory import choose, give_back_freed_blocks, with_slots
 from jes.metacognition.objectives import objective_fitness
 from jes.models.weights import fingerprint
 from jes.rollout import ask
@@ -329,7 +329,7 @@ def main() -> None:
         )
         if given.distributed or cluster.named:
             cluster.join()
-        memory.give_back_freed_blocks()
+        give_back_freed_blocks()
         workdir = workdir_flag.value or f"runs/{command_line.config_name()}"
         run(config_flag.value, Path(workdir))
 

@@ -1,23 +1,85 @@
-"""The benchmark: rows by name, each of which measures what it says."""
+"""The benchmark: every row at a small size, and what it says of given numbers."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jes
 from jes.bench import __main__ as bench
-from jes.bench import memory, prefix, scaling, start
-from jes.bench.cases import Case, generation, random_model, unperturbed
-from jes.bench.timing import compare, row_of, table
+from jes.bench import cases, generations, memory, noise, rollouts
+from jes.bench.cases import Case, generation, inference, random_model
+from jes.bench.timing import Row, compare, row_of, table
 from jes.core.evolution import Evolution
+from jes.core.noise import DISTRIBUTIONS
 
-EVOLUTION = Evolution(population=4, sigma=0.3, alpha=0.01)
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
+SMALL: dict[Any, dict[str, Any]] = {
+    cases: {"SHAPES": dict.fromkeys(cases.SHAPES, SHAPE)},
+    generations: {
+        "MEMBERS": 2,
+        "OVER_INFERENCE": (("4.5M", (3, 8, 2), "<= 1.3"),),
+        "USUAL": {"members": 2, "prompts": 2, "new tokens": 2, "width": 64},
+        "RANGES": {"members": (2, 4), "width": (32, 64)},
+    },
+    rollouts: {"PROMPTS": 8, "MEDIAN": 2, "LONGEST": 3, "COMMON": 40, "OWN": 3},
+    noise: {
+        "SIZE": 1001,
+        **{"MEMBERS": 3, "PROMPTS": 2, "PROMPT": 4, "NEW": 3, "POPULATION": 4},
+        "CODES": (64, 128),
+        **{"CODES_POPULATION": 4, "WINDOW": 3, "SIGMAS": {0.01: ""}},
+    },
+}
+"""Sizes of the rows in a test."""
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, sizes in SMALL.items():
+        for name, size in sizes.items():
+            monkeypatch.setattr(module, name, size)
+    tiny = random_model(jes.load("tiny"), **SHAPE)
+    for module in (cases, generations):
+        monkeypatch.setattr(module, "load", lambda name: tiny)
+
+
+def check(row: Row) -> None:
+    figures = [row.ratio, row.low, row.high, row.numerator, row.denominator]
+    assert np.isfinite(figures).all()
+    assert row.low <= row.ratio <= row.high
+    assert min(row.numerator, row.denominator) > 0
+    assert row.processor is None or row.processor > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("noise", 6),
+        *(
+            pytest.param(name, count, marks=pytest.mark.slow)
+            for name, count in (
+                ("generation", 3),
+                ("rollouts", 2),
+                ("prefix", 1),
+                ("low_rank", 8),
+                ("rounding", 3),
+                ("scaling", 2),
+            )
+        ),
+    ],
+)
+def test_rows(name: str, count: int) -> None:
+    rows = list(bench.ROWS[name](1))
+    assert len({row.what for row in rows}) == count
+    for row in rows:
+        check(row)
 
 
 def test_a_ratio_is_of_the_two_that_were_timed() -> None:
@@ -27,7 +89,8 @@ def test_a_ratio_is_of_the_two_that_were_timed() -> None:
         calls.append(name)
         np.linalg.eigvalsh(np.ones((size, size)))
 
-    row = compare("a", "", lambda: work("one", 500), lambda: work("two", 50), 5, 2.0)
+    runs = lambda: work("one", 500), lambda: work("two", 50)
+    row = compare("a", "", runs, 5, 2.0)
     assert calls == ["one", "two"] * 6  # in turn; the first of each compiles
     assert row.numerator > row.denominator > 0
     assert row.low <= row.ratio <= row.high
@@ -42,51 +105,66 @@ def test_quartiles_are_of_the_repeats() -> None:
     assert table([row]).row_count == 1
 
 
-@pytest.mark.parametrize("mode", ["generate", "likelihood"])
-def test_generations_ask_and_tell(mode: str) -> None:
-    case = Case("", jes.load("tiny"), 8, 24, 2)
-    run = generation(case, EVOLUTION, mode=mode, draw="layer")
-    before = [np.array(leaf) for leaf in jax.tree.leaves(case.pretrained.params)]
+def test_a_generation_asks_and_tells() -> None:
+    case = Case(cases.model_of("tiny"), 8, 24, 2)
+    run = generation(case, Evolution(population=4, sigma=0.3, alpha=0.01))
+    before = [np.array(leaf) for leaf in jax.tree.leaves(case.model.params)]
     moved = jax.tree.leaves(run())
     assert any((old != new).any() for old, new in zip(before, moved, strict=True))
-    score = unperturbed(case, mode)()
+    score = inference(case)()
     assert np.isfinite(score.reward)
-    tokens = 8 * 2 if mode == "generate" else 0
-    assert score.tokens == tokens
-
-
-def test_prompts_share_a_beginning() -> None:
-    first, second, *_ = prefix.texts(50)
-    assert first[: prefix.COMMON] == second[: prefix.COMMON]
-    assert len(first) == prefix.COMMON + prefix.OWN
+    assert score.tokens == 8 * 2
 
 
 def test_slopes_are_of_logarithms(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cost that is a power of the number has this power for its slope."""
-    seconds = iter([4.0**0.5, 16.0**0.5, 64.0**0.5] * 3)
-    made = [(lambda: None, 0)] * 3
-    monkeypatch.setattr(scaling, "made", lambda **settings: made[0])
-    monkeypatch.setattr(scaling, "timed", lambda run: (next(seconds), 0.0))
-    row = scaling.slope("members", (4, 16, 64), 3)
+    cost = iter([4.0**0.5, 16.0**0.5, 64.0**0.5] * 3)
+    monkeypatch.setattr(generations, "RANGES", {"members": (4, 16, 64)})
+    monkeypatch.setattr(generations, "sized", lambda sizes: (lambda: None, 0))
+    monkeypatch.setattr(generations, "timed", lambda run: (next(cost), 0.0))
+    (row,) = generations.scaling(3)
     assert row.ratio == pytest.approx(0.5)
     assert row.numerator == pytest.approx(8000)
 
 
-def test_a_generation_to_scale() -> None:
-    run, weights = scaling.made(members=2, prompts=2, new=2, hidden=64)
-    model = scaling.model_of(64)
-    assert weights == sum(leaf.size for leaf in jax.tree.leaves(model.params))
-    assert jax.tree.structure(run()) == jax.tree.structure(model.params)
+def test_noise_that_is_drawn_and_summed() -> None:
+    key = jax.random.key(0)
+    for name in DISTRIBUTIONS:
+        drawn = DISTRIBUTIONS[name](key, (1001,))
+        np.testing.assert_array_equal(noise.drawing("drawn", name)(), drawn)
+        own = [DISTRIBUTIONS[name](jax.random.fold_in(key, m), (1001,)) for m in (0, 1)]
+        total = noise.drawing("summed over 2 members", name)()
+        np.testing.assert_allclose(total, -0.5 * own[0] - 1.5 * own[1], atol=1e-5)
 
 
-def test_rows_by_name(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_both_ways_of_decoding_answer_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With so little noise, members answer as the model does, in slots or not."""
+    monkeypatch.setattr(noise, "SIGMA", 1e-7)
+    case = Case(cases.model_of("tiny"), 2, 4, 3)
+    itself, low = noise.without_noise(case)(), noise.with_noise(case, 1)()
+    assert itself.shape == (1, 6, 3)
+    np.testing.assert_array_equal(low.reshape(itself.shape), itself)
+    full, low = (noise.decoding_bytes(case, rank) for rank in (0, 1))
+    # Whole members differ from shared ones by their weights, but for thin factors.
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(case.model.params))
+    assert full - low == pytest.approx((noise.POPULATION - 1) * weights, rel=0.5)
+    plain, in_slots = rollouts.both_ways(case.model, slots=3, slice_tokens=2)
+    for one, other in zip(plain(), in_slots(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_rows_by_name(
+    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = row_of("stands in", "", np.ones(3), (1, 1))
+    monkeypatch.setitem(bench.ROWS, "prefix", lambda repeats: [row] * repeats)
+
     def run(*flags: str) -> None:
-        sys_argv = ["jes.bench", *flags]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", sys_argv)
-            row = row_of("stands in", "", np.ones(3), (1, 1))
-            patch.setitem(bench.ROWS, "prefix", lambda repeats: [row] * repeats)
-            bench.main()
+        monkeypatch.setattr(sys, "argv", ["jes.bench", *flags])
+        bench.main()
 
     out = tmp_path / "found.json"
     run("--rows=prefix", "--repeats=2", f"--out={out}")
@@ -100,6 +178,20 @@ def test_rows_by_name(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert "no such rows: sped; there are generation," in capsys.readouterr().err
 
 
+def test_growth_is_what_a_program_takes() -> None:
+    if not Path("/proc/self/clear_refs").exists() or jax.devices()[0].memory_stats():
+        pytest.skip("for a CPU, on Linux")
+    x, kept = jnp.ones(10_000_000), []
+
+    def work() -> jax.Array:
+        if not kept:
+            kept.append(jnp.ones(10_000_000))  # stays: not of the second run
+        return kept[0] + x
+
+    assert memory.growth(work) == pytest.approx(x.nbytes, rel=0.05)
+
+
+@pytest.mark.slow
 def test_memory_of_one_process(tmp_path: Path) -> None:
     """Of a small model, but one process each, as in the rows."""
     small = random_model(jes.load("tiny"), hidden_size=256, num_hidden_layers=8)
@@ -118,12 +210,13 @@ def test_memory_of_one_process(tmp_path: Path) -> None:
     assert layer["together"] < member["together"]
 
 
+@pytest.mark.slow
 def test_the_time_to_a_generation_is_that_of_a_run(
     tmp_path: Path, compiled: Path
 ) -> None:
     config = tmp_path / "short.py"
-    config.write_text(start.CONFIG)
-    assert start.to_first_generation(config, tmp_path / "run", compiled) > 0
+    config.write_text(generations.CONFIG)
+    assert generations.to_first_generation(config, tmp_path / "run", compiled) > 0
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert json.loads(metrics.splitlines()[0])["generation"] == 0
 

@@ -15,7 +15,6 @@ from small_run import SHAPE, get_config, outcome, rows
 
 import jes
 from jes import train
-from jes.bench import low_rank as bench_low_rank
 from jes.config import default, freeze
 from jes.core import ledger as ledgers
 from jes.core.codes import pack
@@ -38,7 +37,6 @@ from jes.core.population import (
 )
 from jes.errors import InputError
 from jes.export import evolution_of, rebuild
-from jes.io.memory import weight_bytes
 from jes.models.weights import Pretrained, fingerprint
 from jes.sampling.generate import Sampling, decode, unrolled, unrolled_params
 from jes.sampling.likelihood import log_likelihoods, pad_choices
@@ -444,20 +442,6 @@ def test_noise_of_a_leaf_has_the_rank_that_it_should() -> None:
         assert ranks.tolist() == [rank or 4] * 2
 
 
-def test_memory_of_a_member_is_that_of_its_factors(small_model: Path) -> None:
-    pretrained = jes.load(small_model)
-    noise = jes.Noise(sigma=0.1, rank=3)
-    own = draw_factors(pretrained.params, KEY, jnp.arange(1), noise, "float32")
-    factors = [
-        leaf
-        for leaf in jax.tree.leaves(own, is_leaf=lambda leaf: isinstance(leaf, LowRank))
-        if isinstance(leaf, LowRank)
-    ]
-    numbers = sum(leaf.size for leaf in jax.tree.leaves(factors))
-    found = weight_bytes(pretrained.config, 10**9, "float32", noise)
-    assert found == 2 * 4 * numbers
-
-
 @pytest.fixture(scope="module")
 def low_rank_run(
     tmp_path_factory: pytest.TempPathFactory, small_model: Path
@@ -523,24 +507,3 @@ def tiny_min() -> Any:
     config.eval_every = 100
     config.data.test = 512
     return config
-
-
-def test_the_benchmark_measures_what_it_says(
-    pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same rows and tokens on both sides; with so little noise, the same words."""
-    for name, value in {"MEMBERS": 3, "PROMPTS": 2, "PROMPT": 4, "NEW": 3}.items():
-        monkeypatch.setattr(bench_low_rank, name, value)
-    monkeypatch.setattr(bench_low_rank, "SIGMA", 1e-7)
-    centre = bench_low_rank.unperturbed(pretrained)()
-    low = bench_low_rank.members(pretrained, 1)()
-    assert centre.shape == (1, 6, 3)
-    np.testing.assert_array_equal(low.reshape(centre.shape), centre)
-    measured = bench_low_rank.decoding_rows("random", pretrained, 1)
-    assert len(measured) == 2
-    assert all(row.ratio > 0 for row in measured)
-    row = bench_low_rank.memory_row("random", pretrained)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(pretrained.params)) / 1e6
-    # Whole members differ from shared ones by their weights, but for thin factors.
-    saved = row.numerator - row.denominator
-    assert saved == pytest.approx((bench_low_rank.POPULATION - 1) * weights, rel=0.3)

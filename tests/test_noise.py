@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jes.core.noise import Noise, generation_key, leaf_noise, perturb, perturb_member
-from jes.core.population import chunk_size, chunks
+from jes.core.population import chunks
 from jes.core.random import normal
 
 PARAMS = {
@@ -113,17 +113,3 @@ def test_chunks_cover_the_population_in_one_shape() -> None:
         [4, 5, 6, 7],
         [8, 9, 9, 9],
     ]
-
-
-@pytest.mark.parametrize(
-    ("population", "each", "budget", "expected"),
-    [(32, 10, 1000, 32), (32, 10, 100, 8), (30, 10, 200, 15), (30, 10, 5, 1)],
-)
-def test_chunk_size(population: int, each: int, budget: int, expected: int) -> None:
-    assert chunk_size(population, each, budget) == expected
-
-
-def test_chunk_size_stays_below_what_is_worth_holding() -> None:
-    assert chunk_size(32, 10, 1000, most=4) == 4
-    assert chunk_size(32, 10, 20, most=4) == 2
-    assert chunk_size(3, 10, 1000, most=4) == 3

@@ -12,7 +12,6 @@ from small_decoder import decoder, weights_of
 import jes
 from jes.core.noise import Noise
 from jes.core.population import perturb_members
-from jes.io.memory import bytes_per_member
 from jes.quantize import quantize
 from jes.questions import Evaluation, padded_lengths, prepare
 from jes.rollout import answer_each, ask, examine
@@ -197,11 +196,3 @@ def test_scores_are_the_same(mode: str) -> None:
         for each in (evaluation, whole)
     )
     np.testing.assert_equal(got, expected)
-
-
-def test_the_estimate_counts_a_prefix_once() -> None:
-    one = partial(bytes_per_member, MODEL.config, 0, jnp.float32)
-    assert one(64, 32, 8, 256) < one(64, 288, 8) / 4
-    # A row more pays for its own tokens alone in the cache, not for the prefix.
-    assert one(65, 32, 8, 0) - one(64, 32, 8, 0) > 0
-    assert one(1, 32, 8, 256) < one(1, 288, 8)

@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 from small_run import get_config, rows
 
-from jes import train
+from jes import memory, train
 from jes.baselines import sft
 from jes.baselines.sft import (
     Batch,
@@ -29,7 +29,6 @@ from jes.config import SftSettings, freeze
 from jes.core.members import unperturbed
 from jes.errors import InputError
 from jes.experiment import Experiment, make_experiment
-from jes.io import memory
 from jes.io.interrupts import Stopped
 from jes.questions import Question
 from jes.sampling.generate import generate

@@ -23,7 +23,6 @@ from jes.core.mesh import make_mesh
 from jes.core.noise import Noise
 from jes.core.population import perturb_members
 from jes.errors import InputError
-from jes.io import memory
 from jes.models.cache import PADDING, Cache
 from jes.quantize import quantize
 from jes.questions import Evaluation, prepare
@@ -361,20 +360,6 @@ def test_a_run_in_slots_is_the_run(
         for folder in (tmp_path / "run", finished_run)
     )
     assert got == expected
-
-
-def test_slots_are_chosen_by_length_and_memory() -> None:
-    def choose(rows: int, new: int, budget: float) -> int:
-        member = (MODEL.config, 0, jnp.float32, rows, 32, new)
-        return memory.choose_slots(*member, budget=int(budget))
-
-    assert choose(200, 32, 1e12) == 0
-    assert choose(200, 512, 1e12) == 50
-    assert choose(20, 512, 1e12) == 5
-    assert choose(1, 512, 1e12) == 0
-    few = memory.bytes_per_member(MODEL.config, 0, jnp.float32, 9, 32, 32)
-    assert choose(200, 32, few) == 7  # a half of a half of a half of 50
-    assert choose(200, 32, 0) == 1
 
 
 def test_settings_that_slots_cannot_have() -> None:

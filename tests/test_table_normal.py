@@ -13,7 +13,6 @@ from small_run import get_config, outcome, rows
 
 import jes
 from jes import train
-from jes.bench import laws
 from jes.config import freeze
 from jes.core import ledger as ledgers
 from jes.core.mesh import make_mesh, replicated
@@ -295,19 +294,3 @@ def test_ledgers_that_do_not_say_have_normal_noise(finished_run: Path) -> None:
     del ledger.header["evolution"]["distribution"]
     assert evolution_of(ledger).noise.distribution == "normal"
     assert fingerprint(rebuild(ledger).params) == outcome(finished_run).fingerprint
-
-
-def test_the_benchmark_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(laws, "SIZE", 1001)
-    key = jax.random.key(0)
-    for law in DISTRIBUTIONS:
-        drawn = DISTRIBUTIONS[law](key, (1001,))
-        np.testing.assert_array_equal(laws.used("drawn", law)(), drawn)
-        own = [DISTRIBUTIONS[law](jax.random.fold_in(key, m), (1001,)) for m in (0, 1)]
-        total = laws.used("summed over 2 members", law)()
-        np.testing.assert_allclose(total, -0.5 * own[0] - 1.5 * own[1], atol=1e-5)
-    measured = laws.rows(2)
-    assert len(measured) == 6
-    for row in measured:
-        assert row.low <= row.ratio <= row.high
-        assert row.processor > 0

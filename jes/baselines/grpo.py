@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jes import memory
 from jes.baselines.gradient import check_finite, descend, largest_divisor
 from jes.core.members import unperturbed
 from jes.core.noise import PyTree, generation_key
@@ -31,7 +32,6 @@ from jes.core.placement import on_device
 from jes.core.tree import with_dtype
 from jes.errors import InputError
 from jes.experiment import Experiment, State, pick
-from jes.io import memory
 from jes.questions import Evaluation, Question
 from jes.sampling.generate import decode, trim, unrolled_params
 from jes.sampling.prompts import pad

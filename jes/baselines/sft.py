@@ -30,12 +30,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jes import memory
 from jes.baselines.gradient import check_finite, descend, largest_divisor
 from jes.core.noise import PyTree
 from jes.core.tree import with_dtype
 from jes.errors import InputError
 from jes.experiment import Experiment, State, pick
-from jes.io import memory
 from jes.questions import Evaluation, Question
 from jes.sampling.generate import generate
 from jes.sampling.prompts import encode, pad

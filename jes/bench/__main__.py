@@ -7,8 +7,8 @@ Rows, each with its goal where there is one:
 generation  a generation (ask and tell) over N times the answers of the model itself;
 pytorch     tokens per second over the published way of 2509.24372: perturb in place,
             `transformers.generate`, restore (`pip install jes[parity]`);
-rollouts    answers of long-tailed lengths: the plain loop over slots;
-prefix      reading prompts in full over reading what they share once;
+rollouts    answers of long-tailed lengths: the plain loop over continuous batching;
+prefix      reading prompts in full over reading their common prefix once;
 low_rank    decoding with noise of low rank: its throughput over the model's own, and a
             generation's time, and the memory, over those with noise of full rank;
 rounding    quantised ES: noise drawn entry by entry over drawn sparsely, an update by
@@ -26,40 +26,29 @@ accelerators. All rows together take about 40 minutes on two cores.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from jes.bench import (
-    generations,
-    laws,
-    low_rank,
-    memory,
-    prefix,
-    published,
-    rollouts,
-    rounding,
-    scaling,
-    start,
-)
+from jes.bench import generations, memory, noise, rollouts
 from jes.bench.timing import Row, table
 from jes.errors import InputError
 from jes.io import command_line
 from jes.io.console import console
-from jes.io.memory import give_back_freed_blocks
 from jes.io.metrics import write_json
+from jes.memory import give_back_freed_blocks
 from jes.run_folder import versions
 
-ROWS: dict[str, Callable[[int], list[Row]]] = {
-    "generation": generations.rows,
-    "pytorch": published.rows,
-    "rollouts": rollouts.rows,
-    "prefix": prefix.rows,
-    "low_rank": low_rank.rows,
-    "rounding": rounding.rows,
-    "noise": laws.rows,
+ROWS: dict[str, Callable[[int], Iterable[Row]]] = {
+    "generation": generations.over_inference,
+    "pytorch": generations.over_pytorch,
+    "rollouts": rollouts.long_tails,
+    "prefix": rollouts.shared_prefix,
+    "low_rank": noise.low_rank,
+    "rounding": noise.rounding,
+    "noise": noise.distributions,
     "memory": memory.rows,
-    "start": start.rows,
-    "scaling": scaling.rows,
+    "start": generations.start,
+    "scaling": generations.scaling,
 }
 """Functions of the number of repeats."""
 
@@ -84,10 +73,11 @@ def main() -> None:
         measured: list[Row] = []
         for name in names:
             console.print(f"measuring {name} ...")
-            measured += ROWS[name](args.repeats)
-            if args.out:  # as it goes: a long run may be stopped
-                done = [row._asdict() for row in measured]
-                write_json(args.out, {"rows": done, "versions": versions()})
+            for row in ROWS[name](args.repeats):
+                measured.append(row)
+                if args.out:  # as it goes: a long run may be stopped
+                    rows = [row._asdict() for row in measured]
+                    write_json(args.out, {"rows": rows, "versions": versions()})
         console.print(table(measured))
 
     command_line.guarded(command)

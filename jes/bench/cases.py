@@ -1,4 +1,4 @@
-"""What is measured: a model, what it is asked, and the work of answering."""
+"""What is measured: a model, its prompts, and the work of answering them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jes.core.evolution import Evolution
-from jes.core.noise import Noise, generation_key
-from jes.io import memory
+from jes.core.noise import generation_key
+from jes.memory import useful_members
 from jes.models.config import ModelConfig
 from jes.models.qwen import Decoder
 from jes.models.weights import Pretrained, load
@@ -20,24 +20,28 @@ from jes.sampling.generate import Sampling
 from jes.tasks.task import Reward, Task
 from jes.update import first_state, tell
 
-MEMBERS = 16
-"""Of a generation that is timed."""
-
 
 class Case(NamedTuple):
-    """A model and what it is asked: `rows` prompts of `prompt` tokens, `new` new."""
+    """A model, and `rows` prompts of `prompt` tokens to be answered with `new`."""
 
-    name: str
-    pretrained: Pretrained
+    model: Pretrained
     rows: int
     prompt: int
     new: int
 
+    def prompts(self) -> list[list[int]]:
+        """Random prompts, the same each time."""
+        rng, shape = np.random.default_rng(0), (self.rows, self.prompt)
+        return rng.integers(0, self.model.config.vocab_size, shape).tolist()
 
-def examination(
+    def __str__(self) -> str:
+        return f"{self.rows} prompts x {self.prompt} + {self.new} tokens"
+
+
+def evaluation_of(
     case: Case, mode: str = "generate", draw: str = "member"
 ) -> tuple[Evaluation, list[Question]]:
-    """Random prompts to a task whose rewards cost as little as a lookup."""
+    """The prompts as a task whose rewards cost as little as a lookup."""
     task = Task(
         name="bench",
         train=(),
@@ -49,19 +53,16 @@ def examination(
         max_new_tokens=case.new,
     )
     evaluation = Evaluation(
-        model=case.pretrained.model,
-        tokenizer=case.pretrained.tokenizer,
+        model=case.model.model,
+        tokenizer=case.model.tokenizer,
         task=task,
         sampling=Sampling(),
         mode=mode,
         draw=draw,
         buckets=(case.prompt + (mode == "likelihood"),),
     )
-    rng = np.random.default_rng(0)
-    vocabulary = case.pretrained.config.vocab_size
-    prompts = rng.integers(0, vocabulary, (case.rows, case.prompt)).tolist()
     choices = [[1], [2]] if mode == "likelihood" else []
-    return evaluation, [Question({}, prompt, choices) for prompt in prompts]
+    return evaluation, [Question({}, prompt, choices) for prompt in case.prompts()]
 
 
 def generation(
@@ -76,18 +77,16 @@ def generation(
     """A function that runs one generation, on a copy of the weights.
 
     Args:
-      case: the model and what it is asked.
+      case: the model and its prompts.
       evolution: settings.
       update: whether it is ask and tell, or `ask` alone.
-      chunk: members held at once; 0 for what fits.
+      chunk: members held at once; 0 for as many as are useful.
       mode, draw: see `Evaluation`.
     """
-    evaluation, questions = examination(case, mode, draw)
-    params = jax.tree.map(jnp.array, case.pretrained.params)
+    evaluation, questions = evaluation_of(case, mode, draw)
+    params = jax.tree.map(jnp.array, case.model.params)
     state = first_state(evolution, params)
-    chunk = chunk or fitting(
-        case, evolution.noise, evolution.population, evaluation.dtype
-    )
+    chunk = chunk or useful_members(evolution.population, case.rows)
     key = generation_key(jax.random.key(0), 0)
 
     def run() -> Any:
@@ -109,31 +108,10 @@ def generation(
     return run
 
 
-def fitting(case: Case, noise: Noise, members: int, dtype: Any) -> int:
-    """How many of the members to hold at once."""
-    config, params = case.pretrained.config, case.pretrained.params
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return memory.choose_chunk(
-        config,
-        memory.weight_bytes(config, parameters, dtype, noise if noise.rank else None),
-        dtype,
-        case.rows,
-        case.prompt,
-        case.new,
-        population=members,
-        budget=memory.free_bytes(),
-    )
-
-
-def settings(members: int, law: str) -> Evolution:
-    """Of the generations that are timed, which leave the weights as they are."""
-    return Evolution(population=members, sigma=1e-3, alpha=0.0, distribution=law)
-
-
-def unperturbed(case: Case, mode: str = "generate") -> Callable[[], Any]:
+def inference(case: Case, mode: str = "generate") -> Callable[[], Any]:
     """A function that answers the prompts with the weights as they are."""
-    evaluation, questions = examination(case, mode)
-    params = case.pretrained.params
+    evaluation, questions = evaluation_of(case, mode)
+    params = case.model.params
     return lambda: examine(evaluation, params, questions, batch_size=case.rows)
 
 
@@ -148,21 +126,28 @@ def random_model(like: Pretrained, **shape: int) -> Pretrained:
     )
 
 
-def larger_model() -> Pretrained:
-    """4.5M random weights, with the embedded model's tokenizer."""
-    return random_model(
-        load("tiny"), hidden_size=256, num_hidden_layers=6, intermediate_size=704
-    )
+SHAPES: dict[str, dict[str, int]] = {
+    "4.5M": {"hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 704},
+    "80M": {
+        "vocab_size": 16384,
+        "hidden_size": 640,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 10,
+        "intermediate_size": 2560,
+    },
+    "0.5B shape": {  # Qwen2.5-0.5B
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+    },
+}
+"""Random models by name, all with the embedded model's tokenizer."""
 
 
-def qwen_shape() -> Pretrained:
-    """Random weights in the shape of Qwen2.5-0.5B, with the embedded tokenizer."""
-    return random_model(
-        load("tiny"),
-        vocab_size=151936,
-        hidden_size=896,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        intermediate_size=4864,
-    )
+def model_of(name: str) -> Pretrained:
+    """'tiny', the embedded model, or one of `SHAPES`."""
+    tiny = load("tiny")
+    return tiny if name == "tiny" else random_model(tiny, **SHAPES[name])

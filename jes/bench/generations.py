@@ -1,37 +1,214 @@
-"""What evolution costs over inference."""
+"""Rows of `jes.bench`: a generation over inference, over PyTorch, and to scale."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import numpy as np
 
 from jes.bench.cases import (
-    MEMBERS,
     Case,
     generation,
-    larger_model,
-    qwen_shape,
-    settings,
-    unperturbed,
+    inference,
+    model_of,
+    random_model,
 )
-from jes.bench.timing import Row, compare
+from jes.bench.timing import Row, Run, compare, row_of, timed
+from jes.core.evolution import Evolution
+from jes.errors import InputError
+from jes.io.console import console
 from jes.models.weights import load
 
+DISTRIBUTIONS = ("normal", "table")
+MEMBERS = 16
 
-def rows(repeats: int) -> list[Row]:
-    """The rows of `jes.bench`."""
-    tiny, larger = load("tiny"), larger_model()
-    cases = [
-        (Case(f"{name}, {count} prompts x {text} tokens", model, count, *lengths), goal)
-        for name, model, text, lengths in (
-            ("tiny", tiny, "24 + 5", (24, 5)),
-            ("4.5M", larger, "64 + 32", (64, 32)),
+
+def evolution_of(population: int, noise: str = "normal") -> Evolution:
+    """Settings of a generation that leaves the weights as they are."""
+    return Evolution(population=population, sigma=1e-3, alpha=0.0, distribution=noise)
+
+
+OVER_INFERENCE = (
+    ("tiny", (64, 24, 5), "<= 1.3"),
+    ("tiny", (256, 24, 5), "<= 1.15"),
+    ("4.5M", (64, 64, 32), "<= 1.3"),
+    ("4.5M", (256, 64, 32), "<= 1.15"),
+)
+
+
+def over_inference(repeats: int) -> Iterator[Row]:
+    """The time of a generation over N times that of inference."""
+    for name, sizes, goal in OVER_INFERENCE:
+        case = Case(model_of(name), *sizes)
+        for noise in DISTRIBUTIONS:
+            what = f"generation / (N x inference), {noise} noise: {name}, {case}"
+            runs = generation(case, evolution_of(MEMBERS, noise)), inference(case)
+            yield compare(what, goal, runs, repeats, MEMBERS)
+    case = Case(model_of("0.5B shape"), 32, 64, 5)
+    what = f"generation / (N x inference), table noise: 0.5B shape, {case}"
+    runs = generation(case, evolution_of(2, "table"), chunk=1), inference(case)
+    yield compare(what, "<= 1.25", runs, min(repeats, 3), 2)
+
+
+def over_pytorch(repeats: int) -> Iterator[Row]:
+    """Tokens per second over those of the published method on PyTorch."""
+    if find_spec("torch") is None:
+        console.print("'pytorch' is left out: it is not installed")
+        return
+    for name, sizes, goal in (
+        ("tiny", (64, 24, 5), ">= 2.5"),
+        ("4.5M", (64, 64, 32), ">= 1.5"),
+    ):
+        case = Case(model_of(name), *sizes)
+        for noise in DISTRIBUTIONS:
+            what = f"tokens/s, jes with {noise} noise / PyTorch: {name}, {case}"
+            ours = generation(case, evolution_of(MEMBERS, noise), update=False)
+            runs = published(case), ours
+            yield compare(what, goal, runs, repeats, 1 / MEMBERS)
+    case = Case(model_of("0.5B shape"), 8, 64, 16)
+    what = f"tokens/s, jes with table noise / PyTorch: 0.5B shape, {case}"
+    ours = generation(case, evolution_of(1, "table"), update=False, chunk=1)
+    yield compare(what, "", (published(case), ours), min(repeats, 3))
+
+
+def published(case: Case) -> Run:
+    """One member by the method of 2509.24372: perturb in place, generate, restore."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        case.model.save(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    prompts = torch.tensor(case.prompts())
+    mask = torch.ones_like(prompts)
+    settings = GenerationConfig(
+        max_new_tokens=case.new,
+        min_new_tokens=case.new,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=0,
+    )
+    model.generation_config = GenerationConfig()
+
+    def shift(sigma: float) -> None:
+        generator = torch.Generator()
+        for weight in model.parameters():
+            generator.manual_seed(7)
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.data.add_(noise, alpha=sigma)
+
+    @torch.inference_mode()
+    def member() -> int:
+        shift(1e-3)
+        answers = model.generate(
+            prompts, attention_mask=mask, generation_config=settings
         )
-        for count, goal in ((64, "<= 1.3"), (256, "<= 1.15"))
-    ]
-    out = []
-    for case, goal in cases:
-        for law in ("normal", "table"):
-            name = f"generation / (N x inference), {law} noise: {case.name}"
-            run = generation(case, settings(MEMBERS, law))
-            out.append(compare(name, goal, run, unperturbed(case), repeats, MEMBERS))
-    case = Case("0.5B shape, 32 prompts x 64 + 5 tokens", qwen_shape(), 32, 64, 5)
-    name = f"generation / (N x inference), table noise: {case.name}"
-    run = generation(case, settings(2, "table"), chunk=1)
-    out.append(compare(name, "<= 1.25", run, unperturbed(case), min(repeats, 3), 2))
-    return out
+        shift(-1e-3)
+        if answers.shape[1] != case.prompt + case.new:
+            raise AssertionError(f"{answers.shape[1]} tokens, not all that were asked")
+        return 0
+
+    return member
+
+
+USUAL = {"members": 8, "prompts": 64, "new tokens": 8, "width": 128}
+RANGES = {
+    "members": (4, 8, 16, 32),
+    "prompts": (16, 32, 64, 128),
+    "new tokens": (8, 16, 32, 64),
+    "width": (64, 128, 256, 512),
+}
+
+
+def scaling(repeats: int) -> Iterator[Row]:
+    """Slopes of the log of a generation's time over that of one size, by least squares.
+
+    A width is a number of weights, which is what the slope is over.
+    """
+    for name, sizes in RANGES.items():
+        runs, amounts = [], []
+        for size in sizes:
+            run, weights = sized({**USUAL, name: size})
+            runs.append(run)
+            amounts.append(weights if name == "width" else size)
+            run()  # compiles
+        times = np.array([[timed(run)[0] for run in runs] for _ in range(repeats)])
+        slopes = np.polyfit(np.log(amounts), np.log(times).T, 1)[0]
+        unit = "weights" if name == "width" else name
+        what = f"slope of log time, {amounts[0]} to {amounts[-1]} {unit}"
+        yield row_of(what, "<= 1", slopes, 1e3 * np.median(times, axis=0)[[-1, 0]])
+
+
+def sized(sizes: dict[str, int]) -> tuple[Run, int]:
+    """A generation of these sizes, and how many weights its model has."""
+    width = sizes["width"]
+    shape = {"hidden_size": width, "intermediate_size": width * 11 // 4}
+    model = random_model(load("tiny"), **shape)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    case = Case(model, sizes["prompts"], 24, sizes["new tokens"])
+    return generation(case, evolution_of(sizes["members"])), weights
+
+
+CONFIG = '''"""A short run of the embedded model."""
+
+from jes.config import default
+
+
+def get_config():
+    """As configs/tiny.py, with few examples to evaluate on."""
+    config = default()
+    config.update({"population": 32, "prompts": 64, "sigma": 0.02, "alpha": 0.02})
+    config.data.update({"train": 64, "test": 64})
+    return config
+'''
+PATIENCE = 600
+"""Seconds after which a run without a generation is given up."""
+
+
+def start(repeats: int) -> Iterator[Row]:
+    """Seconds to the first generation: nothing compiled before, over the same again."""
+    times = np.array([cold_and_warm() for _ in range(min(repeats, 3))])
+    what = "start to first generation, cold / with compiled programs: tiny"
+    sides = 1e3 * np.median(times, axis=0)
+    yield row_of(what, "", times[:, 0] / times[:, 1], sides)
+
+
+def cold_and_warm() -> tuple[float, ...]:
+    """Seconds to the first generation, of a first run and of a second."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = folder / "short.py"
+        config.write_text(CONFIG)
+        compiled = folder / "compiled"
+        runs = [folder / "first", folder / "second"]
+        return tuple(to_first_generation(config, run, compiled) for run in runs)
+
+
+def to_first_generation(config: Path, workdir: Path, compiled: Path) -> float:
+    """Seconds until a new run has its first generation; it is stopped then."""
+    command = [sys.executable, "-m", "jes.train", f"--config={config}"]
+    began = time.perf_counter()
+    run = subprocess.Popen(
+        [*command, f"--workdir={workdir}"],
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(compiled)},
+        stdout=subprocess.DEVNULL,
+    )
+    metrics = workdir / "metrics.jsonl"
+    try:
+        while not (metrics.exists() and metrics.read_text().endswith("\n")):
+            if run.poll() is not None:
+                raise InputError("the run that was to be timed failed")
+            if time.perf_counter() - began > PATIENCE:
+                raise InputError(f"no generation within {PATIENCE} seconds")
+            time.sleep(0.01)
+        return time.perf_counter() - began
+    finally:
+        run.terminate()
+        run.wait()

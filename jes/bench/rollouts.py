@@ -1,11 +1,8 @@
-"""Rollouts whose answers differ in length, of which `jes.bench` times two ways.
-
-Lengths are log-normal, the longest 20 times the median: what reasoning models write.
-"""
+"""Rows of `jes.bench`: answers that differ in length, and prompts that begin alike."""
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import NormalDist
 from typing import Any
@@ -13,18 +10,68 @@ from typing import Any
 import jax
 import numpy as np
 
-from jes.bench.cases import larger_model
-from jes.bench.timing import Row, compare
-from jes.core.members import Members
-from jes.io import memory
-from jes.models.weights import Pretrained, load
+from jes.bench.cases import Case, model_of
+from jes.bench.timing import Row, Run, compare
+from jes.core.members import Members, unperturbed
+from jes.memory import slot_choices, useful_members
+from jes.models.weights import Pretrained
 from jes.sampling.continuous_batching import Batching, decode_in_slots
-from jes.sampling.generate import Sampling, decode, unrolled
-from jes.sampling.prompts import PromptBatch, pad
+from jes.sampling.generate import Sampling, decode, unrolled, unrolled_params
+from jes.sampling.prompts import pad, share
 
 PROMPTS, PROMPT_TOKENS, MEDIAN, LONGEST = 200, 32, 15, 20
+"""Lengths of answers are log-normal, the longest 20 times the median: as reasoning
+models write."""
 MEMBERS = 2
-DESCRIPTION = f"{PROMPTS} prompts x {PROMPT_TOKENS} + 1 to {MEDIAN * LONGEST} tokens"
+COMMON, OWN = 600, 60
+"""Tokens of a prompt that all share, and of its own."""
+
+
+def long_tails(repeats: int) -> Iterator[Row]:
+    """What continuous batching saves where a few answers are far longer than most."""
+    slots = next(filter(None, slot_choices(PROMPTS, MEDIAN * LONGEST)))
+    for name in ("tiny", "4.5M"):
+        tokens = f"{PROMPT_TOKENS} + 1 to {MEDIAN * LONGEST} tokens"
+        what = f"plain loop / slots: {name}, {PROMPTS} prompts x {tokens}"
+        yield compare(what, ">= 2", both_ways(model_of(name), slots), repeats)
+
+
+def both_ways(
+    pretrained: Pretrained, slots: int, slice_tokens: int = 32
+) -> tuple[Run, Run]:
+    """The same answers by the plain loop and in slots, to be timed.
+
+    Both hold as many members at once as are useful for their rows.
+    """
+    model = pretrained.model.unrolled()
+    sampling = Sampling(max_new_tokens=MEDIAN * LONGEST)
+    batching = Batching(sampling=sampling, slots=slots, slice_tokens=slice_tokens)
+    plain, in_slots = partial(decode, model), partial(decode_in_slots, model)
+    return (
+        in_chunks(plain, pretrained, PROMPTS, sampling),
+        in_chunks(in_slots, pretrained, slots, batching),
+    )
+
+
+def in_chunks(
+    decode: Callable[..., Any], pretrained: Pretrained, rows: int, settings: Any
+) -> Run:
+    """A function by which all members answer, `useful_members` at a time."""
+    chunk = useful_members(MEMBERS, rows)
+    prompts = Case(pretrained, PROMPTS, PROMPT_TOKENS, 0).prompts()
+    batch = pad(prompts, (PROMPT_TOKENS,))
+    weights = jax.tree.map(
+        lambda leaf: np.broadcast_to(leaf, (chunk, *leaf.shape)), pretrained.params
+    )
+    keys = jax.random.split(jax.random.key(0), MEMBERS).reshape(-1, chunk)
+    members = unrolled(pretrained.model, Members({"params": weights}, keys[0]))
+    # Answers of all members are as long, but to other prompts.
+    lengths = [long_tailed(PROMPTS, MEDIAN, LONGEST, seed) for seed in range(MEMBERS)]
+    limits = np.stack(lengths).reshape(-1, chunk, PROMPTS)
+    return lambda: [
+        decode(dataclasses.replace(members, keys=key), batch, settings, some)
+        for key, some in zip(keys, limits, strict=True)
+    ]
 
 
 def long_tailed(count: int, median: float, longest: float, seed: int = 0) -> np.ndarray:
@@ -43,81 +90,26 @@ def long_tailed(count: int, median: float, longest: float, seed: int = 0) -> np.
     return np.random.default_rng(seed).permutation(lengths)
 
 
-def chosen_slots(pretrained: Pretrained) -> int:
-    """Those that a run with these prompts has by default."""
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(pretrained.params))
-    weights = memory.weight_bytes(pretrained.config, parameters, np.float32)
-    return memory.choose_slots(
-        pretrained.config,
-        weights,
-        np.float32,
-        PROMPTS,
-        PROMPT_TOKENS,
-        MEDIAN * LONGEST,
-        budget=memory.free_bytes(),
-    )
+def shared_prefix(repeats: int) -> Iterator[Row]:
+    """Prompts read in full over those whose common prefix is read once."""
+    tiny, count = model_of("tiny"), 32
+    prompts = alike(tiny.config.vocab_size, count)
+    what = "prompts read in full / what they share once: tiny"
+    what += f", {count} prompts x ({COMMON} + {OWN}) tokens"
+    runs = reading(tiny, prompts, ()), reading(tiny, prompts, None)
+    yield compare(what, ">= 5", runs, repeats)
 
 
-def rollouts(
-    pretrained: Pretrained, slots: int = 0, slice_tokens: int = 32
-) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """The same answers by the plain loop and in slots, to be timed.
-
-    Both take members in chunks as `memory` gives them for their rows.
-
-    Args:
-      pretrained: the model.
-      slots: of a member; 0 for what a run has by default.
-      slice_tokens: see `decode_in_slots`.
-    """
-    slots = slots or chosen_slots(pretrained)
-    model = pretrained.model.unrolled()
+def alike(vocabulary: int, count: int) -> list[list[int]]:
+    """Prompts of random tokens that begin with the same ones."""
     rng = np.random.default_rng(0)
-    vocabulary = pretrained.config.vocab_size
-    prompts = pad(
-        rng.integers(0, vocabulary, (PROMPTS, PROMPT_TOKENS)).tolist(),
-        (PROMPT_TOKENS,),
-    )
-    sampling = Sampling(max_new_tokens=MEDIAN * LONGEST)
-    batching = Batching(sampling=sampling, slots=slots, slice_tokens=slice_tokens)
-    return (
-        _in_chunks(partial(decode, model), pretrained, prompts, PROMPTS, sampling),
-        _in_chunks(
-            partial(decode_in_slots, model), pretrained, prompts, slots, batching
-        ),
-    )
+    common = rng.integers(0, vocabulary, COMMON).tolist()
+    return [common + rng.integers(0, vocabulary, OWN).tolist() for _ in range(count)]
 
 
-def _in_chunks(
-    decode: Callable[..., Any],
-    pretrained: Pretrained,
-    prompts: PromptBatch,
-    rows: int,
-    settings: Sampling | Batching,
-) -> Callable[[], Any]:
-    chunk = min(MEMBERS, memory.most_members(rows) or MEMBERS)
-    weights = jax.tree.map(
-        lambda leaf: np.broadcast_to(leaf, (chunk, *leaf.shape)), pretrained.params
-    )
-    keys = jax.random.split(jax.random.key(0), MEMBERS).reshape(-1, chunk)
-    members = unrolled(pretrained.model, Members({"params": weights}, keys[0]))
-    # A member's answers are as long as those of another, to other prompts.
-    lengths = (long_tailed(PROMPTS, MEDIAN, LONGEST, seed) for seed in range(MEMBERS))
-    limits = np.stack(list(lengths)).reshape(-1, chunk, PROMPTS)
-    return lambda: [
-        decode(dataclasses.replace(members, keys=key), prompts, settings, some)
-        for key, some in zip(keys, limits, strict=True)
-    ]
-
-
-def rows(repeats: int) -> list[Row]:
-    """What slots save where a few answers are far longer than most."""
-    return [
-        compare(
-            f"plain loop / slots: {name}, {DESCRIPTION}",
-            ">= 2",
-            *rollouts(model),
-            repeats,
-        )
-        for name, model in (("tiny", load("tiny")), ("4.5M", larger_model()))
-    ]
+def reading(pretrained: Pretrained, prompts: list[list[int]], parts: Any) -> Run:
+    """A function that reads prompts, up to their first new token."""
+    model = pretrained.model
+    itself = unperturbed(unrolled_params(model, pretrained.params))
+    batch, sampling = share(prompts, parts=parts), Sampling(max_new_tokens=1)
+    return lambda: decode(model.unrolled(), itself, batch, sampling)

@@ -8,12 +8,14 @@ import jax
 import numpy as np
 from rich.table import Table
 
+Run = Callable[[], Any]
+
 
 class Row(NamedTuple):
     """One comparison: medians, and the quartiles of the ratio over the repeats.
 
-    `processor` is the median ratio of processor time, of all threads together; None of
-    what is no time.
+    `processor` is the median ratio of processor time, summed over threads; None where
+    no time is measured.
     """
 
     what: str
@@ -28,21 +30,16 @@ class Row(NamedTuple):
 
 
 def compare(
-    what: str,
-    goal: str,
-    numerator: Callable[[], Any],
-    denominator: Callable[[], Any],
-    repeats: int,
-    scale: float = 1.0,
+    what: str, goal: str, runs: Sequence[Run], repeats: int, scale: float = 1.0
 ) -> Row:
     """Times two functions in turn; the first call of each compiles and is left out.
 
-    The ratio is numerator / (denominator x scale).
+    The ratio is that of the first to the second x scale.
     """
-    numerator(), denominator()
-    times = np.array(
-        [[timed(numerator), timed(denominator)] for _ in range(repeats)]
-    ) * np.array([[1], [scale]])
+    for run in runs:
+        run()
+    times = np.array([[timed(run) for run in runs] for _ in range(repeats)])
+    times *= np.array([[1], [scale]])
     ratios = times[:, 0] / times[:, 1]
     row = row_of(what, goal, ratios[:, 0], 1e3 * np.median(times[..., 0], axis=0))
     return row._replace(processor=float(np.median(ratios[:, 1])))
@@ -57,13 +54,10 @@ def row_of(
     return Row(what, goal, first, second, ratio, low, high, unit=unit)
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds that a call takes, with everything that it leaves on the device.
-
-    On the clock, and of the processor.
-    """
+def timed(run: Run) -> tuple[float, float]:
+    """Seconds of a call, until its results are there: wall clock, and processor."""
     began, busy = time.perf_counter(), time.process_time()
-    jax.block_until_ready(function())
+    jax.block_until_ready(run())
     return time.perf_counter() - began, time.process_time() - busy
 
 

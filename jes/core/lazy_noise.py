@@ -9,7 +9,6 @@ weight is used: once in a scoring pass, but for every token in decoding.
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from jes.core.low_rank import has_matrices, is_stack
 from jes.core.members import by_member
 from jes.core.noise import DISTRIBUTIONS_AT, Noise, PyTree, leaf_key, leaf_noise
 from jes.core.placement import not_before
+from jes.core.programs import program
 from jes.core.random import Place, places
 
 BLOCKS = 16
@@ -59,7 +59,7 @@ class MemberWeight:
     weight: jax.Array
 
 
-@partial(jax.jit, static_argnums=(3, 4), static_argnames="mesh")
+@program(static_argnums=(3, 4), static_argnames="mesh")
 @by_member(own=["members"], shared=["params", "key"])
 def draw_lazily(
     params: PyTree, key: jax.Array, members: jax.Array, noise: Noise, dtype: Any

@@ -30,6 +30,7 @@ from jes.core.noise import (
     leaf_noise,
     perturb_member,
 )
+from jes.core.programs import program
 from jes.core.tree import is_codes, is_quantized, map_leaves, split
 
 
@@ -43,22 +44,10 @@ def chunks(members: np.ndarray, size: int) -> Iterator[np.ndarray]:
         yield members[np.minimum(here, len(members) - 1)]
 
 
-def chunk_size(
-    population: int, bytes_per_member: int, budget: int, most: int | None = None
-) -> int:
-    """Members to hold at once: what fits a budget in bytes, evenly over the chunks.
-
-    At least one, and no more than `most`, where more are not worth holding.
-    """
-    fitting = min(population, budget // max(bytes_per_member, 1))
-    most = max(1, fitting if most is None else min(fitting, most))
-    return -(-population // -(-population // most))
-
-
 def perturb_members(
     params: PyTree,
     key: jax.Array,
-    members: jax.Array,
+    members: jax.typing.ArrayLike,
     noise: Noise | None,
     *,
     dtype: Any = jnp.float32,
@@ -97,14 +86,14 @@ def perturb_members(
     return Members(variables, _sampling_keys(key, members), mesh)
 
 
-@jax.jit
+@program
 def _sampling_keys(key: jax.Array, members: jax.Array) -> jax.Array:
     """A key for each member to sample its answers with: [M]."""
     sampling_key = jax.random.fold_in(key, zlib.crc32(b"sampling"))
     return jax.vmap(partial(jax.random.fold_in, sampling_key))(members)
 
 
-@partial(jax.jit, static_argnums=(3, 4), static_argnames="mesh")
+@program(static_argnums=(3, 4), static_argnames="mesh")
 @by_member(own=["members"], shared=["params", "key"])
 def draw_members(
     params: PyTree, key: jax.Array, members: jax.Array, noise: Noise, dtype: Any
@@ -121,7 +110,7 @@ def draw_members(
     return jax.vmap(draw)(members)
 
 
-@partial(jax.jit, static_argnums=3, static_argnames="mesh")
+@program(static_argnums=3, static_argnames="mesh")
 @by_member(own=["members"], shared=["params", "key"])
 def draw_overlays(
     params: PyTree, key: jax.Array, members: jax.Array, noise: Noise
@@ -166,7 +155,7 @@ def _overlay(
     return Overlay(positions, allowed(codes, pick(codes, positions), moves))
 
 
-@partial(jax.jit, static_argnums=(3, 4), static_argnames="mesh")
+@program(static_argnums=(3, 4), static_argnames="mesh")
 @by_member(own=["members"], shared=["params", "key"])
 def draw_factors(
     params: PyTree, key: jax.Array, members: jax.Array, noise: Noise, dtype: Any

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jes.core.codes import Codes, unpack
 from jes.core.noise import PyTree
+from jes.core.programs import program
 
 
 def is_codes(node: Any) -> bool:
@@ -78,9 +79,14 @@ def with_dtype(params: Any, dtype: Any) -> Any:
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
         keep = is_codes(leaf) or _is_scales(path) or leaf.dtype == dtype
-        return leaf if keep or not is_float(leaf) else leaf.astype(dtype)
+        return leaf if keep or not is_float(leaf) else _cast(leaf, dtype)
 
     return map_leaves(cast, params)
+
+
+@program(static_argnums=1)
+def _cast(leaf: jax.Array, dtype: Any) -> jax.Array:
+    return leaf.astype(dtype)
 
 
 def is_float(leaf: jax.Array) -> bool:

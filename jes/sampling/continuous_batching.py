@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jes.core.members import Members, by_member
+from jes.core.programs import Abstract, program
 from jes.sampling.generate import (
     Sampling,
     choose_tokens,
@@ -159,6 +160,10 @@ def decode_in_slots(
         rows, report = _decode_slice(
             model, members, rows, prefix, scheduler.stop(), batching
         )
+        if isinstance(report, Abstract):  # analysed, not run
+            for fewer in scheduler.sizes[1:2]:
+                _take(rows, np.zeros((shape[0], fewer), np.int32), mesh=mesh)
+            return answers
         scheduler.collect(np.asarray(report), answers)
 
 
@@ -258,7 +263,7 @@ class Scheduler:
         self.numbers[done == 1] = -1
 
 
-@partial(jax.jit, static_argnames="model")
+@program(static_argnames="model")
 @by_member(shared=["prefix"])
 def _read_prefix(model: Any, members: Members, prefix: PromptBatch) -> Any:
     """Each member's keys and values of the prefix of all prompts."""
@@ -271,7 +276,7 @@ def _read_prefix(model: Any, members: Members, prefix: PromptBatch) -> Any:
     )
 
 
-@partial(jax.jit, static_argnames=("model", "sampling"))
+@program(static_argnames=("model", "sampling"))
 @by_member(own=["admitted", "prefix"])
 def _prefill(
     model: Any, members: Members, admitted: Admitted, prefix: Any, sampling: Sampling
@@ -290,7 +295,7 @@ def _prefill(
     return Rows(cache, token, length, position, limits, numbers, done)
 
 
-@partial(jax.jit, static_argnames=("slots", "ring", "mesh"))
+@program(static_argnames=("slots", "ring", "mesh"))
 @by_member(own=["like"])
 def _empty(like: Rows, *, slots: int, ring: int) -> Rows:
     """So many free slots, of members with rows like these."""
@@ -300,7 +305,7 @@ def _empty(like: Rows, *, slots: int, ring: int) -> Rows:
     return rows._replace(done=~rows.done)
 
 
-@partial(jax.jit, donate_argnames="rows", static_argnames="mesh")
+@program(donate_argnames="rows", static_argnames="mesh")
 @by_member(own=["rows", "new", "slots"])
 def _insert(rows: Rows, new: Rows, slots: jax.Array) -> Rows:
     """Writes new rows [M, F] to these slots [M, F], in place; S is nowhere."""
@@ -322,7 +327,7 @@ def _insert(rows: Rows, new: Rows, slots: jax.Array) -> Rows:
     )
 
 
-@partial(jax.jit, static_argnames="mesh")
+@program(static_argnames="mesh")
 @by_member(own=["rows", "slots"])
 def _take(rows: Rows, slots: jax.Array) -> Rows:
     """The rows in these slots [M, S']."""
@@ -333,7 +338,7 @@ def _take(rows: Rows, slots: jax.Array) -> Rows:
     return rows._replace(cache=rows.cache._replace(length=length))
 
 
-@partial(jax.jit, static_argnames=("model", "batching"), donate_argnames="rows")
+@program(static_argnames=("model", "batching"), donate_argnames="rows")
 @by_member(own=["rows", "prefix", "stop"])
 def _decode_slice(
     model: Any,

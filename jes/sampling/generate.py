@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jes.core.members import Members, by_member, unperturbed
+from jes.core.programs import program
 from jes.core.tree import is_quantized
 from jes.sampling.prompts import BUCKETS, PromptBatch, batches, share
 
@@ -45,7 +46,7 @@ class Sampling:
         return self.eos_ids[0] if self.eos_ids else 0
 
 
-@partial(jax.jit, static_argnames=("model", "sampling"))
+@program(static_argnames=("model", "sampling"))
 @by_member(own=["limits"], shared=["prompts"])
 def decode(
     model: Any,
@@ -219,13 +220,13 @@ def unrolled(model: Any, members: Members) -> Members:
     return members.replace(**{own: tree})
 
 
-@partial(jax.jit, static_argnames=("model", "mesh"))
+@program(static_argnames=("model", "mesh"))
 @by_member(own=["tree"])
 def _unrolled_by_member(model: Any, tree: Any) -> Any:
     return jax.vmap(model.unrolled_params)(tree)
 
 
-@partial(jax.jit, static_argnums=0)
+@program(static_argnums=0)
 def unrolled_params(model: Any, params: Any) -> Any:
     """Shared parameters with one subtree a layer, copied once for all tokens."""
     return model.unrolled_params(params)

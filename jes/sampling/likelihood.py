@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jes.core.members import Members, by_member
+from jes.core.programs import program
 from jes.sampling.prompts import BUCKETS, PromptBatch, share
 
 
@@ -79,7 +80,7 @@ def choice_log_likelihoods(model: Any, variables: Any, batch: ChoiceBatch) -> ja
     return jnp.where(batch.scored, chosen, 0).sum(-1)
 
 
-@partial(jax.jit, static_argnums=0)
+@program(static_argnums=0)
 @by_member(shared=["batch"])
 def log_likelihoods(model: Any, members: Members, batch: ChoiceBatch) -> jax.Array:
     """`choice_log_likelihoods` under every member: float32 [M, R]."""

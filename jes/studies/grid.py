@@ -37,8 +37,9 @@ from scipy.special import stdtrit
 from jes import train
 from jes.config import freeze
 from jes.errors import InputError
-from jes.io import command_line, memory
+from jes.io import command_line
 from jes.io.console import console
+from jes.memory import give_back_freed_blocks
 from jes.run_folder import finished
 
 Row = dict[str, Any]
@@ -203,7 +204,7 @@ def run_study(
     def command(argv: list[str]) -> None:
         if len(argv) > 1:
             raise InputError(f"unexpected {' '.join(argv[1:])!r}")
-        memory.give_back_freed_blocks()
+        give_back_freed_blocks()
         values = flags.FLAGS
         names = split(values.methods, "methods")
         seeds = split(values.seeds, "seeds")

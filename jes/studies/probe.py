@@ -35,13 +35,14 @@ from jes.core.population import chunks
 from jes.core.tree import is_quantized
 from jes.errors import InputError
 from jes.experiment import one_bucket, task_evaluation
-from jes.io import command_line, memory
+from jes.io import command_line
 from jes.io.console import console
 from jes.io.interrupts import Stopped, StopRequest, stop_request
 from jes.io.metrics import keep_rows, read_rows, write_json
 from jes.landscape import probes
+from jes.memory import chunk_of, give_back_freed_blocks
 from jes.models.weights import Pretrained, fingerprint, load
-from jes.questions import Evaluation, Question, padded_lengths, prepare
+from jes.questions import Evaluation, Question, batch_of, prepare
 from jes.rollout import answer_each
 from jes.run_folder import alone, claim_results
 from jes.sampling.generate import Sampling
@@ -172,7 +173,12 @@ class Subject:
         # Batch numbers start at -2, keys at 0.
         key = generation_key(jax.random.key(self.config.seed), batch.number + 2)
         chunk = choose_chunk(
-            self.config, self.pretrained, evaluation, self.questions, len(candidates)
+            self.config,
+            self.pretrained,
+            evaluation,
+            self.questions,
+            noise,
+            len(candidates),
         )
         for members in chunks(np.asarray(candidates), min(chunk, len(candidates))):
             answered = answer_each(
@@ -195,28 +201,16 @@ def choose_chunk(
     pretrained: Pretrained,
     evaluation: Evaluation,
     questions: Sequence[Question],
+    noise: Noise | None,
     members: int,
 ) -> int:
     """Members to hold at once: `config.chunk`, or what fits beside the weights."""
     if config.chunk:
         return config.chunk
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(pretrained.params))
-    rows = min(len(questions), config.eval_batch)
-    if evaluation.mode == "likelihood":
-        rows *= max(len(question.choices) for question in questions)
-    held = 0 if config.memory_gb else 4 * parameters
-    prefix, rest = padded_lengths(evaluation, questions)
-    return memory.choose_chunk(
-        pretrained.config,
-        memory.weight_bytes(pretrained.config, parameters, evaluation.dtype),
-        evaluation.dtype,
-        rows,
-        rest,
-        evaluation.max_new_tokens,
-        prefix,
-        population=members,
-        budget=(int(config.memory_gb * 1e9) or memory.free_bytes()) - held,
-    )
+    size = -(-len(questions) // -(-len(questions) // config.eval_batch))
+    batch = batch_of(evaluation, questions[:size])  # as `answer_each` cuts them
+    given = evaluation, pretrained.params, noise, batch, members
+    return chunk_of(*given, config.memory_gb)
 
 
 def draw_questions(
@@ -589,7 +583,7 @@ def main() -> None:
     def command(argv: list[str]) -> None:
         if len(argv) > 1:
             raise InputError(f"unexpected {' '.join(argv[1:])!r}")
-        memory.give_back_freed_blocks()
+        give_back_freed_blocks()
         config = config_flag.value
         if "probe" not in config:
             raise InputError(

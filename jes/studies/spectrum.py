@@ -48,12 +48,13 @@ from jes.core.noise import Noise, PyTree, generation_key
 from jes.core.population import perturb_members
 from jes.errors import InputError
 from jes.experiment import one_bucket, task_evaluation
-from jes.io import command_line, memory
+from jes.io import command_line
 from jes.io.console import console
 from jes.io.metrics import keep_rows, read_rows, write_json
 from jes.landscape import curvature, lanczos
 from jes.landscape.curvature import Directions
 from jes.landscape.lanczos import Measures, Quadrature
+from jes.memory import give_back_freed_blocks
 from jes.models.weights import Pretrained, fingerprint
 from jes.questions import Evaluation, Question, batch_of
 from jes.rollout import answer, prepare_rollout
@@ -380,6 +381,7 @@ def measure_pairs(subject: Subject) -> None:
         subject.pretrained,
         subject.evaluation,
         subject.questions,
+        Noise(sigma=1.0, antithetic=True),  # all have the same programs
         members,
     )
     for sigma in subject.config.curvature.sigmas:
@@ -874,7 +876,7 @@ def main() -> None:
     def command(argv: list[str]) -> None:
         if len(argv) > 1:
             raise InputError(f"unexpected {' '.join(argv[1:])!r}")
-        memory.give_back_freed_blocks()
+        give_back_freed_blocks()
         values = flags.FLAGS
         default = f"runs/{command_line.config_name()}_spectrum"
         workdir = Path(values.workdir or default)

@@ -1,0 +1,108 @@
+"""Jitted functions that, given shapes in place of arrays, are analysed, not run.
+
+    @program(static_argnames="model")
+    def decode(model, members, prompts): ...
+
+    analysis = Analysis()
+    decode(model, jax.tree.map(analysis.stand_in, members), prompts)
+    analysis.peak  # bytes
+
+The compiled program is JAX's own and kept by it: the same function called with arrays
+of these shapes runs it, and nothing is compiled twice.
+"""
+
+import functools
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+class TooLargeError(Exception):
+    """A program takes more memory than an analysis allows."""
+
+
+class Abstract(jax.ShapeDtypeStruct):
+    """Stands in for an array in an `Analysis`."""
+
+    def __init__(self, analysis: "Analysis", like: Any, sharding: Any) -> None:
+        on_mesh = sharding if isinstance(sharding, jax.NamedSharding) else None
+        super().__init__(like.shape, like.dtype, sharding=on_mesh)
+        self.analysis = analysis
+
+
+class Analysis:
+    """Notes the memory of each device that programs take, by the compiler's analysis.
+
+    Python drops the abstract arrays when it would drop the arrays, so what is held
+    while a program runs is known too.
+
+    Attributes:
+      budget: raise `TooLargeError` as soon as more bytes are needed.
+      peak: most bytes at a time so far, without what `stand_in` stands for.
+    """
+
+    def __init__(self, budget: float = math.inf) -> None:
+        self.budget, self.peak, self._held = budget, 0, 0
+
+    def stand_in(self, array: jax.Array) -> Abstract:
+        """For an array that is there, and is not counted."""
+        return Abstract(self, array, array.sharding)
+
+    def run(self, jitted: Any, args: Any, settings: Any) -> Any:
+        """The results of a program as abstract arrays."""
+        lowered = jitted.lower(*args, **settings)
+        given = [arg for arg in jax.tree.leaves(lowered.args_info) if arg.donated]
+        least = _total(lowered.out_info) - _total(given)
+        self._note(max(0, least))  # do not compile what cannot fit
+        compiled = lowered.compile()
+        found = compiled.memory_analysis()
+        new = found.output_size_in_bytes - found.alias_size_in_bytes
+        self._note(new + found.temp_size_in_bytes)
+        return jax.tree.map(self._hold, lowered.out_info, compiled.output_shardings)
+
+    def _note(self, new: int) -> None:
+        self.peak = max(self.peak, self._held + new)
+        if self.peak > self.budget:
+            raise TooLargeError
+
+    def _hold(self, like: Any, sharding: Any) -> Abstract:
+        array = Abstract(self, like, sharding)
+        size = bytes_of(array)
+        self._held += size
+        weakref.finalize(array, self._drop, size)
+        return array
+
+    def _drop(self, size: int) -> None:
+        self._held -= size
+
+
+def program(function: Callable | None = None, **settings: Any) -> Any:
+    """`jax.jit` with these settings, whose programs can be analysed."""
+    if function is None:
+        return functools.partial(program, **settings)
+    jitted = jax.jit(function, **settings)
+
+    @functools.wraps(jitted)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for leaf in jax.tree.leaves((args, kwargs)):
+            if isinstance(leaf, Abstract):
+                return leaf.analysis.run(jitted, args, kwargs)
+        return jitted(*args, **kwargs)
+
+    call.lower, call._cache_size = jitted.lower, jitted._cache_size  # type: ignore
+    return call
+
+
+def _total(tree: Any) -> int:
+    return sum(map(bytes_of, jax.tree.leaves(tree)))
+
+
+def bytes_of(array: Any) -> int:
+    """Size of an array, or of its part on each device."""
+    shape, sharding = array.shape, getattr(array, "sharding", None)
+    if isinstance(sharding, jax.NamedSharding):
+        shape = sharding.shard_shape(shape)
+    return math.prod(shape) * array.dtype.itemsize

@@ -1,0 +1,333 @@
+"""How many members a device holds at once, and how many prompts each answers at a time.
+
+`config.chunk` and `config.slots` say so. What they leave open is chosen from the
+compiler's own analysis of the programs of a rollout. JAX keeps what is compiled for
+the analysis, and the rollout then runs it: where the first try fits the memory, nothing
+is compiled twice.
+"""
+
+import ctypes
+import dataclasses
+import os
+import platform
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jes.core.mesh import POPULATION, mesh_of
+from jes.core.noise import Noise, PyTree
+from jes.core.programs import Analysis, TooLargeError, bytes_of
+from jes.errors import InputError
+from jes.experiment import Experiment, pick
+from jes.questions import Evaluation, batch_of
+from jes.rollout import answer, prepare_rollout
+from jes.sampling.likelihood import ChoiceBatch
+from jes.sampling.prompts import PromptBatch
+from jes.update import first_state
+
+SHARE = {"cpu": 0.6}
+"""Of the free memory to plan with, 0.9 elsewhere: allocators leave gaps, and on a CPU
+the machine has other work and compiling takes memory too."""
+
+CPU_ROWS = 64
+"""Prompts that keep a CPU busy. More members at once overflow its caches (measured:
+16 members of 64 prompts each take 1.4 times as long at once as one after the other).
+The same holds for noise of low rank, whose products with the weights members share: of
+64 prompts each, eight members at once take 1.4 times as long as one."""
+
+LONG_ANSWERS = 256
+"""New tokens from which answers are expected to differ much in length."""
+
+MMAP_THRESHOLD = 4 * 2**20
+"""Bytes of a block above which glibc returns it to the system when it is freed."""
+
+
+class Held(NamedTuple):
+    """What is held at once.
+
+    Attributes:
+      chunk: members, on each device.
+      slots: prompts of each that are answered at a time; 0 for all.
+    """
+
+    chunk: int
+    slots: int
+
+
+class Peak(NamedTuple):
+    """Bytes of a device that are needed at most; at least so many, if not complete."""
+
+    bytes: int
+    complete: bool
+
+
+def choose(experiment: Experiment) -> Held:
+    """What a run holds at once: as set, or as much as is useful and fits.
+
+    Raises:
+      InputError: if not even one member with one prompt at a time fits.
+    """
+    evaluation, settings = experiment.evaluation, experiment.settings
+    params, noise = experiment.pretrained.params, experiment.evolution.noise
+    batch = batch_of(evaluation, pick(experiment, 0))  # all generations have its shape
+    rows = rows_of(batch)
+    members = -(-settings.population // (jax.process_count() * devices_of(params)))
+    sizes = [settings.slots if settings.slots < rows else 0]
+    if not settings.slots and evaluation.mode == "generate":
+        sizes = slot_choices(rows, evaluation.max_new_tokens)
+    chunk = min(settings.chunk, members)
+    if chunk and len(sizes) == 1:
+        return Held(chunk, *sizes)
+
+    budget = budget_for_members(experiment)
+    most = useful_members(members, sizes[0] or rows)
+    for slots in sizes:
+        in_slots = dataclasses.replace(evaluation, slots=slots)
+        peak = partial(peak_of, in_slots, params, noise, batch, budget)
+        if chunk:
+            least = peak(chunk)
+            fitting = chunk if least.bytes <= budget else 0
+        else:
+            fitting, least = most_that_fit(peak, members, most, budget)
+            most = 1  # fewer prompts are for memory that does not hold one member
+        if fitting:
+            return Held(fitting, slots)
+    raise too_large(chunk or 1, slots or rows, least, budget)
+
+
+def chunk_of(
+    evaluation: Evaluation,
+    params: PyTree,
+    noise: Noise | None,
+    batch: PromptBatch | ChoiceBatch,
+    members: int,
+    memory_gb: float,
+) -> int:
+    """How many of some members to hold at once while they answer one batch.
+
+    Args:
+      evaluation, params, noise, batch: as for `peak_of`.
+      members: on each device.
+      memory_gb: to use, in GB; 0 for what is free.
+
+    Raises:
+      InputError: if not even one fits.
+    """
+    budget, rows = int(memory_gb * 1e9) or free_bytes(), rows_of(batch)
+    peak = partial(peak_of, evaluation, params, noise, batch, budget)
+    most = useful_members(members, rows)
+    chunk, least = most_that_fit(peak, members, most, budget)
+    if not chunk:
+        raise too_large(1, rows, least, budget)
+    return chunk
+
+
+def too_large(members: int, rows: int, least: Peak, budget: int) -> InputError:
+    """The error that says what is needed, what there is, and what takes less."""
+    return InputError(
+        f"{members} member(s) with {rows} prompts at a time take at least "
+        f"{least.bytes / 1e9:.3g} GB, and {max(budget, 0) / 1e9:.3g} GB can be used "
+        "for them: fewer or shorter prompts and answers, rank=1 or draw='layer' take "
+        "less; memory_gb sets another limit"
+    )
+
+
+def with_slots(experiment: Experiment, slots: int) -> Experiment:
+    """The experiment with so many slots for members that are trained."""
+    evaluation = dataclasses.replace(experiment.evaluation, slots=slots)
+    return experiment._replace(evaluation=evaluation)
+
+
+def peak_of(
+    evaluation: Evaluation,
+    params: PyTree,
+    noise: Noise | None,
+    batch: PromptBatch | ChoiceBatch,
+    budget: int,
+    members: int,
+) -> Peak:
+    """Analyses how members answer, beside the arrays that are there.
+
+    Args:
+      evaluation, params, noise: as for `jes.rollout.ask`.
+      batch: what is answered.
+      budget: where more is needed, the programs that come later are not compiled.
+      members: held at once on each device.
+    """
+    analysis, mesh = Analysis(budget), mesh_of(params)
+    numbers: Any = analysis.stand_in(jnp.zeros(members * devices_of(params), int))
+    abstract = jax.tree.map(analysis.stand_in, params)
+    try:
+        rollout = prepare_rollout(evaluation, abstract, noise, mesh)
+        answer(rollout, jax.random.key(0), numbers, batch)
+    except TooLargeError:
+        return Peak(analysis.peak, complete=False)
+    return Peak(analysis.peak, complete=True)
+
+
+def most_that_fit(
+    peak: Callable[[int], Peak], members: int, most: int, budget: int
+) -> tuple[int, Peak]:
+    """How many members to hold at once, in chunks of about the same size.
+
+    The peak grows about linearly with the members: a line through two analyses says
+    what to analyse next. What is chosen has been analysed.
+
+    Args:
+      peak: of so many members.
+      members: there are in all.
+      most: members that are worth holding at once.
+      budget: bytes to use.
+
+    Returns:
+      The members, 0 if not even one fits; and the peak of the fewest that were tried.
+    """
+    chunk = evenly(members, most)
+    found = peak(chunk)
+    one = peak(1) if found.bytes > budget else found
+    while found.bytes > budget and chunk > 1 and one.bytes <= budget:
+        fitting = budget // one.bytes  # where nothing better is known
+        if found.complete:
+            slope = max(1, (found.bytes - one.bytes) / (chunk - 1))
+            fitting = 1 + int((budget - one.bytes) / slope)
+        chunk = evenly(members, min(chunk - 1, fitting))
+        found = one if chunk == 1 else peak(chunk)
+    return (chunk if found.bytes <= budget else 0), one
+
+
+def useful_members(members: int, rows: int) -> int:
+    """How many members with so many rows each are worth holding at once."""
+    cpu = jax.default_backend() == "cpu"
+    return evenly(members, -(-CPU_ROWS // rows) if cpu else members)
+
+
+def evenly(members: int, most: int) -> int:
+    """The size of equal chunks with at most so many members each."""
+    return -(-members // -(-members // most))
+
+
+def slot_choices(rows: int, new: int) -> list[int]:
+    """How many prompts a member may answer at a time, best first; 0 for all.
+
+    All, where answers are short. Else, or where that does not fit, a fourth, so that
+    most of the time all slots are in use; then half as many again and again.
+    """
+    slots = -(-rows // 4)
+    if jax.default_backend() == "cpu":
+        slots = min(slots, CPU_ROWS)
+    choices = [slots] if slots < rows else []
+    while slots > 1:
+        slots = -(-slots // 2)
+        choices.append(slots)
+    return choices if choices and new >= LONG_ANSWERS else [0, *choices]
+
+
+def rows_of(batch: PromptBatch | ChoiceBatch) -> int:
+    """How many rows of tokens each member computes."""
+    rows = batch.rows if isinstance(batch, ChoiceBatch) else batch
+    return len(rows.tokens)
+
+
+def devices_of(params: PyTree) -> int:
+    """How many devices members are spread over."""
+    mesh = mesh_of(params)
+    return 1 if mesh is None else mesh.shape[POPULATION]
+
+
+def budget_for_members(experiment: Experiment) -> int:
+    """Bytes of a device to use for the members that are held at once.
+
+    As set; else what is free, less the anchor and the state of the optimizer, which a
+    run makes after this.
+    """
+    if experiment.settings.memory_gb:
+        return int(experiment.settings.memory_gb * 1e9)
+    params, evolution = experiment.pretrained.params, experiment.evolution
+    later = [jax.eval_shape(partial(first_state, evolution), params)]
+    if evolution.anchor in ("device", "bfloat16"):
+        later.append(params)  # at most
+    return free_bytes() - sum(map(bytes_of, jax.tree.leaves(later)))
+
+
+def free_bytes() -> int:
+    """Memory to plan with: of an accelerator, or a device's part of the machine's."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    else:
+        free = min([_free_in_machine(), *_free_in_container()])
+        free //= jax.local_device_count()  # which share it
+    return int(SHARE.get(jax.default_backend(), 0.9) * free)
+
+
+def _free_in_machine() -> int:
+    found = re.search(r"MemAvailable: *(\d+) kB", _text("/proc/meminfo"))
+    if found:
+        return 1024 * int(found[1])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+CGROUPS = (
+    ("/sys/fs/cgroup/", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory/", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+"""Folder, limit and use of a container's memory, in version 2 and in version 1."""
+
+
+def _free_in_container() -> list[int]:
+    """What such limits leave: nothing where there are none."""
+    found = []
+    for folder, limit, used in CGROUPS:
+        most, now = _text(folder + limit).strip(), _text(folder + used).strip()
+        if most.isdigit() and now.isdigit():
+            # Files that are only cached can be dropped.
+            cache = re.search(
+                r"^inactive_file (\d+)", _text(folder + "memory.stat"), re.M
+            )
+            found.append(int(most) - int(now) + (int(cache[1]) if cache else 0))
+    return found
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def rows_of_gradient(
+    config: Any, parameters: int, prompt: int, new: int, *, budget: int
+) -> int:
+    """How many answers to take a gradient of at once; at least 1.
+
+    An estimate: the activations of every layer are kept for the backward pass, and
+    four arrays of logits.
+
+    Args:
+      config: `ModelConfig`.
+      parameters: number of weights; a gradient and two moments of them come on top.
+      prompt, new: tokens of a padded prompt, new tokens.
+      budget: bytes to use.
+    """
+    tokens = prompt + new
+    hidden = tokens * (3 * config.intermediate_size + 8 * config.hidden_size) * 4
+    scores = 2 * config.num_attention_heads * tokens * tokens * 4
+    logits = 4 * new * config.vocab_size * 4
+    row = config.num_hidden_layers * (hidden + scores) + logits
+    return max(1, (budget - 3 * 4 * parameters) // row)
+
+
+def give_back_freed_blocks() -> None:
+    """Makes glibc return freed blocks, such as a member's layers, to the system.
+
+    It raises the threshold for that by itself, up to 32 MB, and then keeps what is
+    below: 4 GB in all with a model of 0.5B parameters. Does nothing elsewhere.
+    """
+    if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
+        m_mmap_threshold = -3  # in malloc.h
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, MMAP_THRESHOLD)
