@@ -72,9 +72,3 @@ def finished_run(
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     train.run(small_run.get_config(str(small_model)), workdir)
     return workdir
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Where processes that tests start keep compiled programs for each other."""
-    return tmp_path_factory.mktemp("compiled")

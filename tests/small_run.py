@@ -5,7 +5,6 @@ Also a config file: `--config=tests/small_run.py:MODEL_FOLDER`.
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -93,10 +92,8 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def run_jobs(
-    jobs: list[dict[str, Any]], cache: Path, at_once: int = 2
-) -> list[dict[str, Any]]:
-    """Runs jobs of `command_lines.py`; compiled programs are kept in `cache`."""
+def run_jobs(jobs: list[dict[str, Any]], at_once: int = 2) -> list[dict[str, Any]]:
+    """Runs jobs of `command_lines.py` in processes of their own."""
     program = str(Path(__file__).with_name("command_lines.py"))
     done = subprocess.run(
         [sys.executable, program, str(at_once)],
@@ -105,12 +102,6 @@ def run_jobs(
         text=True,
         timeout=600,
         check=False,
-        env={
-            **os.environ,
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        },
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

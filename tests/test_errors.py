@@ -113,7 +113,7 @@ def test_a_wrong_setting_is_named(
 
 @pytest.fixture(scope="module")
 def mistakes(
-    tmp_path_factory: pytest.TempPathFactory, small_model: Path, compiled: Path
+    tmp_path_factory: pytest.TempPathFactory, small_model: Path
 ) -> dict[str, dict[str, Any]]:
     """What came of each mistake."""
     folder = tmp_path_factory.mktemp("mistakes")
@@ -127,7 +127,7 @@ def mistakes(
         run = " ".join(train_command(small_model, folder / "runs" / str(number))[1:])
         text = name.format(run=run, folder=folder, configs=CONFIGS)
         argvs[name] = ["jes.train", *text.split()]
-    results = run_jobs([{"argv": argv} for argv in argvs.values()], compiled)
+    results = run_jobs([{"argv": argv} for argv in argvs.values()])
     assert not list((folder / "runs").iterdir())  # nothing is left behind
     return dict(zip(argvs, results, strict=True))
 

@@ -319,7 +319,7 @@ def test_unknown_variants_are_named() -> None:
         freeze(forgetting_config("gsm8k", variant))
 
 
-def test_command_lines(small_model: Path, tmp_path: Path, compiled: Path) -> None:
+def test_command_lines(small_model: Path, tmp_path: Path) -> None:
     small = str(Path(__file__).with_name("small_run.py"))
     config = [f"--config={small}:{small_model}", "--config.generations=2"]
     bare = ["jes.studies.forgetting", *config]
@@ -336,7 +336,7 @@ def test_command_lines(small_model: Path, tmp_path: Path, compiled: Path) -> Non
         [*start, work, "more"],
         [*bare, work],
     ]
-    done = run_jobs([{"argv": argv} for argv in jobs], compiled)
+    done = run_jobs([{"argv": argv} for argv in jobs])
     assert done[0]["status"] == 0, done[0]["stderr"]
     assert "| l2:1 | 1 |" in done[0]["stdout"]
     assert (tmp_path / "out" / "forgetting.png").is_file()

@@ -47,9 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(
-    folder: Path, small_model: Path, compiled: Path
-) -> dict[str, list[dict[str, Any]]]:
+def results(folder: Path, small_model: Path) -> dict[str, list[dict[str, Any]]]:
     """What came of each run, a result a process."""
     wide = folder / "wide-model"
     vocabulary = json.loads((EMBEDDED / "config.json").read_text())["vocab_size"]
@@ -65,7 +63,7 @@ def results(
         "unlike": processes(2, small_model, folder / "unlike"),
     }
     runs["unlike"][1]["argv"].append("--config.seed=5")
-    done = run_jobs([job for jobs in runs.values() for job in jobs], compiled, 3)
+    done = run_jobs([job for jobs in runs.values() for job in jobs], 3)
     return {name: [done.pop(0) for _ in jobs] for name, jobs in runs.items()}
 
 

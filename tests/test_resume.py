@@ -64,16 +64,14 @@ def faults() -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def killed(
-    tmp_path_factory: pytest.TempPathFactory, small_model: Path, compiled: Path
-) -> Killed:
+def killed(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Killed:
     """Runs that were stopped in all these ways: what they said, and their folders."""
     folder = tmp_path_factory.mktemp("killed")
     jobs = [
         {"argv": train_command(small_model, folder / name), "fault": fault}
         for name, fault in faults().items()
     ]
-    results = run_jobs(jobs, compiled)
+    results = run_jobs(jobs)
     return {
         name: (result, folder / name)
         for name, result in zip(faults(), results, strict=True)
@@ -121,12 +119,12 @@ def test_signals_of_a_process(killed: Killed) -> None:
 
 @pytest.mark.slow
 def test_the_same_command_goes_on_in_another_process(
-    tmp_path: Path, small_model: Path, compiled: Path, expected: Outcome
+    tmp_path: Path, small_model: Path, expected: Outcome
 ) -> None:
     argv = train_command(small_model, tmp_path / "run")
     fault = {"at": "jes.train:ask", "call": 6, "do": "SIGKILL"}
     jobs = [{"argv": argv, "fault": fault}, {"argv": argv}]
-    first, second = run_jobs(jobs, compiled, at_once=1)
+    first, second = run_jobs(jobs, at_once=1)
     assert (first["status"], second["status"]) == (-signal.SIGKILL, 0)
     assert "going on after 5 generations" in second["stdout"]
     assert second["stderr"] == ""

@@ -59,7 +59,7 @@ def command(model: Path, folder: Path, *more: str) -> list[str]:
     ]
 
 
-def test_the_command(small_model: Path, tmp_path: Path, compiled: Path):
+def test_the_command(small_model: Path, tmp_path: Path):
     model = small_model
     methods = "--methods=n:4,n:6+half_alpha:2"
     jobs = [
@@ -67,7 +67,7 @@ def test_the_command(small_model: Path, tmp_path: Path, compiled: Path):
         {"argv": command(model, tmp_path / "no", "--config.eval_train=False")},
         {"argv": command(model, tmp_path / "no", "--methods=es,es")},
     ]
-    done, blind, twice = run_jobs(jobs, compiled)
+    done, blind, twice = run_jobs(jobs)
     assert done["status"] == 0, done["stderr"]
     results = json.loads((tmp_path / "runs" / "rise.json").read_text())
     assert list(results) == ["n:4", "n:6+half_alpha:2"]
