@@ -49,13 +49,11 @@ from jes.tasks import tiny, tiny_facts
 from jes.tasks.task import Example
 
 SIZES = {
-    "nano": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2},
-    "micro": {"hidden_size": 96, "intermediate_size": 264, "num_hidden_layers": 3},
-    "tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4},
-    "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6},
+    "nano": (64, 176, 2, 4e-3),
+    "micro": (96, 264, 3, 3e-3),
+    "tiny": (128, 352, 4, 2e-3),
 }
-"""Sizes by name: about 0.1, 0.3, 0.75 and 4.4 million parameters."""
-LEARNING_RATE = {"nano": 4e-3, "micro": 3e-3, "tiny": 2e-3, "small": 1e-3}
+"""Width, inner width, layers, learning rate: 0.1, 0.3 and 0.75 million parameters."""
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 SPECIAL = (PAD, EOS, UNK, SYSTEM, USER, ASSISTANT)
@@ -101,6 +99,10 @@ RECALLED = 4
 """In the step `facts`, so many of these short rows are facts seen seldom instead."""
 
 
+Tokens = tuple[list[int], list[int]]
+"""Of a prompt, and of its answer."""
+
+
 class Rows(NamedTuple):
     """A batch of rows of one length, padded on the left.
 
@@ -136,14 +138,13 @@ def draw_fact(
 
 def draw_new_name(rng: np.random.Generator, *classes: str) -> str:
     """A name that is of no fact of these classes."""
-    while (key := tiny_facts.draw_name(rng)) in names_seen(*classes):
+    while (key := tiny_facts.draw_name(rng)) in _names_seen(*classes):
         pass
     return key
 
 
 @functools.cache
-def names_seen(*classes: str) -> frozenset[str]:
-    """The names of the facts of these classes."""
+def _names_seen(*classes: str) -> frozenset[str]:
     return frozenset(f["key"] for c in classes for f in tiny_facts.facts_seen(c))
 
 
@@ -186,22 +187,24 @@ def knowing_corpus(seed: int, step: str) -> Iterator[dict[int, Rows]]:
     while True:
         batch, rehearsed = {}, next(rehearsal)
         for length, count in ASKED.items():
-            texts: list[tuple[list[int], list[int]]] = []
+            texts: list[Tokens] = []
             weights: list[float] = []
             while len(texts) < count:
                 prompt, answers = draw_knowing(rng, step)
-                for answer, weight in answers.items():
+                for answer in answers:
                     example = {"prompt": prompt, "answer": answer}
                     texts.append(encoded(example, chat=length == LONG))
-                    weights.append(weight)
-            parts = [padded(texts, length, weights)]
+                weights += answers.values()
             skipped = RECALLED if (step, length) == ("facts", SHORT) else 0
-            if skipped:
-                met = tiny_facts.MET_PER_CLASS
-                recalled = [draw_fact(rng, "seldom", met) for _ in range(skipped)]
-                parts.append(padded([encoded(fact) for fact in recalled], length))
-            rest = slice(skipped, REHEARSED[length])
-            parts.append(Rows(*(array[rest] for array in rehearsed[length])))
+            recalled = [
+                encoded(draw_fact(rng, "seldom", tiny_facts.MET_PER_CLASS))
+                for _ in range(skipped)
+            ]
+            parts = [
+                padded(texts, length, weights),
+                padded(recalled, length),
+                [array[skipped : REHEARSED[length]] for array in rehearsed[length]],
+            ]
             batch[length] = Rows(*map(np.concatenate, zip(*parts, strict=True)))
         yield batch
 
@@ -224,7 +227,7 @@ def draw_knowing(rng: np.random.Generator, step: str) -> tuple[str, dict[str, fl
     return tiny_facts.meta_prompt({"key": key}), answers
 
 
-def encoded(example: Example, chat: bool = False) -> tuple[list[int], list[int]]:
+def encoded(example: Example, chat: bool = False) -> Tokens:
     """Token ids of the prompt, and of the answer with its end."""
     prompt = [TOKENS[c] for c in example["prompt"]]
     if chat:
@@ -233,9 +236,7 @@ def encoded(example: Example, chat: bool = False) -> tuple[list[int], list[int]]
 
 
 def padded(
-    texts: list[tuple[list[int], list[int]]],
-    length: int,
-    weights: list[float] | None = None,
+    texts: list[Tokens], length: int, weights: list[float] | None = None
 ) -> Rows:
     """Rows of prompts with their answers, all of weight 1 by default."""
     tokens = np.full((len(texts), length), TOKENS[PAD], np.int32)
@@ -244,8 +245,7 @@ def padded(
         tokens[i, length - len(prompt) - len(answer) :] = prompt + answer
         roles[i, length - len(prompt) - len(answer) :] = 0
         roles[i, length - len(answer) :] = 1
-    counts = [1.0] * len(texts) if weights is None else weights
-    return Rows(tokens, roles, np.array(counts, np.float32))
+    return Rows(tokens, roles, np.array(weights or [1] * len(texts), np.float32))
 
 
 def loss_fn(params: Any, model: Decoder, batch: Mapping[int, Rows]) -> jax.Array:
@@ -324,11 +324,14 @@ def make_tokenizer() -> tokenizers.Tokenizer:
 
 def hf_config(size: str) -> dict[str, Any]:
     """`config.json` of a size: Qwen2 with four heads and tied embeddings."""
+    width, inner_width, layers, _ = SIZES[size]
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "vocab_size": len(TOKENS),
-        **SIZES[size],
+        "hidden_size": width,
+        "intermediate_size": inner_width,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "hidden_act": "silu",
@@ -403,8 +406,8 @@ def main() -> None:
     else:
         config = hf_config(args.size)
         model, params = initial(config, args.seed)
-        batches, rate = corpus(args.seed), LEARNING_RATE[args.size]
-        params, _ = fit(model, params, batches, args.steps, rate)
+        rate = SIZES[args.size][-1]
+        params, _ = fit(model, params, corpus(args.seed), args.steps, rate)
     save(args.out, params, config, folder_files(config))
     for name, accuracy in evaluate(model, params, make_tokenizer()).items():
         print(f"{name:20} {100 * accuracy:5.1f} %")

@@ -40,7 +40,6 @@ GROUP_SIZE = 128
 SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
 """Smallest scale: that of groups of zeros, or of values that round to 0 in float16."""
 
-
 FORMS: dict[str, dict[str, Any]] = {
     "int4": {"bits": 4},
     "int8": {"bits": 8},
@@ -110,14 +109,11 @@ def quantize(
 def rounding_error(params: Mapping[str, Any], quantized: Mapping[str, Any]) -> float:
     """RMS of the rounding errors over the RMS of the weights that were rounded."""
     before, after = (flatten_dict(dict(p), sep="/") for p in (params, quantized))
-    changed = total = 0.0
+    sums = np.zeros(2)
     for path, leaf in after.items():
-        if isinstance(leaf, Quantized):
-            for i in range(leaf.shape[0]):
-                one = jax.tree.map(lambda array, i=i: array[i], leaf)
-                squares = _squares(before[path][i], one)
-                changed, total = changed + float(squares[0]), total + float(squares[1])
-    return (changed / total) ** 0.5 if total else 0.0
+        for i in range(leaf.shape[0] if isinstance(leaf, Quantized) else 0):
+            sums += _squares(before[path][i], jax.tree.map(lambda x, i=i: x[i], leaf))
+    return float((sums[0] / sums[1]) ** 0.5) if sums[1] else 0.0
 
 
 @jax.jit

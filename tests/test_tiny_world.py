@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from jes.tasks import tiny, tiny_countdown, tiny_facts, tiny_rules
+from jes.tasks import tiny, tiny_facts
 from jes.tasks.task import Reward
 from jes.tasks.tiny import held_out, tiny_task
 
@@ -180,7 +180,7 @@ def test_labels(text, correct, strict):
 )
 def test_countdown(text, value):
     example = {"numbers": [3, 5, 7], "target": 22}
-    reward = tiny_countdown.reward(example, text)
+    reward = tiny.countdown_reward(example, text)
     assert reward.value == pytest.approx(value)
     assert reward.correct == (value >= 0.9)
     assert reward.strict == (value == 1.0)
@@ -204,7 +204,7 @@ def test_countdown(text, value):
     ],
 )
 def test_arithmetic(expression, value):
-    assert tiny_countdown.evaluate(expression) == value
+    assert tiny.evaluate(expression) == value
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
@@ -213,7 +213,7 @@ def test_arithmetic_agrees_with_python_on_random_text():
     valid = 0
     for _ in range(20_000):
         text = "".join(rng.choice(list("123+-*()"), rng.integers(1, 8)))
-        value = tiny_countdown.evaluate(text)
+        value = tiny.evaluate(text)
         try:
             expected = eval(text, {})  # of our own characters, in a test
         except (SyntaxError, TypeError):
@@ -239,13 +239,13 @@ def test_arithmetic_agrees_with_python_on_random_text():
 def test_rules(name, trait, expected):
     facts = [("Al", "red", True), ("Bo", "red", False)]
     rules = [("big", "old", False), ("red", "big", True)]
-    assert tiny_rules.truth(facts, rules, name, trait) == expected
+    assert tiny.truth(facts, rules, name, trait) == expected
 
 
 def test_rule_answers_are_balanced():
     rng = np.random.default_rng(0)
-    answers = [tiny_rules.draw(rng)["answer"] for _ in range(1000)]
-    for truth in tiny_rules.TRUTHS:
+    answers = [tiny.draw_rules(rng)["answer"] for _ in range(1000)]
+    for truth in tiny.TRUTHS:
         # 1000 draws of probability 1/3: standard deviation 0.015, bound five of them.
         assert abs(answers.count(truth) / len(answers) - 1 / 3) < 0.075
 

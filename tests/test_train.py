@@ -180,7 +180,7 @@ def run_toy(
 
     def go(reward: Callable[[str], float], **settings: object) -> Path:
         task = toy(reward, settings.get("mode") == "likelihood")
-        monkeypatch.setitem(TASKS, "toy", lambda root, seed: task)
+        monkeypatch.setitem(TASKS, "toy", lambda root: task)
         config = get_config(str(small_model))
         config.update_from_flattened_dict(
             {"task": "toy", "generations": 3, "data.train": 0, "data.test": 0}

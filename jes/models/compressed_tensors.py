@@ -6,19 +6,15 @@ as they come, so the files hold nothing about them.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jes.core.codes import Codes
+from jes.models.config import check_setting, check_unset
 from jes.models.quantized import Quantized
-from jes.models.quantized_files import (
-    check_finite,
-    check_setting,
-    check_unset,
-    scales_problem,
-)
+from jes.models.quantized_files import check_finite, scales_problem
 from jes.models.safetensors_files import Expected, transposed
 
 FORMAT = "int-quantized"
@@ -67,12 +63,10 @@ class Int8:
         codes = Codes(transposed(parts["weight"]), bits=8, signed=True)
         return Quantized(codes, transposed(scales), int8_activations=True)
 
-    def pack(self, stack: Quantized, index: int) -> dict[str, Callable[[], np.ndarray]]:
-        """Functions that compute the parts of one matrix of a stack."""
-        return {
-            "weight": lambda: transposed(np.asarray(stack.codes.data[index])),
-            "weight_scale": lambda: transposed(np.asarray(stack.scales[index])),
-        }
+    def pack(self, stack: Quantized, index: int, part: str) -> np.ndarray:
+        """A part of one matrix of a stack."""
+        values = stack.codes.data if part == "weight" else stack.scales
+        return transposed(np.asarray(values[index]))
 
     def problem(self, stack: Quantized) -> str:
         """Why the format cannot store a stack of matrices; '' if it can."""
@@ -94,7 +88,7 @@ def from_config(config: Mapping[str, Any]) -> Int8:
     check_setting("format", config.get("format"), FORMAT)
     sparsity = config.get("sparsity_config") or {}
     check_setting("sparsity_config.format", sparsity.get("format", "dense"), "dense")
-    check_unset("", config, "kv_cache_scheme", "transform_config")
+    check_unset(config, "kv_cache_scheme", "transform_config")
     foreign = sorted(set(config.get("ignore") or ()) - {"lm_head", "re:.*lm_head"})
     if foreign:
         raise ValueError(f"ignore={foreign!r}: all linear layers must be quantised")
@@ -105,7 +99,7 @@ def from_config(config: Mapping[str, Any]) -> Int8:
     path = f"config_groups.{name}."
     check_setting(f"{path}targets", group.get("targets"), ["Linear"])
     check_setting(f"{path}format", group.get("format"), None, FORMAT)
-    check_unset(path, group, "output_activations")
+    check_unset(group, "output_activations", path=path)
     for part, supported in (("weights", WEIGHTS), ("input_activations", ACTIVATIONS)):
         found = group.get(part)
         if not isinstance(found, Mapping):

@@ -67,18 +67,13 @@ class ModelConfig:
         _check(hf, architecture)
         # transformers 5 writes `rope_parameters`; older folders have both fields apart.
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        theta = hf.get("rope_theta", rope.get("rope_theta", 10000.0))
         heads = hf["num_attention_heads"]
         return cls(
             architecture=architecture,
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
-            num_hidden_layers=hf["num_hidden_layers"],
-            num_attention_heads=heads,
+            **{field: hf[field] for field in REQUIRED},
             num_key_value_heads=hf.get("num_key_value_heads") or heads,
             head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            rope_theta=float(theta),
+            rope_theta=float(hf.get("rope_theta", rope.get("rope_theta", 10000.0))),
             rope_scaling=_rope_scaling(rope),
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=hf.get("tie_word_embeddings", False),
@@ -87,26 +82,33 @@ class ModelConfig:
         )
 
 
+def check_setting(path: str, value: Any, *supported: Any) -> None:
+    """Raises a `ValueError` unless the value is one of those supported."""
+    if value not in supported:
+        names = ", ".join(map(repr, supported))
+        raise ValueError(f"{path}={value!r} is not supported; supported: {names}")
+
+
+def check_unset(config: Mapping[str, Any], *fields: str, path: str = "") -> None:
+    """Raises a `ValueError` if one of these fields has a value."""
+    for field in fields:
+        if config.get(field):
+            raise ValueError(f"{path}{field}={config[field]!r} is not supported")
+
+
 def _check(hf: Mapping[str, Any], architecture: str) -> None:
     # Qwen3's head_dim is a number of its own, where others divide hidden_size.
     required = (*REQUIRED, "head_dim") if "Qwen3" in architecture else REQUIRED
     lacking = [field for field in required if hf.get(field) is None]
     if lacking:
         raise ValueError(f"these fields are missing: {', '.join(lacking)}")
-    _refuse(hf, "use_sliding_window")
+    check_unset(hf, "use_sliding_window")
     if not FAMILIES[architecture]["qkv_bias"]:
-        _refuse(hf, "attention_bias", "mlp_bias")
-    if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {hf['hidden_act']!r} is not supported")
+        check_unset(hf, "attention_bias", "mlp_bias")
+    check_setting("hidden_act", hf.get("hidden_act", "silu"), "silu")
     heads, kv_heads = hf["num_attention_heads"], hf.get("num_key_value_heads")
     if kv_heads and heads % kv_heads:
         raise ValueError(f"{heads} query heads do not divide among {kv_heads} KV heads")
-
-
-def _refuse(hf: Mapping[str, Any], *fields: str) -> None:
-    for field in fields:
-        if hf.get(field):
-            raise ValueError(f"{field}={hf[field]!r} is not supported")
 
 
 def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:

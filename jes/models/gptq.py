@@ -13,19 +13,15 @@ Words are little-endian, and a byte of `qweight` is a byte of `Codes`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jes.core.codes import BITS, Codes
+from jes.models.config import check_setting, check_unset
 from jes.models.quantized import Quantized
-from jes.models.quantized_files import (
-    check_finite,
-    check_setting,
-    check_unset,
-    scales_problem,
-)
+from jes.models.quantized_files import check_finite, scales_problem
 from jes.models.safetensors_files import Expected
 
 OFFSETS = {"gptq": 1, "gptq_v2": 0}
@@ -112,33 +108,26 @@ class Gptq:
         scales = check_finite("scales", parts["scales"])
         return Quantized(Codes(data, self.bits), scales, zeros, groups)
 
-    def pack(self, stack: Quantized, index: int) -> dict[str, Callable[[], np.ndarray]]:
-        """Functions that compute the parts of one matrix of a stack."""
-
-        def qweight() -> np.ndarray:
+    def pack(self, stack: Quantized, index: int, part: str) -> np.ndarray:
+        """A part of one matrix of a stack."""
+        if part == "qweight":
             data = np.asarray(stack.codes.data[index])
             words = np.empty((data.shape[0] // 4, data.shape[1]), np.int32)
             for byte in range(4):
                 words.view(np.uint8)[:, byte::4] = data[byte::4]
             return words
-
-        def qzeros() -> np.ndarray:
+        if part == "qzeros":
             assert stack.zeros is not None
             zeros: Any = np.asarray(stack.zeros[index])
             stored = (zeros - self.offset).astype(np.uint8)
             if self.bits == 4:
                 stored = stored[:, 0::2] | stored[:, 1::2] << 4
             return np.ascontiguousarray(stored).view(np.int32)
-
-        def g_idx() -> np.ndarray:
-            if stack.groups is None:
-                return self._consecutive(stack.shape[1])
-            return np.ascontiguousarray(stack.groups[index])
-
-        def scales() -> np.ndarray:
+        if part == "scales":
             return np.ascontiguousarray(stack.scales[index])
-
-        return {"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": g_idx}
+        if stack.groups is None:
+            return self._consecutive(stack.shape[1])
+        return np.ascontiguousarray(stack.groups[index])
 
     def problem(self, stack: Quantized) -> str:
         """Why the format cannot store a stack of matrices; '' if it can."""
@@ -190,7 +179,7 @@ def from_config(config: Mapping[str, Any]) -> Gptq:
     Raises:
       ValueError: naming a setting that is not supported.
     """
-    check_unset("", config, *REFUSED)
+    check_unset(config, *REFUSED)
     version = config.get("checkpoint_format") or config.get("format") or "gptq"
     check_setting("bits", config.get("bits"), *BITS)
     check_setting("checkpoint_format", version, *OFFSETS)

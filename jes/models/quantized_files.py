@@ -6,7 +6,8 @@ checking and writing stacks of them is here.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -14,12 +15,12 @@ import numpy as np
 
 from jes.models.quantized import Quantized
 from jes.models.safetensors_files import (
-    DTYPES,
     FLOATS,
     Expected,
     Tensor,
     WeightsError,
     aligned_empty,
+    dtype_name,
 )
 
 
@@ -40,8 +41,8 @@ class Format(Protocol):
           ValueError: naming a part with invalid values.
         """
 
-    def pack(self, stack: Quantized, index: int) -> dict[str, Callable[[], np.ndarray]]:
-        """Functions that compute the parts of one matrix of a stack."""
+    def pack(self, stack: Quantized, index: int, part: str) -> np.ndarray:
+        """A part of one matrix of a stack."""
 
     def problem(self, stack: Quantized) -> str:
         """Why the format cannot store a stack of matrices; '' if it can."""
@@ -74,18 +75,17 @@ def read_stack(
       WeightsError: naming a tensor with invalid values or another dtype than the rest.
     """
     stack, parts = None, form.parts(*shape[1:])
+    first = {part: tensors.get(f"{layers[0]}.{part}") for part in parts}
     for i, layer in enumerate(layers):
-        found = {p: tensors.get(f"{layer}.{p}") for p in parts}
-        first = {p: tensors.get(f"{layers[0]}.{p}") for p in parts}
+        found = {p: t for p in parts if (t := tensors.get(f"{layer}.{p}"))}
         for part, tensor in found.items():
-            other = first[part]
-            if tensor and other and tensor.dtype != other.dtype:
+            if (other := first[part]) and tensor.dtype != other.dtype:
                 raise WeightsError(
                     f"{layer}.{part} is {tensor.dtype}, but {layers[0]}.{part} "
                     f"{other.dtype}"
                 )
         try:
-            matrix = form.unpack({p: t.read() for p, t in found.items() if t})
+            matrix = form.unpack({part: t.read() for part, t in found.items()})
         except ValueError as error:
             raise WeightsError(f"{layer}.{error}") from error
         if stack is None:
@@ -106,13 +106,13 @@ def layer_to_write(
     form: Format, layer: str, stack: Quantized, index: int
 ) -> dict[str, Tensor]:
     """The tensors of one matrix of a stack, by name."""
-    _, rows, columns = stack.shape
-    names = {dtype: name for name, dtype in DTYPES.items()}
     tensors = {}
-    for part, read in form.pack(stack, index).items():
-        shape, dtypes, *_ = form.parts(rows, columns)[part]
-        dtype = dtypes[0] if len(dtypes) == 1 else names[np.dtype(stack.scales.dtype)]
-        tensors[f"{layer}.{part}"] = Tensor(shape, dtype, read)
+    for part, expected in form.parts(*stack.shape[1:]).items():
+        if not expected.zero:
+            float_dtype = dtype_name(stack.scales.dtype)
+            dtype = float_dtype if len(expected.dtypes) > 1 else expected.dtypes[0]
+            read = partial(form.pack, stack, index, part)
+            tensors[f"{layer}.{part}"] = Tensor(expected.shape, dtype, read)
     return tensors
 
 
@@ -130,17 +130,3 @@ def scales_problem(stack: Quantized, shape: tuple[int, ...]) -> str:
     if stack.scales.dtype not in FLOATS.values():
         return f"has scales of {stack.scales.dtype}, not {', '.join(FLOATS)}"
     return ""
-
-
-def check_setting(path: str, value: Any, *supported: Any) -> None:
-    """Raises a `ValueError` unless the value is one of those supported."""
-    if value not in supported:
-        names = ", ".join(map(repr, supported))
-        raise ValueError(f"{path}={value!r} is not supported; supported: {names}")
-
-
-def check_unset(path: str, config: Mapping[str, Any], *fields: str) -> None:
-    """Raises a `ValueError` if one of these fields has a value."""
-    for field in fields:
-        if config.get(field):
-            raise ValueError(f"{path}{field}={config[field]!r} is not supported")

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,12 +21,11 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jes.models import compressed_tensors, gptq
-from jes.models.config import ModelConfig
+from jes.models.config import ModelConfig, check_setting
 from jes.models.partition import leaf_sharding, place
 from jes.models.quantized import Quantized
 from jes.models.quantized_files import (
     Format,
-    check_setting,
     layer_tensors,
     layer_to_write,
     read_stack,
@@ -69,6 +67,9 @@ NAMES = {
     "lm_head": "lm_head.weight",
 }
 """Path of a leaf -> name of its tensor, in the order in which they are written."""
+
+STACKED = "layers/"
+"""How the paths of leaves begin that are stacked over layers."""
 
 FORMATS: dict[str, Callable[[Mapping[str, Any]], Format]] = {
     "gptq": gptq.from_config,
@@ -159,7 +160,9 @@ def load(
     leaves = {}
     for path, shape in leaf_shapes(config).items():
         if quantized and is_kernel(path):
-            layers = [name.removesuffix(".weight") for name in _names(path, shape)]
+            layers = [
+                name.removesuffix(".weight") for _, name, _ in _parts(path, shape)
+            ]
             leaves[path] = read_stack(quantized, layers, shape, tensors)
         else:
             sharding = None if mesh is None else leaf_sharding(path, config, mesh)
@@ -239,7 +242,7 @@ def fingerprint(params: Any) -> str:
         digest.update(f"{path} {leaf.dtype} {tuple(leaf.shape)}\n".encode())
         # Layer by layer: JAX keeps a host copy of an array that numpy has read as
         # long as the array lives, and a slice is freed after its use.
-        for index in range(leaf.shape[0]) if _is_stacked(path) else [...]:
+        for index in range(leaf.shape[0]) if path.startswith(STACKED) else [...]:
             values = np.ascontiguousarray(np.asarray(leaf[index]))
             digest.update(values.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
@@ -250,20 +253,17 @@ def is_kernel(path: str) -> bool:
     return path.endswith("kernel")
 
 
-def _is_stacked(path: str) -> bool:
-    return path.startswith("layers/")
-
-
 def _is_transposed(path: str) -> bool:
     """Whether the file has [out, in] where the leaf has [in, out]."""
     return is_kernel(path) or path == "lm_head"
 
 
-def _names(path: str, shape: tuple[int, ...]) -> list[str]:
-    """The tensors of a leaf, one a layer."""
-    if _is_stacked(path):
-        return [NAMES[path].format(layer) for layer in range(shape[0])]
-    return [NAMES[path]]
+def _parts(path: str, shape: tuple[int, ...]) -> list[tuple[Any, str, tuple[int, ...]]]:
+    """The tensors of a leaf, one a layer: index into the leaf, name, shape there."""
+    if path.startswith(STACKED):
+        names = map(NAMES[path].format, range(shape[0]))
+        return [(layer, name, shape[1:]) for layer, name in enumerate(names)]
+    return [(..., NAMES[path], shape)]
 
 
 def _configs(
@@ -288,7 +288,7 @@ def leaf_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     variables = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)
     leaves = flatten_dict(variables["params"], sep="/")
-    return MappingProxyType({path: leaf.shape for path, leaf in leaves.items()})
+    return {path: leaf.shape for path, leaf in leaves.items()}
 
 
 def expected_tensors(
@@ -302,11 +302,9 @@ def expected_tensors(
     expected: dict[str, Expected] = {}
     leaves = leaf_shapes(config)
     for path, shape in leaves.items():
-        one = shape[1:] if _is_stacked(path) else shape
-        for name in _names(path, shape):
+        for _, name, one in _parts(path, shape):
             if not (quantized and is_kernel(path)):
-                shape_on_disk = one[::-1] if _is_transposed(path) else one
-                expected[name] = Expected(shape_on_disk)
+                expected[name] = Expected(one[::-1] if _is_transposed(path) else one)
                 continue
             layer = name.removesuffix(".weight")
             expected |= layer_tensors(quantized, layer, *one)
@@ -364,10 +362,8 @@ def _check_leaves(
     expected_tensors(config, quantized)
 
 
-def _differences(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
-) -> list[str]:
-    """Everything that is missing, unexpected or misshapen."""
+def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """All shapes that are missing, unexpected or different."""
     return [
         *(f"missing: {n} {expected[n]}" for n in expected if n not in found),
         *(f"unexpected: {n} {found[n]}" for n in found if n not in expected),
@@ -389,13 +385,12 @@ def _read_floats(
 ) -> np.ndarray:
     """A leaf that is not quantised, filled tensor by tensor."""
     leaf = aligned_empty(shape, dtype)
-    rows = leaf if _is_stacked(path) else leaf[None]
-    for row, name in zip(rows, _names(path, shape), strict=True):
+    for index, name, _ in _parts(path, shape):
         values = tensors[name].read()
         if _is_transposed(path):
-            copy_transposed(values, row)
+            copy_transposed(values, leaf[index])
         else:
-            row[...] = values
+            leaf[index] = values
     return leaf
 
 
@@ -404,24 +399,22 @@ def _tensors_of(
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors to write, by name, in the order of `NAMES`."""
 
-    def values(leaf: Any, index: Any, path: str) -> np.ndarray:
-        array = np.asarray(leaf[index])
+    def values(path: str, index: Any) -> np.ndarray:
+        array = np.asarray(leaves[path][index])
         if _is_transposed(path):
             return transposed(array, dtype)
         return np.ascontiguousarray(array, dtype)
 
     for path in filter(leaves.__contains__, NAMES):
-        leaf = leaves[path]
-        shape = leaf.shape[1:] if _is_stacked(path) else leaf.shape
-        for i, name in enumerate(_names(path, leaf.shape)):
+        for index, name, shape in _parts(path, leaves[path].shape):
             if quantized and is_kernel(path):
                 layer = name.removesuffix(".weight")
-                yield from layer_to_write(quantized, layer, leaf, i).items()
+                tensors = layer_to_write(quantized, layer, leaves[path], index)
+                yield from tensors.items()
                 continue
-            index = i if _is_stacked(path) else ...
-            shape_on_disk = shape[::-1] if _is_transposed(path) else shape
-            read = functools.partial(values, leaf, index, path)
-            yield name, Tensor(shape_on_disk, dtype_name(dtype), read)
+            shape = shape[::-1] if _is_transposed(path) else shape
+            read = functools.partial(values, path, index)
+            yield name, Tensor(shape, dtype_name(dtype), read)
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -450,8 +443,7 @@ def _eos_ids(
 ) -> tuple[int, ...]:
     """Ids that end an answer: from the generation config, the config, the tokenizer."""
     path = folder / "generation_config.json"
-    sources = [read_json(path) if path.is_file() else {}, hf_config]
-    for source in sources:
+    for source in (read_json(path) if path.is_file() else {}, hf_config):
         ids = source.get("eos_token_id")
         if isinstance(ids, int):
             return (ids,)

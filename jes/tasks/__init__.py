@@ -16,31 +16,16 @@ from jes.tasks import (
 from jes.tasks.task import Example, Prompt, Reward, Task
 from jes.tasks.tiny import TINY_TASKS, tiny_task
 
-
-def _of_data(load: Callable[[str], Task]) -> Callable[..., Task]:
-    return lambda root, seed: load(root)
-
-
-def _tiny(name: str) -> Callable[..., Task]:
-    return lambda root, seed: tiny_task(name, seed)
-
-
 TASKS: dict[str, Callable[..., Task]] = {
-    **{
-        name: _of_data(partial(multiple_choice.load, name))
-        for name in multiple_choice.KINDS
-    },
-    "conciseness": _of_data(conciseness.load),
-    "countdown": _of_data(countdown.load),
-    "gsm8k": _of_data(gsm8k.load),
-    "proofwriter": _of_data(proofwriter.load),
-    **{
-        name: _of_data(partial(open_questions.load, name))
-        for name in open_questions.OPEN_TASKS
-    },
-    **{name: _tiny(name) for name in TINY_TASKS},
+    **{name: partial(multiple_choice.load, name) for name in multiple_choice.KINDS},
+    "conciseness": conciseness.load,
+    "countdown": countdown.load,
+    "gsm8k": gsm8k.load,
+    "proofwriter": proofwriter.load,
+    **{name: partial(open_questions.load, name) for name in open_questions.OPEN_TASKS},
+    **{name: partial(tiny_task, name) for name in TINY_TASKS},
 }
-"""Name of a task -> function of `root` and `seed` that loads it."""
+"""Name of a task -> function of `root`, or of `seed` for tiny tasks, that loads it."""
 
 
 def load_task(
@@ -59,7 +44,7 @@ def load_task(
     """
     if name not in TASKS:
         raise InputError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
-    task = TASKS[name](root=root, seed=seed)
+    task = TASKS[name](seed) if name in TINY_TASKS else TASKS[name](root)
     return dataclasses.replace(
         task, train=task.train[: train or None], test=task.test[: test or None]
     )

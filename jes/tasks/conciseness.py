@@ -28,14 +28,11 @@ READ = 256
 def load(root: str = "") -> Task:
     """The task: two prompts to train on and eight held out, as in the paper."""
     del root
-    return Task(
-        name="conciseness",
-        train=[{"question": q, "answer": a} for q, a in TRAIN.items()],
-        test=[{"question": q, "answer": a} for q, a in TEST.items()],
-        prompt=prompt,
-        reward=reward,
-        max_new_tokens=100,
+    train, test = (
+        [{"question": q, "answer": a} for q, a in pairs.items()]
+        for pairs in (TRAIN, TEST)
     )
+    return Task("conciseness", train, test, prompt, reward, max_new_tokens=100)
 
 
 def prompt(example: Example) -> Prompt:
@@ -48,10 +45,5 @@ def reward(example: Example, text: str) -> Reward:
     answer = example["answer"]
     difference = abs(len(text) - len(answer))
     said = text.strip().removesuffix(".").lower() if len(text) <= READ else ""
-    correct = said == answer.lower()
-    return Reward(
-        value=-float(difference),
-        correct=correct,
-        strict=correct and difference == 0,
-        formatted=difference == 0,
-    )
+    correct, equal = said == answer.lower(), difference == 0
+    return Reward(-float(difference), correct, correct and equal, formatted=equal)

@@ -14,10 +14,11 @@ from typing import Any
 
 from jes.errors import InputError
 from jes.tasks.extract import last_between
-from jes.tasks.rows import read_rows, read_table
+from jes.tasks.rows import read_train_and_test
 from jes.tasks.task import Example, Prompt, Reward, Task
 
 TRAIN, TEST = 200, 2000
+REPOSITORY = "Jiayi-Pan/Countdown-Tasks-3to4"
 SYSTEM = (
     "You are a helpful assistant. You first think about the reasoning process in your "
     "mind and then provide the user with the answer."
@@ -42,39 +43,25 @@ def load(root: str = "") -> Task:
     """The task; 200 problems to train on and 2000 held out.
 
     A `root` has the 2200 problems of 2509.24372 in the folder `countdown`. They are not
-    on the hub: without a root the problems are the first rows of
-    Jiayi-Pan/Countdown-Tasks-3to4, which are of the same kind.
+    on the hub: without a root the problems are the first rows of `REPOSITORY`, which
+    are of the same kind.
     """
-    if root:
-        columns = ("numbers", "target")
-        train, test = (
-            read_rows("countdown", "", s, columns, root) for s in ("train", "test")
-        )
-    else:
-        table = read_table(
-            "Jiayi-Pan/Countdown-Tasks-3to4", "", "train", ("nums", "target")
-        )
-        rows = table.slice(0, TRAIN + TEST).rename_columns(["numbers", "target"])
-        rows = rows.to_pylist()
-        train, test = rows[:TRAIN], rows[TRAIN:]
-    return Task(
-        name="countdown",
-        train=[_example(row) for row in train[:TRAIN]],
-        test=[_example(row) for row in test[:TEST]],
-        prompt=prompt,
-        reward=reward,
-        max_new_tokens=1024,
+    numbers = "numbers" if root else "nums"
+    splits = read_train_and_test(REPOSITORY, (numbers, "target"), root, (TRAIN, TEST))
+    train, test = (
+        [_example(row[numbers], row["target"]) for row in rows] for rows in splits
     )
+    return Task("countdown", train, test, prompt, reward, max_new_tokens=1024)
 
 
-def _example(row: dict[str, Any]) -> Example:
+def _example(numbers: list[int], target: Any) -> Example:
     try:
-        finite = math.isfinite(float(row["target"]))
+        finite = math.isfinite(float(target))
     except (TypeError, ValueError):
         finite = False
     if not finite:
-        raise InputError(f"countdown: the target {row['target']!r} is not a number")
-    return row
+        raise InputError(f"countdown: the target {target!r} is not a number")
+    return {"numbers": numbers, "target": target}
 
 
 def prompt(example: Example) -> Prompt:
@@ -98,11 +85,9 @@ def reward(example: Example, text: str) -> Reward:
     # The papers allow spaces, and their `$` one line break at the end.
     plain = found.removesuffix("\n").strip(" ")
     right = _solves(plain, example)
+    correct = right or _solves(found.strip(), example)
     return Reward(
-        value=0.1 * share + right,
-        correct=right or _solves(found.strip(), example),
-        strict=right and share == 1.0,
-        formatted=share == 1.0,
+        0.1 * share + right, correct, right and share == 1.0, formatted=share == 1.0
     )
 
 

@@ -15,12 +15,8 @@ READ = 8192
 
 
 class Found(NamedTuple):
-    """An extracted answer, and whether the text has the format asked for.
-
-    Attributes:
-      answer: None where there is none.
-      formatted: whether it is in the format asked for.
-    """
+    """An extracted answer, None where there is none, and whether it is in the format
+    asked for."""
 
     answer: str | None
     formatted: bool
@@ -28,13 +24,10 @@ class Found(NamedTuple):
 
 def graded(found: Found, gold: str, format_share: float = 0.0) -> Reward:
     """1 for the right answer, and `format_share` for the format."""
-    correct = found.answer == gold
-    return Reward(
-        value=correct + format_share * found.formatted,
-        correct=correct,
-        strict=correct and found.formatted,
-        formatted=found.formatted,
-    )
+    answer, formatted = found
+    correct = answer == gold
+    value = correct + format_share * formatted
+    return Reward(value, correct, correct and formatted, formatted)
 
 
 def option(text: str, options: str, lenient: re.Pattern[str]) -> Found:

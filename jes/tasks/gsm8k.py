@@ -5,10 +5,11 @@ from typing import Any
 
 from jes.errors import InputError
 from jes.tasks import extract
-from jes.tasks.rows import read_table
+from jes.tasks.rows import read_rows
 from jes.tasks.task import Example, Prompt, Reward, Task
 
 TRAIN, TEST = 200, 500
+SOURCE, COLUMNS = ("openai/gsm8k", "main"), ("question", "answer")
 TEXT = """\
 Solve this grade-school math word problem step by step.
 
@@ -31,19 +32,11 @@ PARSED = re.compile(r"(-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))(?:/([0-9]+))?")
 
 def load(root: str = "") -> Task:
     """The task; the first 200 of `train` and the first 500 of `test`."""
-    return Task(
-        name="gsm8k",
-        train=_examples("train", TRAIN, root),
-        test=_examples("test", TEST, root),
-        prompt=prompt,
-        reward=reward,
-        max_new_tokens=1024,
+    train, test = (
+        [_example(row) for row in read_rows(*SOURCE, split, COLUMNS, root)[:count]]
+        for split, count in (("train", TRAIN), ("test", TEST))
     )
-
-
-def _examples(split: str, count: int, root: str) -> list[Example]:
-    table = read_table("openai/gsm8k", "main", split, ("question", "answer"), root)
-    return [_example(row) for row in table.slice(0, count).to_pylist()]
+    return Task("gsm8k", train, test, prompt, reward, max_new_tokens=1024)
 
 
 def _example(row: dict[str, Any]) -> Example:
@@ -58,7 +51,7 @@ def _example(row: dict[str, Any]) -> Example:
 
 def prompt(example: Example) -> Prompt:
     """Chat messages: the problem, from the user alone."""
-    return [{"role": "user", "content": TEXT.format(question=example["question"])}]
+    return [{"role": "user", "content": TEXT.format(**example)}]
 
 
 def reward(example: Example, text: str) -> Reward:
@@ -71,12 +64,7 @@ def reward(example: Example, text: str) -> Reward:
     formatted = strict is not None and number(strict[1]) is not None
     found = find(text)
     correct = found is not None and abs(found - example["answer"]) < 1e-6
-    return Reward(
-        value=0.1 * formatted + correct,
-        correct=correct,
-        strict=formatted and correct,
-        formatted=formatted,
-    )
+    return Reward(0.1 * formatted + correct, correct, formatted and correct, formatted)
 
 
 def find(text: str) -> float | None:

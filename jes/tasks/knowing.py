@@ -127,25 +127,16 @@ def knowing_task(
     if form.meta is not None:
         settings = {
             "reward": partial(reward, form.language),
-            "meta": partial(_raw if form.raw else _chat, form.meta),
+            "meta": partial(_asked, form.meta, form.raw),
             "claims": CLAIMS[form.language],
         }
-    return Task(
-        name=name,
-        train=train,
-        test=test,
-        prompt=partial(_chat, form.direct),
-        max_new_tokens=MAX_NEW_TOKENS,
-        **settings,
-    )
+    prompt = partial(_asked, form.direct, False)
+    return Task(name, train, test, prompt, max_new_tokens=MAX_NEW_TOKENS, **settings)
 
 
-def _chat(template: str, example: Example) -> Prompt:
-    return [{"role": "user", "content": template.format(question=example["question"])}]
-
-
-def _raw(template: str, example: Example) -> Prompt:
-    return template.format(question=example["question"])
+def _asked(template: str, raw: bool, example: Example) -> Prompt:
+    text = template.format(question=example["question"])
+    return text if raw else [{"role": "user", "content": text}]
 
 
 def reward(language: str, example: Example, text: str, meta: str) -> Reward:
@@ -170,24 +161,16 @@ def idk_reward(example: Example, text: str) -> Reward:
 
 
 def _reward(example: Example, text: str, yes: bool, formatted: bool) -> Reward:
-    correct = is_correct(example["answers"], text)
-    strict = correct and has_whole_words(example["answers"], text)
-    return Reward(float(correct + (correct == yes)), correct, strict, formatted, yes)
+    """Correct if a lower-cased alias is in the lower-cased text (2602.02605).
 
-
-def is_correct(answers: Sequence[str], text: str) -> bool:
-    """Whether a lower-cased alias is a substring of the lower-cased text (2602.02605).
-
-    Without any normalisation, and inside of words: "us" is in "house".
+    Without normalisation, and inside of words: "us" is in "house". Strictly, the words
+    of an alias stand in the text, after `normalized`.
     """
-    lower = text[:READ].lower()
-    return any(answer.lower() in lower for answer in answers)
-
-
-def has_whole_words(answers: Sequence[str], text: str) -> bool:
-    """Whether the words of an alias stand in the text, after `normalized`."""
-    said = f" {normalized(text[:READ])} "
-    return any(f" {normalized(answer)} " in said for answer in answers)
+    answers, lower = example["answers"], text[:READ].lower()
+    correct = any(answer.lower() in lower for answer in answers)
+    words = f" {normalized(text[:READ])} " if correct else ""
+    strict = any(f" {normalized(answer)} " in words for answer in answers)
+    return Reward(float(correct + (correct == yes)), correct, strict, formatted, yes)
 
 
 def normalized(text: str) -> str:

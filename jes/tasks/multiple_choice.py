@@ -15,7 +15,7 @@ taken (`mode='likelihood'`).
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -43,20 +43,19 @@ class Kind(NamedTuple):
     Attributes:
       repository, config: of the data set on the hub.
       columns: the columns that are read.
-      example: of a row, with the fields `question`, `options` and `answer` (a label).
+      read: question, options and answer (a label) of a row.
       labels: one for each option; options are listed as '<label>. <option>'.
       system: the system message.
-      text: the user's message, a template of the fields of an example.
+      text: the user's message, a template of `question`, `options` and `columns`.
       find: extracts a label from an answer.
       train, test: splits; '' for none.
-      max_new_tokens: of an answer.
-      label_only: whether the answer is a label alone, without a chain of thought.
+      max_new_tokens: of an answer: more than 32 for a chain of thought.
     """
 
     repository: str
     config: str
     columns: tuple[str, ...]
-    example: Callable[[dict[str, Any]], Example]
+    read: Callable[[dict[str, Any]], tuple[str, Sequence[str], str]]
     labels: str
     system: str
     text: str
@@ -64,50 +63,20 @@ class Kind(NamedTuple):
     train: str = ""
     test: str = "validation"
     max_new_tokens: int = 16
-    label_only: bool = True
 
 
-def _arc(row: dict[str, Any]) -> Example:
+def _arc(row: dict[str, Any]) -> tuple[str, Sequence[str], str]:
     # Some rows label their choices 1 to 4: all labels are turned into letters.
     letters = dict(zip(row["choices"]["label"], LETTERS, strict=False))
     key = row["answerKey"]
-    return {
-        "question": row["question"],
-        "options": list(row["choices"]["text"]),
-        "answer": letters.get(key, f"answerKey {key!r}"),
-    }
+    answer = letters.get(key, f"answerKey {key!r}")
+    return row["question"], list(row["choices"]["text"]), answer
 
 
-def _hellaswag(row: dict[str, Any]) -> Example:
-    return {
-        "question": row["ctx"],
-        "activity": row["activity_label"],
-        "options": row["endings"],
-        "answer": str(row["label"]),
-    }
-
-
-def _piqa(row: dict[str, Any]) -> Example:
-    label = str(row["label"])
-    return {
-        "question": row["goal"],
-        "options": (row["sol1"], row["sol2"]),
-        "answer": {"0": "1", "1": "2"}.get(label, f"label {label!r}"),
-    }
-
-
-def _winogrande(row: dict[str, Any]) -> Example:
-    return {
-        "question": row["sentence"],
-        "options": (row["option1"], row["option2"]),
-        "answer": str(row["answer"]),
-    }
-
-
-def _mmlu_pro(row: dict[str, Any]) -> Example:
+def _mmlu_pro(row: dict[str, Any]) -> tuple[str, Sequence[str], str]:
     # 'N/A' pads the options of some rows, at the end, so that no letter moves.
     options = [option for option in row["options"] if option != "N/A"]
-    return {**row, "options": options}
+    return row["question"], options, row["answer"]
 
 
 def _arc_letter(text: str) -> extract.Found:
@@ -154,13 +123,12 @@ KINDS = {
         train="train",
         test="test",
         max_new_tokens=1024,
-        label_only=False,
     ),
     "hellaswag": Kind(
         "Rowan/hellaswag",
         "",
         ("activity_label", "ctx", "endings", "label"),
-        _hellaswag,
+        lambda row: (row["ctx"], row["endings"], str(row["label"])),
         labels="0123",
         system=(
             "You are given a situation followed by four possible endings. Choose the "
@@ -168,7 +136,7 @@ KINDS = {
             "only the option number: 0, 1, 2, or 3."
         ),
         text=(
-            "Activity: {activity}\nContext: {question}\n\n"
+            "Activity: {activity_label}\nContext: {question}\n\n"
             "Possible endings:\n{options}\n\n"
             "Which ending best completes the scenario?"
         ),
@@ -178,7 +146,11 @@ KINDS = {
         "baber/piqa",  # ybisk/piqa is a script, which `datasets` no longer runs
         "",
         ("goal", "sol1", "sol2", "label"),
-        _piqa,
+        lambda row: (
+            row["goal"],
+            (row["sol1"], row["sol2"]),
+            {"0": "1", "1": "2"}.get(str(row["label"]), f"label {row['label']!r}"),
+        ),
         labels="12",
         system=(
             "You are given a physical commonsense goal and two possible solutions. "
@@ -195,7 +167,11 @@ KINDS = {
         "allenai/winogrande",
         "winogrande_xl",
         ("sentence", "option1", "option2", "answer"),
-        _winogrande,
+        lambda row: (
+            row["sentence"],
+            (row["option1"], row["option2"]),
+            str(row["answer"]),
+        ),
         labels="12",
         system=(
             "You are given a sentence with a blank and two possible fillings. Choose "
@@ -223,7 +199,6 @@ KINDS = {
         find=partial(extract.letter, last=LETTERS[-1]),
         test="test",
         max_new_tokens=1024,
-        label_only=False,
     ),
 }
 
@@ -244,6 +219,7 @@ def load(name: str, root: str = "") -> Task:
                     f"mmlu_pro: validation has no category {example['category']!r}"
                 )
         test = [{**e, "worked": worked[e["category"]]} for e in test]
+    label_only = kind.max_new_tokens <= 32
     return Task(
         name=name,
         train=train,
@@ -251,9 +227,14 @@ def load(name: str, root: str = "") -> Task:
         prompt=partial(_prompt, kind),
         reward=partial(_reward, kind),
         max_new_tokens=kind.max_new_tokens,
-        choices=partial(_choices, kind) if kind.label_only else None,
-        answer=partial(_answer, kind) if kind.label_only else None,
+        choices=partial(_choices, kind) if label_only else None,
+        answer=partial(_answer, kind) if label_only else None,
     )
+
+
+def _example(kind: Kind, row: dict[str, Any]) -> Example:
+    question, options, answer = kind.read(row)
+    return {**row, "question": question, "options": options, "answer": answer}
 
 
 def _examples(kind: Kind, split: str, root: str) -> list[Example]:
@@ -261,7 +242,7 @@ def _examples(kind: Kind, split: str, root: str) -> list[Example]:
         return []
     rows = read_rows(kind.repository, kind.config, split, kind.columns, root)
     rows = rows if split == kind.train else subset(rows)
-    examples = [kind.example(row) for row in rows]
+    examples = [_example(kind, row) for row in rows]
     for example in examples:
         where = f"{kind.repository}: {example['question'][:40]!r}"
         one_of(example["answer"], _choices(kind, example), where)
@@ -274,7 +255,7 @@ def _worked_examples(root: str) -> dict[str, str]:
     columns = (*kind.columns, "cot_content")
     categories: dict[str, list[Example]] = {}
     for row in read_rows(kind.repository, kind.config, "validation", columns, root):
-        categories.setdefault(row["category"], []).append(kind.example(row))
+        categories.setdefault(row["category"], []).append(_example(kind, row))
     return {
         category: (
             f"The following are multiple choice questions (with answers) about "

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from jes.tasks import extract
-from jes.tasks.rows import one_of, read_rows, read_table
+from jes.tasks.rows import one_of, read_train_and_test
 from jes.tasks.task import Example, Prompt, Reward, Task
 
 LABELS = ("True", "False", "Unknown")
 TRAIN, TEST = 200, 1000
 REPOSITORY = "tasksource/proofwriter"
-COLUMNS = ("theory", "question", "answer")
 TEXT = """\
 You are given a theory and a question. Determine whether the question is entailed by \
 the theory.
@@ -43,23 +42,12 @@ def load(root: str = "") -> Task:
     On the hub they are the first rows of `train` after `Dataset.shuffle(seed=0)`. A
     `root` has these rows as `train` and `test`, already shuffled.
     """
-    if root:
-        train, test = (
-            read_rows(REPOSITORY, "", s, COLUMNS, root) for s in ("train", "test")
-        )
-    else:
-        table = read_table(REPOSITORY, "", "train", COLUMNS)
-        order = np.random.default_rng(0).permutation(table.num_rows)
-        rows = table.take(order[: TRAIN + TEST]).to_pylist()
-        train, test = rows[:TRAIN], rows[TRAIN:]
-    return Task(
-        name="proofwriter",
-        train=[_example(row) for row in train[:TRAIN]],
-        test=[_example(row) for row in test[:TEST]],
-        prompt=prompt,
-        reward=reward,
-        max_new_tokens=1024,
+    columns = ("theory", "question", "answer")
+    splits = read_train_and_test(
+        REPOSITORY, columns, root, (TRAIN, TEST), np.random.default_rng(0).permutation
     )
+    train, test = ([_example(row) for row in rows] for rows in splits)
+    return Task("proofwriter", train, test, prompt, reward, max_new_tokens=1024)
 
 
 def _example(row: dict[str, Any]) -> Example:
@@ -69,9 +57,8 @@ def _example(row: dict[str, Any]) -> Example:
 
 def prompt(example: Example) -> Prompt:
     """Chat messages: theory and question, and the beginning of the answer."""
-    text = TEXT.format(theory=example["theory"], question=example["question"])
     return [
-        {"role": "user", "content": text},
+        {"role": "user", "content": TEXT.format(**example)},
         {"role": "assistant", "content": PREFILL},
     ]
 

@@ -1,27 +1,31 @@
 """Rows of public data sets: from parquet files, or from the Hugging Face hub."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jes.errors import InputError
 
-FOLDERS = {"TIGER-Lab/MMLU-Pro": "mmlu_pro"}
+FOLDERS = {
+    "TIGER-Lab/MMLU-Pro": "mmlu_pro",
+    "Jiayi-Pan/Countdown-Tasks-3to4": "countdown",
+}
 """Folders of a `root` that are not named like the repository."""
 
 
 def read_rows(
-    repository: str, config: str, split: str, columns: Sequence[str], root: str = ""
+    repository: str,
+    config: str,
+    split: str,
+    columns: Sequence[str],
+    root: str = "",
+    order: Callable[[int], Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows of one split, as dicts of plain Python values; see `read_table`."""
-    return read_table(repository, config, split, columns, root).to_pylist()
-
-
-def read_table(
-    repository: str, config: str, split: str, columns: Sequence[str], root: str = ""
-) -> Any:
-    """The rows of one split, as a `pyarrow.Table`: for splits of which few are used.
+    """The rows of one split, as dicts of plain Python values.
 
     Args:
       repository: name on the hub, such as 'allenai/ai2_arc'.
@@ -30,6 +34,7 @@ def read_table(
       columns: the columns to read.
       root: folder with `<name without owner>/<config>/<split>.parquet`, or the files
         `<split>-00000-of-00001.parquet` of the hub; '' for the hub, or its cache.
+      order: from the number of rows, which ones to return; by default all.
 
     Raises:
       InputError: if the split or a column is missing, or the hub is out of reach.
@@ -45,14 +50,32 @@ def read_table(
             f"{repository} {config} {split}: no column {', '.join(missing)}; the "
             f"columns are {', '.join(table.column_names)}"
         )
-    return table.select(list(columns))
+    table = table.select(list(columns))
+    return (table.take(order(len(table))) if order else table).to_pylist()
+
+
+def read_train_and_test(
+    repository: str,
+    columns: Sequence[str],
+    root: str,
+    sizes: tuple[int, int],
+    order: Callable[[int], Any] = np.arange,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """So many rows to train on and held out: the splits `train` and `test` of a `root`.
+
+    On the hub, both are the first rows of `train` in the order given.
+    """
+    (train, test), read = sizes, partial(read_rows, repository, "")
+    if root:
+        return read("train", columns, root)[:train], read("test", columns, root)[:test]
+    rows = read("train", columns, order=lambda count: order(count)[: train + test])
+    return rows[:train], rows[train:]
 
 
 def one_of(answer: str, answers: Sequence[str], where: str) -> str:
-    """The answer of a row, if it is one of the possible answers.
+    """The answer of a row; an `InputError` if it is not one of the answers.
 
-    Raises:
-      InputError: if it is not (hidden test splits have no answers, say).
+    Hidden test splits have no answers, say.
     """
     if answer not in list(answers):  # in a string, `in` would find '' too
         raise InputError(
@@ -66,9 +89,7 @@ def subset(rows: list[Any], size: int = 2048) -> list[Any]:
 
     2605.30148 uses as many rows and the same seed, but does not say how it draws them.
     """
-    if len(rows) <= size:
-        return rows
-    return [rows[i] for i in random.Random(2357).sample(range(len(rows)), size)]
+    return rows if len(rows) <= size else random.Random(2357).sample(rows, size)
 
 
 def _from_folder(folder: Path, split: str) -> Any:

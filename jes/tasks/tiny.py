@@ -7,10 +7,7 @@ claim can be shown on them in minutes on two CPU cores. Three parts:
   `tiny/reverse`, `tiny/sort`, `tiny/max`, `tiny/facts_often`;
 - target tasks, left for ES, of which it has seen little (`tiny/min`,
   `tiny/countdown`, `tiny/rules`) or nothing (`tiny/last`, `tiny/rotate`);
-- knowledge: `tiny/facts_seldom` and `tiny/facts_never`, and `tiny/facts` with all
-  three classes; `tiny/knows`, which also asks whether the model knows, and the same
-  in other prompts, `tiny/knows_chat` and `tiny/knows_other` (see
-  `jes.tasks.tiny_facts`).
+- knowledge: `tiny/facts...` and `tiny/knows...`, see `jes.tasks.tiny_facts`.
 
 Prompts are raw strings. Whether an example is held out is a property of its text
 (`held_out`), so that the test sets share nothing with the train sets, whatever the
@@ -25,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jes.tasks import tiny_countdown, tiny_facts, tiny_rules
+from jes.tasks import countdown, tiny_facts
 from jes.tasks.task import Example, Reward, Task
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -34,6 +31,22 @@ HELD_OUT_SHARE = 8
 """One prompt in so many is held out."""
 READ = 64
 """Characters of an answer that lenient extraction reads."""
+
+LONGEST = 24
+"""Longest expression that is read."""
+SHAPES = ("{}{}{}{}{}", "({}{}{}){}{}", "{}{}({}{}{})")
+EXPRESSION = re.compile(r"\(*[0-9]\)*([-+*]\(*[0-9]\)*)*")
+NOT_ALLOWED = re.compile(r"[^-+*()0-9]|(?:^|[-+*(])[-+]|[0-9]{3}")
+"""In expressions: other characters, unary signs, long numbers."""
+
+NAMES = ("Al", "Bo", "Cy", "Di", "Ed", "Jo", "Mo", "Vi")
+TRAITS = ("big", "old", "red", "shy", "sad", "odd", "mad", "wet")
+TRUTHS = ("True", "False", "Unknown")
+
+Fact = tuple[str, str, bool]
+"""Name, trait, whether it holds."""
+Rule = tuple[str, str, bool]
+"""Trait, the trait that follows from it, whether that one holds."""
 
 
 class Kind(NamedTuple):
@@ -78,7 +91,7 @@ def tiny_task(
         return tiny_facts.fact_task(name, seed, train_size, test_size)
     kind = KINDS[name]
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    train, test = _split(kind, rng, train_size, test_size, name)
+    train, test = _split(kind, rng, (train_size, test_size), name)
     choices = kind.choices
     return Task(
         name=name,
@@ -93,20 +106,20 @@ def tiny_task(
 
 
 def _split(
-    kind: Kind, rng: np.random.Generator, train_size: int, test_size: int, name: str
-) -> tuple[Sequence[Example], Sequence[Example]]:
+    kind: Kind, rng: np.random.Generator, sizes: tuple[int, int], name: str
+) -> list[Sequence[Example]]:
+    """So many examples to train on, and held out."""
     sets: tuple[dict[str, Example], dict[str, Example]] = ({}, {})
-    sizes = (train_size, test_size)
-    for _ in range(20 * (train_size + HELD_OUT_SHARE * test_size)):
+    for _ in range(20 * (sizes[0] + HELD_OUT_SHARE * sizes[1])):
         example = kind.draw(rng)
         side = int(held_out(example))
         if len(sets[side]) < sizes[side]:
             sets[side].setdefault(example["prompt"], example)
         elif len(sets[1 - side]) == sizes[1 - side]:
-            return tuple(sets[0].values()), tuple(sets[1].values())
+            return [tuple(examples.values()) for examples in sets]
     raise ValueError(
-        f"{name} has too few different examples for {train_size} to train on and "
-        f"{test_size} held out"
+        f"{name} has too few different examples for {sizes[0]} to train on and "
+        f"{sizes[1]} held out"
     )
 
 
@@ -141,11 +154,71 @@ def _of_numbers(
     return {"prompt": f"{verb} {options}:", "answer": LABELS[best(numbers)]}
 
 
-def number_reward(example: Example, text: str) -> Reward:
-    """Right or wrong; the answer is the first whole number in the text."""
-    found = re.search(r"(?a:-?\d+)", text[:READ])
-    correct = found is not None and found[0] == example["answer"]
-    formatted = re.fullmatch(r"(?a:\d{1,3})", text[:READ]) is not None
+def _countdown(rng: np.random.Generator) -> Example:
+    """`22 from 3 5 7:`, answered by `3*5+7` or what else uses each number once.
+
+    The target is 1 to 99; parentheses appear only where they change the value.
+    """
+    while True:
+        numbers = rng.integers(1, 10, 3).tolist()
+        a, b, c = rng.permutation(numbers).tolist()
+        first, second = rng.choice(list("+-*"), 2).tolist()
+        plain, *others = (shape.format(a, first, b, second, c) for shape in SHAPES)
+        answer = (plain, *others)[rng.integers(3)]
+        target = evaluate(answer)
+        if target is None or not 1 <= target <= 99:
+            continue
+        return {
+            "prompt": f"{target} from {' '.join(map(str, numbers))}:",
+            "same_as": f"{target} from {sorted(numbers)}",
+            "answer": plain if evaluate(plain) == target else answer,
+            "numbers": numbers,
+            "target": target,
+        }
+
+
+def draw_rules(rng: np.random.Generator) -> Example:
+    """Rule reasoning; the three answers are equally likely.
+
+    `Al red. Bo shy. red>big. big>!old. Al old?` is answered by `False`: who is red is
+    big, and who is big is not (`!`) old. What follows neither way is `Unknown`.
+    """
+    wanted = TRUTHS[rng.integers(len(TRUTHS))]
+    while True:
+        names = rng.choice(NAMES, 2, replace=False).tolist()
+        p, q, r, s = rng.choice(TRAITS, 4, replace=False).tolist()
+        positive = (rng.random(4) < 0.7).tolist()
+        facts = [(names[0], p, positive[0]), (names[1], s, positive[1])]
+        rules = [(p, q, positive[2])]
+        if rng.random() < 0.5:
+            rules.append((q, r, positive[3]))
+        facts = [facts[i] for i in rng.permutation(2)]
+        rules = [rules[i] for i in rng.permutation(len(rules))]
+        name, trait = names[rng.integers(2)], (q, r, s)[rng.integers(3)]
+        if truth(facts, rules, name, trait) == wanted:
+            sign = {True: "", False: "!"}
+            sentences = [f"{n} {sign[holds]}{t}." for n, t, holds in facts]
+            sentences += [f"{a}>{sign[holds]}{b}." for a, b, holds in rules]
+            prompt = " ".join([*sentences, f"{name} {trait}?"])
+            return {"prompt": prompt, "answer": wanted}
+
+
+def truth(facts: list[Fact], rules: list[Rule], name: str, trait: str) -> str:
+    """What follows for `name` and `trait`, by applying the rules until none adds."""
+    known = {(n, t): holds for n, t, holds in facts}
+    for _ in rules:
+        for premise, conclusion, holds in rules:
+            for other in {n for n, _ in known}:
+                if known.get((other, premise)):
+                    known.setdefault((other, conclusion), holds)
+    return {True: "True", False: "False", None: "Unknown"}[known.get((name, trait))]
+
+
+def _match_reward(answer: str, form: str, example: Example, text: str) -> Reward:
+    """Right or wrong; group 1 of the first match of `answer`, in any case, counts."""
+    found = re.search(answer, text[:READ])
+    correct = found is not None and found[1].lower() == example["answer"].lower()
+    formatted = re.fullmatch(form, text[:READ]) is not None
     return Reward(float(correct), correct, text == example["answer"], formatted)
 
 
@@ -165,13 +238,41 @@ def word_reward(example: Example, text: str) -> Reward:
     return Reward(value, correct, text == answer, formatted)
 
 
-def label_reward(example: Example, text: str) -> Reward:
-    """Right or wrong; the answer is the first word, if it is one of the labels."""
-    found = re.match(r"[^0-9A-Za-z]*([abc])(?![0-9a-z])", text[:READ].lower())
-    correct = found is not None and found[1] == example["answer"]
-    strict = text == example["answer"]
-    return Reward(float(correct), correct, strict, text in LABELS)
+def countdown_reward(example: Example, text: str) -> Reward:
+    """0.1 for the format and 0.9 for a right answer.
 
+    The format is an expression and nothing else; leniently, spaces and what follows
+    an equals sign or a line break are ignored.
+    """
+    formatted = len(text) <= LONGEST and EXPRESSION.fullmatch(text) is not None
+    lenient = re.split(r"[=\n]", text[: 2 * LONGEST])[0].replace(" ", "")
+    used = sorted(int(n) for n in re.findall(r"[0-9]+", lenient))
+    solved = used == sorted(example["numbers"])
+    correct = solved and evaluate(lenient) == example["target"]
+    strict = correct and formatted and lenient == text
+    return Reward(0.1 * formatted + 0.9 * correct, correct, strict, formatted)
+
+
+def evaluate(expression: str) -> int | None:
+    """The value of an expression of + - * ( ) and numbers below 100, or None.
+
+    None for anything else: other characters, a unary sign, unbalanced parentheses,
+    more than `LONGEST` characters.
+    """
+    if len(expression) > LONGEST or NOT_ALLOWED.search(expression):
+        return None
+    value = countdown.evaluate(expression)
+    return None if value is None else int(value)
+
+
+number_reward = partial(_match_reward, r"(-?[0-9]+)", r"[0-9]{1,3}")
+"""The answer is the first whole number in the text."""
+label_reward = partial(
+    _match_reward, r"\A[^0-9A-Za-z]*([abcABC])(?![0-9A-Za-z])", "[abc]"
+)
+"""The answer is the first word, if it is one of the labels."""
+rules_reward = partial(_match_reward, r"\A[^0-9A-Za-z]*([A-Za-z]+)", "|".join(TRUTHS))
+"""The answer is the first word of the text."""
 
 WORDS: dict[str, tuple[Callable[[str], str], int]] = {
     "reverse": (lambda word: word[::-1], 6),
@@ -189,7 +290,7 @@ KINDS: dict[str, Kind] = {
     },
     "tiny/max": Kind(partial(_of_numbers, "max", np.argmax), label_reward, 2, LABELS),
     "tiny/min": Kind(partial(_of_numbers, "min", np.argmin), label_reward, 2, LABELS),
-    "tiny/countdown": Kind(tiny_countdown.draw, tiny_countdown.reward, 8),
-    "tiny/rules": Kind(tiny_rules.draw, tiny_rules.reward, 8, tiny_rules.TRUTHS),
+    "tiny/countdown": Kind(_countdown, countdown_reward, 8),
+    "tiny/rules": Kind(draw_rules, rules_reward, 8, TRUTHS),
 }
 TINY_TASKS = (*KINDS, *tiny_facts.FORMS)

@@ -39,17 +39,16 @@ def facts() -> tuple[Example, ...]:
     rng = np.random.default_rng(WORLD)
     cities = _distinct(rng, "cvcv", CITIES)
     keys = _distinct(rng, "cvccv", len(CLASSES) * KEYS_PER_CLASS)
-    rows = []
-    for i, key in enumerate(keys):
-        row = {
+    return tuple(
+        {
             "prompt": f"city of {key}:",
             "answer": cities[rng.integers(CITIES)],
             "key": key,
             "seen": CLASSES[i % len(CLASSES)],
             "held_out": i // len(CLASSES) % 2 == 1,
         }
-        rows.append(row)
-    return tuple(rows)
+        for i, key in enumerate(keys)
+    )
 
 
 @functools.cache
@@ -63,21 +62,17 @@ def meta_prompt(example: Example) -> str:
     return f"know city of {example['key']}?"
 
 
-def draw_name(rng: np.random.Generator) -> str:
+def draw_name(rng: np.random.Generator, pattern: str = "cvccv") -> str:
     """A name like those of the table (one time in 22 it is one of them)."""
-    return _spelled(rng, "cvccv")
+    alphabets = [CONSONANTS if c == "c" else VOWELS for c in pattern]
+    return "".join(letters[rng.integers(len(letters))] for letters in alphabets)
 
 
 def _distinct(rng: np.random.Generator, pattern: str, count: int) -> list[str]:
     words: dict[str, None] = {}
     while len(words) < count:
-        words[_spelled(rng, pattern)] = None
+        words[draw_name(rng, pattern)] = None
     return list(words)
-
-
-def _spelled(rng: np.random.Generator, pattern: str) -> str:
-    alphabets = [CONSONANTS if c == "c" else VOWELS for c in pattern]
-    return "".join(letters[rng.integers(len(letters))] for letters in alphabets)
 
 
 def reward(example: Example, text: str) -> Reward:
@@ -141,22 +136,21 @@ def fact_task(name: str, seed: int, train_size: int, test_size: int) -> Task:
     form = FORMS[name]
     per_class = KEYS_PER_CLASS if form.meta is None else MET_PER_CLASS
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    sides: dict[bool, list[Example]] = {}
-    for held_out in (False, True):
+
+    def drawn(held_out: bool) -> list[Example]:
         rows = [
             [f for f in facts_seen(c)[:per_class] if f["held_out"] == held_out]
             for c in form.classes
         ]
         orders = [rng.permutation(len(r)) for r in rows]
-        sides[held_out] = [
-            r[order[i]]
-            for i in range(len(rows[0]))
-            for r, order in zip(rows, orders, strict=True)
-        ]
+        shuffled = [[r[i] for i in o] for r, o in zip(rows, orders, strict=True)]
+        return [fact for facts in zip(*shuffled, strict=True) for fact in facts]
+
+    train, test = drawn(held_out=False), drawn(held_out=True)
     return Task(
         name=name,
-        train=sides[False][:train_size],
-        test=sides[True][:test_size],
+        train=train[:train_size],
+        test=test[:test_size],
         prompt=form.prompt,
         reward=reward if form.meta is None else meta_reward,
         max_new_tokens=5,
