@@ -343,7 +343,7 @@ def test_command_lines(small_model: Path, tmp_path: Path) -> None:
     assert done[1]["status"] == 0, done[1]["stderr"]
     assert "| es | 3 | 53.7 ± 3.8 |" in done[1]["stdout"]
     messages = [
-        "'l2:x' is no method of a study: es, l2:λ",
+        "'l2:x' is no method of a study: es, l1, l2",
         "--methods=es,es: an entry is empty or repeated",
         "--seeds: 'b' is not a whole number",
         "Unknown command line flag 'method'",

@@ -57,8 +57,9 @@ def collect(grid: Grid) -> None:
 
 def measure_all(grid: Grid) -> list[Row]:
     """A row per model, task and way to say yes; models are asked once."""
-    names = [grid.config.task, *grid.config.eval_tasks]
-    names = [name for name in names if asks_about_knowing(grid.config, name)]
+    config = grid.config
+    names = [config.task, *config.eval_tasks]
+    names = [name for name in names if asks_about_knowing(config, name)]
     return [
         {"method": method, "seed": seed, "task": name, "yes_by": way, **flat(metrics)}
         for seed in grid.seeds
@@ -81,25 +82,18 @@ def measure_model(grid: Grid, method: str, seed: int, names: Sequence[str]) -> R
     if method != BASE:
         config = method_config(config, method, seed)
     path = folder / "metacognition.json"
-    of = plain(
-        {
-            "generations": 0 if method == BASE else config.generations,
-            "data": config.data.to_dict(),
-            **{k: config[k] for k in ("model", "quantize", "group_size", "dtype")},
-        }
-    )
+    settings = {k: config[k] for k in ("model", "quantize", "group_size", "dtype")}
+    generations = 0 if method == BASE else config.generations
+    data = config.data.to_dict()
+    of = plain({"generations": generations, "data": data, **settings})
     kept = json.loads(path.read_text()) if path.exists() else {}
     found = kept["tasks"] if kept.get("of") == of else {}
     missing = [name for name in names if name not in found]
-    if missing and method == BASE:
-        model = load_base(
-            config.model, config.quantize, config.group_size, config.dtype
-        )
-    elif missing:
-        model = load(folder / "model")
+    if missing:
+        base = method == BASE
+        model = load_base(*settings.values()) if base else load(folder / "model")
     for name in missing:
-        size = {"root": config.data.root, "test": config.data.test}
-        task = load_task(name, seed=seed, **size)
+        task = load_task(name, seed=seed, root=data["root"], test=data["test"])
         options = {"dtype": config.dtype, "batch_size": config.eval_batch}
         _, found[name] = measure(model, task, **options)
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,24 +105,23 @@ def flat(metrics: Mapping[str, Any]) -> Row:
     """Metrics with the ends of an interval apart, NaN where JSON has null."""
     row: Row = {}
     for name, value in metrics.items():
-        if isinstance(value, list | tuple):
-            kind = name.removesuffix("_interval")
-            row[f"{kind}_low"], row[f"{kind}_high"] = value
-        else:
-            row[name] = value
-    return {name: np.nan if value is None else value for name, value in row.items()}
+        kind = name.removesuffix("_interval")
+        ends = (name,) if kind == name else (f"{kind}_low", f"{kind}_high")
+        for end, number in zip(ends, np.ravel(value), strict=True):
+            row[end] = np.nan if number is None else number
+    return row
 
 
 def draw(out: Path) -> str:
     """Writes results.md and metacognition.png from results.csv."""
     rows = grids.read_csv(out / "results.csv")
     methods = list(grouped(rows, "method"))
-    ways = sorted(
-        grouped(rows, "method", "yes_by"),
-        key=lambda row: (methods.index(row[0]), row[1] != "answers"),
-    )
-    seeds, tasks = len(grouped(rows, "seed")), list(grouped(rows, "task"))
     groups = grouped(rows, "task", "method", "yes_by")
+    known = grouped(rows, "method", "yes_by")
+    ways = [
+        (m, w) for m in methods for w in ("answers", "threshold") if (m, w) in known
+    ]
+    seeds, tasks = len(grouped(rows, "seed")), list(grouped(rows, "task"))
     text = f"Means ± standard errors over {seeds} seeds.\n"
     heads = ["method", *(heading for heading, _ in COLUMNS.values())]
     for task in tasks:

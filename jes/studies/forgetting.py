@@ -57,8 +57,12 @@ COLUMNS = {
 """Column of results.csv -> heading and format in the table."""
 MORE = ("prior_format", "target_strict", "target_format", "kl_target", "moved")
 """Columns of results.csv that the table leaves out: percent, and a KL in nats."""
-Curves = dict[str, dict[str, dict[str, list]]]
-"""Method -> seed -> quantity -> its values at the evaluations of a run."""
+KINDS = {"": "accuracy", "_strict": "strict", "_format": "formatted"}
+"""End of a column -> key of an evaluation."""
+Curve = dict[str, list]
+"""Quantity -> its values at the evaluations of a run."""
+Curves = dict[str, dict[str, Curve]]
+"""Method -> seed -> the run."""
 
 
 # Data: results.csv, curves.json and study.json, from run folders.
@@ -69,20 +73,19 @@ def collect(grid: Grid) -> None:
     check(grid.config)
     grid.run()
     shrink(grid)
+    target, priors = grid.config.task, list(grid.config.eval_tasks)
     rows: list[Row] = []
     curves: Curves = {}
     hours = 0.0
     for method, seed in grid:
-        summary = grid.summary(method, seed)
         curve = curve_of(grid, method, seed)
         rows.append(result(grid, method, seed, curve))
         curves.setdefault(method, {})[str(seed)] = curve
+        summary = grid.summary(method, seed)
         hours += summary["seconds"] / 3600
     for method in matched(grid):
-        rows += [final(grid, f"shrunk to {method}", seed) for seed in grid.seeds]
-        for row in [row for row in rows if row["method"] == method]:
-            rows += stopped_rows(grid, row, curves["es"][str(row["seed"])])
-    target, priors = grid.config.task, list(grid.config.eval_tasks)
+        rows += [shrunk(grid, method, seed) for seed in grid.seeds]
+        rows += [row for s in grid.seeds for row in stopped(grid, method, s, curves)]
     columns = ["method", "seed", *COLUMNS, *MORE, *priors]
     grids.write_csv(grid.out / "results.csv", rows, columns)
     write_json(grid.out / "curves.json", curves)
@@ -104,44 +107,30 @@ def check(config: ConfigDict) -> None:
         raise InputError("the study needs prior tasks: eval_tasks is empty")
 
 
-def result(grid: Grid, method: str, seed: int, curve: dict[str, list]) -> Row:
-    """What a finished run came to, accuracies in percent."""
-    folder, summary = grid.folder(method, seed), grid.summary(method, seed)
-    far, priors = summary["distance"], grid.config.eval_tasks
-    last = ("prior_strict", "prior_format", "target_strict", "target_format")
+def result(grid: Grid, method: str, seed: int, curve: Curve) -> Row:
+    """The results of a finished run, accuracies in percent."""
+    summary = grid.summary(method, seed)
+    far, trough = summary["distance"], min(curve["prior"])
     row = {
-        **final(grid, method, seed),
-        "trough": min(curve["prior"]),
-        "recovery": curve["prior"][-1] - min(curve["prior"]),
-        **{key: curve[key][-1] for key in last},
-        "kl_prior": mean_kl(far, priors),
+        **{key: values[-1] for key, values in curve.items()},
+        "trough": trough,
+        "recovery": curve["prior"][-1] - trough,
         "kl_target": mean_kl(far, [grid.config.task]),
-        "law": summary["displacement_norm_drift"],
+        "norm": summary["displacement_norm"],
         "moved": 100 * far["moved"],
         "answers": summary["answers"] / 1000,
     }
-    metrics = read_rows(folder / "metrics.jsonl")
+    metrics = read_rows(grid.folder(method, seed) / "metrics.jsonl")
     shares = [one["codes_changed"] for one in metrics if "codes_changed" in one]
     if shares:  # the model is quantized
-        row["changed"] = 100 * float(np.mean(shares))
-        row["moved_codes"] = row["moved"]
-    return row
+        row |= {"changed": 100 * float(np.mean(shares)), "moved_codes": row["moved"]}
+    return row_of(grid, method, seed, row)
 
 
-def final(grid: Grid, method: str, seed: int) -> Row:
-    """Accuracies in percent at the end, and the norm."""
-    summary = grid.summary(method, seed)
-    after = {name: 100 * e["after"] for name, e in summary["evaluations"].items()}
-    priors = {name: after[name] for name in grid.config.eval_tasks}
-    return {
-        "method": method,
-        "seed": seed,
-        "target": after[grid.config.task],
-        "prior": float(np.mean(list(priors.values()))),
-        "worst": min(priors.values()),
-        "norm": summary["displacement_norm"],
-        **priors,
-    }
+def row_of(grid: Grid, method: str, seed: int, found: Row) -> Row:
+    """Results with the method, the seed and the worst of the priors."""
+    worst = min(found[prior] for prior in grid.config.eval_tasks)
+    return {"method": method, "seed": seed, "worst": worst, **found}
 
 
 def mean_kl(row: Row, tasks: Sequence[str]) -> float | None:
@@ -150,11 +139,10 @@ def mean_kl(row: Row, tasks: Sequence[str]) -> float | None:
     return None if None in found else float(np.mean(found))
 
 
-def curve_of(grid: Grid, method: str, seed: int) -> dict[str, list]:
+def curve_of(grid: Grid, method: str, seed: int) -> Curve:
     """A run at its evaluations: accuracies in percent, answers in thousands, KL."""
     folder, summary = grid.folder(method, seed), grid.summary(method, seed)
     each = summary["answers"] / summary["generations"] / 1000
-    target, priors = grid.config.task, list(grid.config.eval_tasks)
     rows = read_rows(folder / "evaluations.jsonl")
     scores = {(row["generation"], row["task"]): row for row in rows}
     times = sorted({generation for generation, _ in scores})
@@ -163,23 +151,17 @@ def curve_of(grid: Grid, method: str, seed: int) -> dict[str, list]:
         row["generation"] + 1: row["displacement_norm_drift"]
         for row in read_rows(folder / "metrics.jsonl")
     }
-
-    def course(key: str, *tasks: str) -> list[float]:
-        return [
-            float(np.mean([100 * scores[time, task][key] for task in tasks]))
-            for time in times
-        ]
-
-    return {
-        "generation": times,
-        "answers": [time * each for time in times],
-        "target": course("accuracy", target),
-        "target_strict": course("strict", target),
-        "target_format": course("formatted", target),
-        "prior": course("accuracy", *priors),
-        "prior_strict": course("strict", *priors),
-        "prior_format": course("formatted", *priors),
-        **{name: course("accuracy", name) for name in priors},
+    priors = list(grid.config.eval_tasks)
+    curve = {"generation": times, "answers": [time * each for time in times]}
+    for name, tasks in {"target": [grid.config.task], "prior": priors}.items():
+        for end, key in KINDS.items():
+            curve[name + end] = [
+                float(np.mean([100 * scores[time, task][key] for task in tasks]))
+                for time in times
+            ]
+    for name in priors:
+        curve[name] = [100 * scores[time, name]["accuracy"] for time in times]
+    return curve | {
         "norm": [far[time]["norm"] for time in times],
         "law": [laws[time] if time else 0.0 for time in times],
         "kl_prior": [mean_kl(far[time], priors) for time in times],
@@ -199,8 +181,8 @@ def matched(grid: Grid) -> list[str]:
 def shrink(grid: Grid) -> None:
     """Evaluates plain ES moved back towards the base model, to the norm of others."""
     for seed in grid.seeds:
-        todo = {m: grid.folder(f"shrunk to {m}", seed) for m in matched(grid)}
-        todo = {m: p for m, p in todo.items() if not (p / "summary.json").is_file()}
+        folders = {m: grid.folder(f"shrunk to {m}", seed) for m in matched(grid)}
+        todo = [m for m in folders if not (folders[m] / "summary.json").is_file()]
         if not todo:
             continue
         config = method_config(grid.config, "es", seed)
@@ -209,7 +191,7 @@ def shrink(grid: Grid) -> None:
         base = experiment.pretrained.params
         tuned = load(grid.folder("es", seed) / "model").params
         full = grid.summary("es", seed)["displacement_norm"]
-        for method, folder in todo.items():
+        for method in todo:
             share = min(1.0, grid.summary(method, seed)["displacement_norm"] / full)
             params = jax.tree.map(lambda a, b, s=share: a + s * (b - a), base, tuned)
             found = {}
@@ -217,21 +199,30 @@ def shrink(grid: Grid) -> None:
                 size = experiment.settings.eval_batch
                 score = examine(evaluation, params, questions, batch_size=size)
                 found[name] = {"after": score.accuracy, "examples": len(questions)}
-            folder.mkdir(parents=True, exist_ok=True)
+            folders[method].mkdir(parents=True, exist_ok=True)
             summary = {"evaluations": found, "displacement_norm": share * full}
-            write_json(folder / "summary.json", summary)
+            write_json(folders[method] / "summary.json", summary)
 
 
-def stopped_rows(grid: Grid, row: Row, curve: dict[str, list]) -> list[Row]:
+def shrunk(grid: Grid, method: str, seed: int) -> Row:
+    """Plain ES with the norm of a method."""
+    name = f"shrunk to {method}"
+    summary, priors = grid.summary(name, seed), grid.config.eval_tasks
+    after = {task: 100 * e["after"] for task, e in summary["evaluations"].items()}
+    after["target"] = after[grid.config.task]
+    after["prior"] = float(np.mean([after[task] for task in priors]))
+    return row_of(grid, name, seed, after | {"norm": summary["displacement_norm"]})
+
+
+def stopped(grid: Grid, method: str, seed: int, curves: Curves) -> list[Row]:
     """Plain ES where it first has a method's target accuracy; empty if it never has."""
-    at = [i for i, value in enumerate(curve["target"]) if value >= row["target"]]
-    if not at:
-        return []
+    plain, goal = curves["es"][str(seed)], curves[method][str(seed)]["target"][-1]
     keys = ("target", "prior", "norm", "law", "kl_prior", "answers")
-    found = {key: curve[key][at[0]] for key in (*keys, *grid.config.eval_tasks)}
-    worst = min(found[task] for task in grid.config.eval_tasks)
-    name = f"es stopped at {row['method']}"
-    return [{"method": name, "seed": row["seed"], "worst": worst, **found}]
+    for at, value in enumerate(plain["target"]):
+        if value >= goal:
+            found = {key: plain[key][at] for key in (*keys, *grid.config.eval_tasks)}
+            return [row_of(grid, f"es stopped at {method}", seed, found)]
+    return []
 
 
 # Systematic motion: how far the seeds of a method went in a common direction.
@@ -245,8 +236,9 @@ def systematic_rows(grid: Grid) -> list[Row]:
     base = load(config.model).params
 
     def moved(method: str) -> list[np.ndarray]:
-        folders = [grid.folder(method, seed) / "model" for seed in grid.seeds]
-        return displacements(base, folders)
+        return displacements(
+            base, [grid.folder(method, s) / "model" for s in grid.seeds]
+        )
 
     gradients = [m for m in grid.methods if m.startswith("grpo:")]
     direction = np.mean(moved(gradients[0]), axis=0) if gradients else None
@@ -263,9 +255,7 @@ def systematic_rows(grid: Grid) -> list[Row]:
 def displacements(base: PyTree, folders: Sequence[Path]) -> list[np.ndarray]:
     """θ - θ_0 of the models in these folders as vectors, float32 [d]."""
     start = ravel_pytree(base)[0]
-    return [
-        np.asarray(ravel_pytree(load(folder).params)[0] - start) for folder in folders
-    ]
+    return [np.asarray(ravel_pytree(load(f).params)[0] - start) for f in folders]
 
 
 def systematic(
@@ -288,16 +278,16 @@ def systematic(
       Δ · g for the unit vector g, with `along_error` (|Δ| / √d), None without one.
     """
     size, lengths = len(moved[0]), np.linalg.norm(moved, axis=1)
-    pairs = list(itertools.combinations(range(len(moved)), 2))
-    products = [lengths[a] * lengths[b] for a, b in pairs]
+    squares = [np.dot(a, b) for a, b in itertools.combinations(moved, 2)]
+    products = [a * b for a, b in itertools.combinations(lengths, 2)]
     along = None
     if direction is not None:
         along = float(np.mean(moved @ (direction / np.linalg.norm(direction))))
     return {
         "along": along,
         "along_error": float(lengths.mean() / (size * len(moved)) ** 0.5),
-        "square": float(np.mean([np.dot(moved[a], moved[b]) for a, b in pairs])),
-        "error": float(np.mean(products) / (size * len(pairs)) ** 0.5),
+        "square": float(np.mean(squares)),
+        "error": float(np.mean(products) / (size * len(products)) ** 0.5),
     }
 
 
@@ -325,11 +315,10 @@ def draw(out: Path) -> str:
     for row in rows:  # the CSV has six digits, the end of a curve all of them
         curve = curves.get(row["method"], {}).get(str(row["seed"]), {})
         row.update({key: curve[key][-1] for key in COLUMNS if key in curve})
-    text = f"Target `{study['target']}`; priors "
-    text += ", ".join(f"`{prior}`" for prior in study["priors"]) + ".\n\n"
-    text += results_table(rows, curves)
-    seeds = len(next(iter(curves.values())))
-    text += f"\n{grids.precision(seeds, study['questions'])}\n" + slices(curves)
+    priors = ", ".join(f"`{prior}`" for prior in study["priors"])
+    precision = grids.precision(len(next(iter(curves.values()))), study["questions"])
+    text = f"Target `{study['target']}`; priors {priors}.\n\n"
+    text += f"{results_table(rows, curves)}\n{precision}\n{slices(curves)}"
     if study["systematic"]:
         text += systematic_table(study["systematic"])
     text += (
@@ -344,22 +333,18 @@ def results_table(rows: Sequence[Row], curves: Curves) -> str:
     """Means over seeds, ± one standard error, after the base model."""
     known = {key for row in rows for key, value in row.items() if value is not None}
     columns = {key: COLUMNS[key] for key in COLUMNS if key in known}
-    before = [
-        {key: curve[key][0] for key in ("target", "prior")}
-        for curve in next(iter(curves.values())).values()
-    ]
-
-    def cells(name: str, found: Sequence[Row]) -> list[str]:
+    runs = next(iter(curves.values())).values()
+    before = [{key: curve[key][0] for key in ("target", "prior")} for curve in runs]
+    lines = []
+    for name, found in {"(before)": before, **grouped(rows, "method")}.items():
         line = [name, str(len(found))]
         for key, (_, form) in columns.items():
             values = [row[key] for row in found if row.get(key) is not None]
             exact = key in ("answers", "law") and len(set(values)) == 1
             line.append(mean_error(values[:1] if exact else values, form))
-        return line
-
+        lines.append(line)
     heads = ["method", "seeds", *(head for head, _ in columns.values())]
-    methods = {"(before)": before, **grouped(rows, "method")}
-    return grids.table(heads, [cells(*item) for item in methods.items()])
+    return grids.table(heads, lines)
 
 
 def slices(curves: Curves) -> str:
@@ -368,35 +353,31 @@ def slices(curves: Curves) -> str:
     The answers are those of the shortest run; the accuracy is three quarters of the way
     from the start to the best end.
     """
-    every = [curve for of_seed in curves.values() for curve in of_seed.values()]
+    runs = {method: list(of_seed.values()) for method, of_seed in curves.items()}
+    every = list(itertools.chain(*runs.values()))
     answers = min(curve["answers"][-1] for curve in every)
     start = float(np.mean([curve["target"][0] for curve in every]))
-    ends = [[c["target"][-1] for c in of_seed.values()] for of_seed in curves.values()]
-    best = max(float(np.mean(values)) for values in ends)
+    best = max(
+        float(np.mean([c["target"][-1] for c in found])) for found in runs.values()
+    )
     goal = start + 0.75 * (best - start)
     lines = []
-    for method, of_seed in curves.items():
-        equal = [crossing(curve, "answers", answers) for curve in of_seed.values()]
-        reached = [crossing(curve, "target", goal) for curve in of_seed.values()]
+    for method, found in runs.items():
+        equal = [crossing(curve, "answers", answers) for curve in found]
+        reached = [crossing(curve, "target", goal) for curve in found]
         cells = [among(equal, key) for key in ("target", "prior")]
         cells += [among(reached, key) for key in ("prior", "answers", "norm")]
         lines.append([method, *cells])
-    heads = [
-        "method",
-        "target %, equal answers",
-        "priors %, equal answers",
-        "priors %, equal target",
-        "answers, thousands",
-        "‖θ-θ₀‖",
-    ]
+    equal_heads = ["target %, equal answers", "priors %, equal answers"]
+    reached_heads = ["priors %, equal target", "answers, thousands", "‖θ-θ₀‖"]
+    table = grids.table(["method", *equal_heads, *reached_heads], lines)
     title = f"After {answers:.0f} thousand answers, and where the target reaches"
-    return f"\n{title} {goal:.1f} %:\n\n{grids.table(heads, lines)}"
+    return f"\n{title} {goal:.1f} %:\n\n{table}"
 
 
-def crossing(curve: dict[str, list], key: str, value: float) -> Row | None:
+def crossing(curve: Curve, key: str, value: float) -> Row | None:
     """The state where `key` first has a value, linear between evaluations."""
-    steps = curve[key]
-    for i, (before, after) in enumerate(itertools.pairwise(steps)):
+    for i, (before, after) in enumerate(itertools.pairwise(curve[key])):
         if before <= value <= after:
             share = (value - before) / (after - before) if after > before else 0.0
             return {
@@ -449,14 +430,14 @@ def figure(rows: Sequence[Row], curves: Curves, target: str) -> Figure:
         def line(axes: Axes, x: str, y: str, runs: Any = runs, **style: Any) -> None:
             grids.band(axes, runs[0][x], [run[y] for run in runs], **style)
 
+        line(norms, "generation", "norm", color=color, label=method)
         if method in first:
             line(course, "answers", "target", color=color, label=method)
             line(course, "answers", "prior", color=color, linestyle="--")
             line(kl, "answers", "kl_prior", color=color, label=method)
-        line(norms, "generation", "norm", color=color, label=method)
-        at, law = runs[0]["generation"], runs[0]["law"]
-        if None not in law:
-            norms.plot(at, law, ":", color="black", linewidth=1)
+        if None not in runs[0]["law"]:
+            law = runs[0]["generation"], runs[0]["law"]
+            norms.plot(*law, ":", color="black", linewidth=1)
     trade_off(trade, rows, colors)
     course.set_ylim(-2, 124)  # room for the legend
     for axes in (course, kl):  # some methods take many times the answers of others
@@ -465,13 +446,12 @@ def figure(rows: Sequence[Row], curves: Curves, target: str) -> Figure:
     kl.set_yscale("symlog", linthresh=1e-2)
     kl.set_ylim(bottom=0)
     title = f"target {target} (solid) and mean of the priors (dashed)"
-    answers = "sampled answers, thousands"
-    accuracy = "held-out accuracy, %"
-    grids.tidy(course, title, answers, accuracy, loc="upper center", ncol=4)
+    labels = "sampled answers, thousands", "held-out accuracy, %"
+    grids.tidy(course, title, *labels, loc="upper center", ncol=4)
     title = "distance from the base model; dotted: the law of pure drift"
     grids.tidy(norms, title, "generation", "‖θ - θ₀‖")
     title = "KL(base || tuned) on the base model's answers to the priors"
-    grids.tidy(kl, title, answers, "nats per token")
+    grids.tidy(kl, title, labels[0], "nats per token")
     if all(np.isnan(np.asarray(line.get_ydata(), float)).all() for line in kl.lines):
         kl.remove()  # it was not measured
     return made
@@ -482,30 +462,27 @@ def trade_off(axes: Axes, rows: Sequence[Row], colors: dict[str, str]) -> None:
 
     Controls are hollow, in the color of the method that they are matched to.
     """
-    paths: dict[str, list[tuple[float, float, float]]] = {"l1": [], "l2": []}
+    ends = {}
     for method, found in grouped(rows, "method").items():
-        x, x_error = spread([row["target"] for row in found])
-        y, y_error = spread([row["prior"] for row in found])
-        run = method in colors
+        (x, y), (x_error, y_error) = spread([(r["target"], r["prior"]) for r in found])
+        ends[method] = x, y
+        control = method not in colors
         axes.errorbar(
             x,
             y,
             y_error,
             x_error,
-            marker="o" if run else "s" if method.startswith("shrunk") else "^",
-            markerfacecolor=None if run else "none",
-            linestyle="none",
-            color=colors[method if run else method.split()[-1]],
+            fmt="o" if not control else "s" if method.startswith("shrunk") else "^",
+            markerfacecolor="none" if control else None,
+            color=colors[method.split()[-1] if control else method],
             capsize=2,
             label=method,
         )
-        kind, _, value = method.partition(":")
-        for decay in ("l1", "l2") if method == "es" else (kind,):
-            if decay in paths:
-                paths[decay].append((float(value or 0), x, y))
-    for points in filter(None, paths.values()):
-        _, xs, ys = zip(*sorted(points), strict=True)
-        axes.plot(xs, ys, color="gray", linewidth=0.8, zorder=0)
+    for kind in ("l1:", "l2:"):
+        path = [m for m in ends if m == "es" or (m.startswith(kind) and "+" not in m)]
+        path.sort(key=lambda m: float(m.partition(":")[2] or 0))
+        points = np.array([ends[m] for m in path]).reshape(-1, 2)
+        axes.plot(*points.T, color="gray", linewidth=0.8, zorder=0)
     title = "at the end: target against priors (hollow: controls)"
     labels = "target accuracy, %", "mean prior accuracy, %"
     grids.tidy(axes, title, *labels, fontsize="x-small", ncol=2)
@@ -524,11 +501,10 @@ def collect_chain(grid: Grid, tasks: Sequence[str]) -> None:
         for stage, task in enumerate(tasks):
             # Another seed, so that displacements of stages are independent.
             config = method_config(grid.config, method, seed + 1000 * stage)
-            config.model, config.task = model, task
+            config.update(model=model, task=task, eval_every=config.generations)
+            config.eval_tasks = tuple(t for t in watched if t != task)
             if stage:
                 config.quantize = ""  # the model of the stage before is quantized
-            config.eval_tasks = tuple(t for t in watched if t != task)
-            config.eval_every = config.generations
             folder = grid.folder(method, seed) / f"stage-{stage}"
             name = f"{method}, seed {seed}, stage {stage}: {task}"
             grids.train_once(config, folder, name)
@@ -572,10 +548,8 @@ def chain_figure(rows: Sequence[Row], columns: Sequence[str]) -> Figure:
         stages = grouped(found, "stage")
         for column in columns:
             values = [spread([row[column] for row in stages[s]]) for s in stages]
-            mean, error = zip(*values, strict=True)
-            axes.errorbar(
-                list(stages), mean, error, marker="o", capsize=3, label=column
-            )
+            curve = zip(*values, strict=True)
+            axes.errorbar(list(stages), *curve, marker="o", capsize=3, label=column)
         axes.set_xticks(list(stages), ["base", *columns[:-1]])
         axes.set_ylim(-2, 102)
         grids.tidy(axes, method, "learned so far, in this order", "accuracy, %")

@@ -23,6 +23,7 @@ A method is a name with numbers; several are joined by `+`, such as `n:10+l2:1`:
 
 import csv
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -46,28 +47,10 @@ Row = dict[str, Any]
 
 
 def _answers(config: ConfigDict, population: str) -> Row:
-    size = int(population)
-    every = config.eval_every * config.population // size  # at the same answers
-    generations = config.population * config.generations // size
-    return {
-        "population": size,
-        "generations": max(1, generations),
-        "eval_every": max(1, every),
-    }
-
-
-def _sft(config: ConfigDict, rate: str = "", steps: str = "") -> Row:
-    generations = int(steps or config.generations)
-    return {
-        "method": "sft",
-        "objective": "reward",  # settings of members are not those of SFT
-        "temperature": 0.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "sft.learning_rate": float(rate or config.sft.learning_rate),
-        "generations": generations,
-        "eval_every": min(config.eval_every, generations),
-    }
+    """Another population for as many answers, evaluated after as many."""
+    size, keys = int(population), ("generations", "eval_every")
+    same = {key: max(1, config.population * config[key] // size) for key in keys}
+    return {"population": size, **same}
 
 
 METHODS: dict[str, Callable[..., Row]] = {
@@ -97,7 +80,16 @@ METHODS: dict[str, Callable[..., Row]] = {
         "grpo.learning_rate": float(rate),
         "generations": int(iterations or config.generations),
     },
-    "sft": _sft,
+    "sft": lambda config, rate="", steps="": {
+        "method": "sft",
+        "objective": "reward",  # settings of members are not those of SFT
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "sft.learning_rate": float(rate or config.sft.learning_rate),
+        "generations": int(steps or config.generations),
+        "eval_every": min(config.eval_every, int(steps or config.generations)),
+    },
 }
 """Name -> the settings it changes, given the config and the numbers after colons."""
 
@@ -117,21 +109,19 @@ def method_config(base: ConfigDict, method: str, seed: int) -> ConfigDict:
             config.update_from_flattened_dict(changes)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(
-            f"{method!r} is no method of a study: es, l2:λ, l1:λ, n:N, answers:N, "
-            "shuffled, rate:FACTOR, half_alpha:G, half_sigma:G, objective:NAME, "
-            "grpo:RATE:ITERATIONS, sft:RATE:STEPS; quantized: replay:K:DECAY, "
-            "residual:DECAY, naive, quzo; several are joined by +"
+            f"{method!r} is no method of a study: {', '.join(METHODS)}, with numbers "
+            "after colons, such as l2:1; several are joined by +"
         ) from error
     return config
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The runs of a study.
+    """The runs of a study: one in `workdir` for each pair of method and seed.
 
     Attributes:
       config: settings that the methods change.
-      methods, seeds: one run for each pair.
+      methods, seeds: what to run.
       workdir: of the run folders.
       out: of data, tables and figures.
     """
@@ -144,7 +134,7 @@ class Grid:
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
         """All pairs of method and seed, method by method."""
-        return ((method, seed) for method in self.methods for seed in self.seeds)
+        return itertools.product(self.methods, self.seeds)
 
     def folder(self, method: str, seed: int) -> Path:
         """Of one run."""
@@ -156,13 +146,16 @@ class Grid:
 
     def run(self) -> None:
         """Trains what is not finished, seed by seed: a part is a smaller study."""
-        runs = [(method, seed) for seed in self.seeds for method in self.methods]
-        configs = [method_config(self.config, *run) for run in runs]
-        for config in configs:  # a wrong setting fails before the first long run
+        runs = {
+            (method, seed): method_config(self.config, method, seed)
+            for seed in self.seeds
+            for method in self.methods
+        }
+        for config in runs.values():  # a wrong setting fails before the first long run
             freeze(config)
-        for number, (run, config) in enumerate(zip(runs, configs, strict=True), 1):
-            name = f"run {number} of {len(runs)}: {run[0]}, seed {run[1]}"
-            train_once(config, self.folder(*run), name)
+        for number, ((method, seed), config) in enumerate(runs.items(), 1):
+            name = f"run {number} of {len(runs)}: {method}, seed {seed}"
+            train_once(config, self.folder(method, seed), name)
 
 
 def train_once(config: ConfigDict, folder: Path, name: str) -> None:
@@ -189,7 +182,7 @@ def run_study(
       collect: trains, and writes CSV or JSON files into `grid.out`.
       draw: writes tables and figures from these files; returns the text to print.
       methods: default of `--methods`.
-      kind: runs are in `runs/<config>_<kind>` by default.
+      kind: names the default folder, `runs/<config>_<kind>`.
     """
     config_flag = config_flags.DEFINE_config_file(
         "config", None, "Settings of a run: a file in configs/.", lock_config=True
@@ -206,7 +199,7 @@ def run_study(
             raise InputError(f"unexpected {' '.join(argv[1:])!r}")
         give_back_freed_blocks()
         values = flags.FLAGS
-        names = split(values.methods, "methods")
+        methods = split(values.methods, "methods")
         seeds = split(values.seeds, "seeds")
         for seed in seeds:
             if not seed.isdecimal():
@@ -216,7 +209,7 @@ def run_study(
         if not values.redraw:
             out.mkdir(parents=True, exist_ok=True)
             numbers = [int(seed) for seed in seeds]
-            collect(Grid(config_flag.value, names, numbers, workdir, out))
+            collect(Grid(config_flag.value, methods, numbers, workdir, out))
         console.print(draw(out))
         console.print(f"data, tables and figures in {out}")
 
@@ -282,11 +275,12 @@ def grouped(rows: Iterable[Row], *keys: str) -> dict[Any, list[Row]]:
 # Statistics over seeds.
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and standard error of the mean (0 for one value)."""
-    count = len(values)
-    error = np.std(values, ddof=1) / count**0.5 if count > 1 else 0.0
-    return float(np.mean(values)), float(error)
+def spread(values: Sequence[Any]) -> tuple[Any, Any]:
+    """Mean over the first axis, and its standard error (0 for one value)."""
+    found = np.array(values, float)
+    count = len(found)
+    error = found.std(0, ddof=1) / count**0.5 if count > 1 else 0 * found[0]
+    return found.mean(0), error
 
 
 def t_factor(count: int, level: float = 0.95) -> float:
@@ -304,18 +298,18 @@ def mean_error(values: Sequence[float], form: str = ".1f") -> str:
 
 def precision(seeds: int, questions: int | None = None) -> str:
     """What ± means in a table, and what is not in it; a line of Markdown."""
-    said = []
+    text = ""
     if seeds > 1:
-        said.append(
+        text = (
             f"± is one standard error over {seeds} seeds; a 95 % interval (t, "
-            f"{seeds - 1} degrees of freedom) is ± {t_factor(seeds):.1f} of these."
+            f"{seeds - 1} degrees of freedom) is ± {t_factor(seeds):.1f} of these. "
         )
     if questions:
-        said.append(
+        text += (
             f"With {questions} questions a share of 50 % has a binomial standard error "
             f"of {50 / questions**0.5:.1f} points."
         )
-    return " ".join(said)
+    return text.strip()
 
 
 # Tables and figures.
@@ -328,18 +322,17 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def band(axes: Axes, at: Sequence[float], curves: Sequence[Any], **style: Any) -> None:
-    """Mean over seeds with a band of one standard error.
+    """Mean over seeds of curves [seeds, T], in a band of one standard error.
 
     Args:
+      axes: the panel.
       at: x values [T].
       curves: y values, [seeds, T].
       style: of `axes.plot`; the color is required.
     """
-    values = np.array(curves, float)
-    mean = values.mean(0)
+    mean, error = spread(curves)
     axes.plot(at, mean, **style)
-    if len(values) > 1:
-        error = values.std(0, ddof=1) / len(values) ** 0.5
+    if len(curves) > 1:
         edges = mean - error, mean + error
         axes.fill_between(at, *edges, color=style["color"], alpha=0.2, linewidth=0)
 
@@ -353,14 +346,7 @@ def tidy(
     legend: bool = True,
     **options: Any,
 ) -> None:
-    """Title and labels, no box, and a legend of what is labelled.
-
-    Args:
-      axes: the panel.
-      title, x, y: its title and the labels of its axes.
-      legend: whether to draw one.
-      options: of `axes.legend`.
-    """
+    """Title and labels, no box, and a legend of what is labelled, with `options`."""
     axes.set_title(title, fontsize="medium")
     axes.set(xlabel=x, ylabel=y)
     axes.spines[["top", "right"]].set_visible(False)

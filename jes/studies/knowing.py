@@ -99,11 +99,16 @@ class Answers(NamedTuple):
             lambda correct, yes: d_prime(counts(correct, yes)), self.correct, self.yes
         )
 
+    @property
+    def graded(self) -> bool:
+        """Whether there is a confidence."""
+        return bool(np.isfinite(self.confidence).all())
+
     def report_with_intervals(self) -> dict[str, Any]:
         """The metrics, and intervals (low, high) of d' and AUROC2."""
         found: dict[str, Any] = self.report()
         found["d_prime_interval"] = self.d_prime_interval()
-        if np.isfinite(self.confidence).all():
+        if self.graded:
             found["auroc2_interval"] = bootstrap(auroc2, self.confidence, self.correct)
         return found
 
@@ -126,10 +131,9 @@ def collect(
     Raises:
       InputError: if the task does not ask whether the model knows.
     """
-    prompts = [q.prompt for q in questions]
     asks = 1 if evaluation.task.meta is None else 2
-    if asks == 2:
-        prompts += [list(q.meta) for q in questions]
+    prompts = [q.prompt for q in questions]
+    prompts += [list(q.meta) for q in questions if asks == 2]
     weights = with_dtype(params, jnp.dtype(evaluation.dtype))
     said = generate(
         evaluation.model,
@@ -145,9 +149,8 @@ def collect(
     asked = list(enumerate(zip(*texts, strict=True)))
     earned = rewards_of(evaluation, questions, asked)
     if np.isnan(earned[:, 4]).any():
-        raise InputError(
-            f"task {evaluation.task.name} does not ask whether the model knows"
-        )
+        name = evaluation.task.name
+        raise InputError(f"task {name} does not ask whether the model knows")
     words = evaluation.tokenizer.backend_tokenizer.decode_batch(said)
     return Answers(
         examples=[q.example for q in questions],
@@ -214,18 +217,18 @@ def measure(
       The answers, and metrics by way to say yes: 'answers', as generated, and, where
       the task has training questions and words for yes and no, 'threshold'.
     """
+    if not task.test:
+        raise InputError(f"task {task.name} has no examples to evaluate on")
     evaluation = make_evaluation(pretrained, task, dtype=dtype)
 
     def answers_to(rows: Sequence[Example]) -> Answers:
         questions = prepare(evaluation, rows)
         return collect(evaluation, pretrained.params, questions, batch_size=batch_size)
 
-    if not task.test:
-        raise InputError(f"task {task.name} has no examples to evaluate on")
     answers = answers_to(task.test)
     measured = {"answers": answers.report_with_intervals()}
     train = task.train[: len(task.test)]
-    if train and task.claims is not None and np.isfinite(answers.confidence).all():
+    if train and answers.graded:
         fitted = answers_to(train)
         threshold = best_threshold(fitted.confidence, fitted.correct)
         by_threshold = answers._replace(
@@ -255,12 +258,11 @@ def metrics_table(name: str, ways: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def figure(answers: Mapping[str, Answers]) -> Figure:
-    """For each task the ROC of the confidence, the rate of yes, and the calibration."""
-    made = Figure(figsize=(12, 3.6 * len(answers)), layout="constrained")
-    grid = made.subplots(len(answers), 3, squeeze=False)
-    for (name, each), (left, middle, right) in zip(answers.items(), grid, strict=True):
+    """For each task the ROC of the confidence, and the calibration."""
+    made = Figure(figsize=(9, 3.6 * len(answers)), layout="constrained")
+    grid = made.subplots(len(answers), 2, squeeze=False)
+    for (name, each), (left, right) in zip(answers.items(), grid, strict=True):
         draw_roc(left, each, f"{name}: telling right from wrong answers")
-        draw_rates(middle, each)
         draw_calibration(right, each)
     return made
 
@@ -270,7 +272,7 @@ def draw_roc(axes: Axes, answers: Answers, title: str) -> None:
     right = answers.correct
     axes.plot([0, 1], [0, 1], ":", color="gray")
     if 0 < right.mean() < 1:
-        if np.isfinite(answers.confidence).all():
+        if answers.graded:
             order = np.argsort(-answers.confidence, kind="stable")
             last = np.append(np.diff(answers.confidence[order]) != 0, True)
             hits = np.cumsum(right[order])[last] / right.sum()
@@ -283,37 +285,17 @@ def draw_roc(axes: Axes, answers: Answers, title: str) -> None:
     tidy(axes, title, "yes, of the wrong", "yes, of the right", loc="lower right")
 
 
-def draw_rates(axes: Axes, answers: Answers) -> None:
-    """What it says about right and about wrong answers; bars add up to 100 %."""
-    groups = {"right": answers.correct, "wrong": ~answers.correct}
-    labels = [f"{name}\n({group.sum()})" for name, group in groups.items()]
-    said = {
-        "clearly yes": answers.yes & ~answers.other,
-        "clearly no": ~answers.yes & ~answers.other,
-        "other": answers.other,
-    }
-    bottom = np.zeros(len(groups))
-    for name, chosen in said.items():
-        shares = [100 * chosen[g].mean() if g.any() else 0.0 for g in groups.values()]
-        axes.bar(labels, shares, bottom=bottom, width=0.5, label=name)
-        bottom += shares
-    axes.set_ylim(0, 119)  # room for the legend
-    title = "what it says, by whether the answer is right"
-    tidy(axes, title, "", "%", ncol=3, loc="upper center")
-
-
 def draw_calibration(axes: Axes, answers: Answers) -> None:
     """Share of right answers against the confidence, in bins of as many questions."""
     axes.plot([0, 1], [0, 1], ":", color="gray")
     tidy(axes, "calibration", "confidence, p(yes) / (p(yes) + p(no))", "share right")
-    if not np.isfinite(answers.confidence).all():
-        return
-    order = np.argsort(answers.confidence, kind="stable")
-    for chosen in np.array_split(order, min(BINS, len(order))):
-        share = answers.correct[chosen].mean()
-        error = np.sqrt(share * (1 - share) / len(chosen))
-        at = expit(answers.confidence[chosen]).mean()
-        axes.errorbar(at, share, error, fmt="o", color="C0", capsize=2)
+    if answers.graded:
+        order = np.argsort(answers.confidence, kind="stable")
+        for chosen in np.array_split(order, min(BINS, len(order))):
+            share = answers.correct[chosen].mean()
+            error = np.sqrt(share * (1 - share) / len(chosen))
+            at = expit(answers.confidence[chosen]).mean()
+            axes.errorbar(at, share, error, fmt="o", color="C0", capsize=2)
 
 
 def write_results(
@@ -322,14 +304,11 @@ def write_results(
     """Writes metrics.json, a CSV file of answers for each task, and answers.png."""
     write_json(out / "metrics.json", measured)
     for name, each in answers.items():
-        rows = [
-            {"number": number, **dict(zip(Answers._fields, row, strict=True))}
-            for number, row in enumerate(zip(*each, strict=True))
-        ]
-        for row in rows:
-            row["example"] = json.dumps(row.pop("examples"), ensure_ascii=False)
-        columns = ["number", "example", *Answers._fields[1:]]
-        write_csv(out / f"{name.replace('/', '_')}.csv", rows, columns)
+        names = ["number", "example", *Answers._fields[1:]]
+        examples = [json.dumps(one, ensure_ascii=False) for one in each.examples]
+        rows = zip(range(len(examples)), examples, *each[1:], strict=True)
+        table = [dict(zip(names, row, strict=True)) for row in rows]
+        write_csv(out / f"{name.replace('/', '_')}.csv", table)
     figure(answers).savefig(out / "answers.png", dpi=120)
     console.print(f"metrics, answers and figure in {out}")
 
@@ -357,12 +336,13 @@ def main() -> None:
             args.out.mkdir(parents=True, exist_ok=True)
         pretrained, dtype = load_model(args.model)
         options = {"dtype": args.dtype or dtype, "batch_size": args.batch_size}
-        found = {n: measure(pretrained, task, **options) for n, task in tasks.items()}
-        measured = {name: ways for name, (_, ways) in found.items()}
+        answers: dict[str, Answers] = {}
+        measured: dict[str, Any] = {}
+        for name, task in tasks.items():
+            answers[name], measured[name] = measure(pretrained, task, **options)
         for name, ways in measured.items():
             console.print(metrics_table(name, ways))
         if args.out:
-            answers = {name: each for name, (each, _) in found.items()}
             write_results(args.out, answers, measured)
 
     guarded(command)

@@ -20,6 +20,7 @@ PUBLISHED = {"l1": (0.01, 92.13), "l2": (10.0, 67.68)}
 PARAMETERS = 3_085_938_688
 """Of Qwen2.5-3B, which the norms are of."""
 FORGETTING_VARIANTS = ("es", "l1", "l2", "l1_norm", "l2_norm", "grpo", "tiny")
+TINY_PRIORS = ("tiny/reverse", "tiny/add", "tiny/max")
 
 QES_MODELS = {
     "int4": "Qwen/Qwen2.5-{}-Instruct-GPTQ-Int4",
@@ -55,57 +56,33 @@ def forgetting_config(target: str, variant: str | None) -> ConfigDict:
     Raises:
       ValueError: for another variant.
     """
-    check_variant(variant, FORGETTING_VARIANTS)
-    config = default()
-    config.model = "Qwen/Qwen2.5-3B-Instruct"
-    config.dtype = "bfloat16"
-    config.task = target
-    config.eval_tasks = (*(task for task in TARGETS if task != target), *PRIORS)
-    config.population = 30
-    config.sigma = 1e-3
-    config.alpha = 5e-4
-    config.generations = 500
-    config.eval_every = 25
+    config = checked_default(variant, FORGETTING_VARIANTS)
     config.kl_prompts = 50
+    if variant == "tiny":  # a minute on two CPU cores
+        config.update(task=TARGETS[target], eval_tasks=TINY_PRIORS)
+        config.update(population=16, prompts=32, sigma=0.02, alpha=0.02)
+        config.update(decay="l2", decay_coefficient=1.0, kl_max_new_tokens=8)
+        config.update(generations=40, eval_every=10)
+        config.data.test = 128
+        config.grpo.learning_rate = 1e-5
+        return config
+    config.update(model="Qwen/Qwen2.5-3B-Instruct", dtype="bfloat16", task=target)
+    config.eval_tasks = (*(task for task in TARGETS if task != target), *PRIORS)
+    config.update(population=30, sigma=1e-3, alpha=5e-4)
+    config.update(generations=500, eval_every=25)
     config.buckets = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
     config.grpo.minibatch = 1000  # 32 prompts of 30 answers, and it divides 200 of them
     if variant == "grpo":
         config.method = "grpo"
     elif variant != "es":
-        kind = "l1" if variant in ("l1", "l1_norm") else "l2"
+        kind = (variant or "l2")[:2]
         coefficient, norm = PUBLISHED[kind]
         if variant in ("l1_norm", "l2_norm"):
-            coefficient = coefficient_for_norm(
-                norm,
-                alpha=config.alpha,
-                population=config.population,
-                parameters=PARAMETERS,
-                generations=config.generations,
-                kind=kind,
-            )
+            same = ("alpha", "population", "generations")
+            law = {key: config[key] for key in same} | {"parameters": PARAMETERS}
+            coefficient = coefficient_for_norm(norm, kind=kind, **law)
         config.decay, config.decay_coefficient = kind, coefficient
-    if variant == "tiny":
-        make_tiny(config, TARGETS[target])
     return config
-
-
-def make_tiny(config: ConfigDict, task: str) -> None:
-    """The embedded model, in a minute on two CPU cores."""
-    config.model = "tiny"
-    config.dtype = "float32"
-    config.task = task
-    config.eval_tasks = ("tiny/reverse", "tiny/add", "tiny/max")
-    config.data.test = 128
-    config.prompts = 32
-    config.population = 16
-    config.sigma = config.alpha = 0.02
-    config.decay_coefficient = 1.0
-    config.generations = 40
-    config.eval_every = 10
-    config.kl_max_new_tokens = 8
-    config.buckets = default().buckets
-    config.grpo.learning_rate = 1e-5
-    config.grpo.minibatch = 0
 
 
 def qes_config(form: str, variant: str | None) -> ConfigDict:
@@ -122,43 +99,34 @@ def qes_config(form: str, variant: str | None) -> ConfigDict:
     Raises:
       ValueError: for another variant.
     """
-    check_variant(variant, QES_VARIANTS)
-    config = default()
+    config = checked_default(variant, QES_VARIANTS)
     config.antithetic = True
+    if variant != "float":
+        config.rounding = "replay"
     if variant in ("tiny", "float"):
-        config.task = "tiny/min"
-        config.eval_tasks = ("tiny/reverse", "tiny/add", "tiny/max")
+        config.update(task="tiny/min", eval_tasks=TINY_PRIORS)
+        config.update(prompts=64, eval_every=40)
         config.group_size = 32 if form == "int4" else -1
-        config.prompts = 64
         config.update(BITS4 if form == "int4" else BITS8)
-        config.eval_every = 40
         if variant == "float":
             config.update(FLOATS4 if form == "int4" else FLOATS8)
         else:
-            config.rounding = "replay"
             config.quantize = form
         return config
     size = "3B" if variant in ("3b", "published_3b") else "1.5B"
-    config.model = QES_MODELS[form].format(size)
-    config.dtype = "bfloat16"
-    config.task = "countdown"
-    config.generations = 300
-    config.population = 50
-    config.rounding = "replay"
-    config.anchor = "host"
+    config.update(model=QES_MODELS[form].format(size), dtype="bfloat16")
+    config.update(task="countdown", generations=300, population=50)
+    config.update(anchor="host", eval_every=25)
     config.sigma, rate = QES_RATES[form][size]
     config.alpha = config.population * rate  # ours has the 1/N
-    config.eval_every = 25
     if variant in ("published", "published_3b"):
-        config.alpha = rate
-        config.divide_by_population = False
-        config.shaping = "pair_zscore"
-        config.initial_residual = "uniform"
-        config.residual_clip = 1.5
+        config.update(alpha=rate, divide_by_population=False, shaping="pair_zscore")
+        config.update(initial_residual="uniform", residual_clip=1.5)
     return config
 
 
-def check_variant(variant: str | None, known: tuple[str, ...]) -> None:
-    """Raises ValueError for a variant that is not known."""
+def checked_default(variant: str | None, known: tuple[str, ...]) -> ConfigDict:
+    """The default config; raises ValueError for a variant that is not known."""
     if variant not in (None, *known):
         raise ValueError(f"there is no variant {variant!r}; there are {known}")
+    return default()

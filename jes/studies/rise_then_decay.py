@@ -71,30 +71,21 @@ def collect(grid: Grid) -> None:
 def curves_of(folder: Path, task: str) -> dict[str, list[float]]:
     """Accuracies in percent of a run: `generation`, `train`, `held_out`."""
     rows = read_rows(folder / "evaluations.jsonl")
-    on = {
-        name: {row["generation"]: row["accuracy"] for row in rows if row["task"] == of}
-        for name, of in (("train", task + ON_TRAIN), ("held_out", task))
-    }
-    at = sorted(on["train"])
-    return {
-        "generation": at,
-        **{name: [100 * (of[g] or 0.0) for g in at] for name, of in on.items()},
-    }
+    found = {(row["task"], row["generation"]): row["accuracy"] or 0.0 for row in rows}
+    curves = {"generation": sorted({generation for _, generation in found})}
+    for name, of in (("train", task + ON_TRAIN), ("held_out", task)):
+        curves[name] = [100 * found[of, at] for at in curves["generation"]]
+    return curves
 
 
 def smoothed(values: Sequence[float], width: int = SMOOTH) -> np.ndarray:
     """Means over `width` neighbors, an odd number; of fewer at the ends."""
-    beside = width // 2
-    around = [values[max(0, i - beside) : i + beside + 1] for i in range(len(values))]
-    return np.array([np.mean(each) for each in around])
+    starts = range(-(width // 2), len(values) - width // 2)
+    return np.array([np.mean(values[max(0, i) : i + width]) for i in starts])
 
 
 def stop_early(values: Sequence[float], patience: int = PATIENCE) -> tuple[int, int]:
-    """Where a run stops that had no new best for `patience` evaluations.
-
-    Returns:
-      Indices of the best evaluation and of the last.
-    """
+    """Indices of the best evaluation, and of the last: `patience` after the best."""
     best = 0
     for number, value in enumerate(values):
         if value > values[best]:
@@ -106,18 +97,19 @@ def stop_early(values: Sequence[float], patience: int = PATIENCE) -> tuple[int, 
 
 def outcome(curves: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Peak and decay of a curve, and the result of early stopping; in percent."""
-    train, at = smoothed(curves["train"]), curves["generation"]
-    top = int(train.argmax())
-    best, last = stop_early(curves["train"])
+    train, at, held_out = (curves[key] for key in ("train", "generation", "held_out"))
+    smooth = smoothed(train)
+    top = int(smooth.argmax())
+    best, last = stop_early(train)
     return {
-        "start": curves["train"][0],
-        "peak": float(train[top]),
+        "start": train[0],
+        "peak": float(smooth[top]),
         "at": at[top],
-        "end": float(train[-1]),
-        "decay": float(train[top] - train[-1]),
-        "held_out_start": curves["held_out"][0],
-        "held_out": curves["held_out"][-1],
-        "held_out_stopped": curves["held_out"][best],
+        "end": float(smooth[-1]),
+        "decay": float(smooth[top] - smooth[-1]),
+        "held_out_start": held_out[0],
+        "held_out": held_out[-1],
+        "held_out_stopped": held_out[best],
         "stopped_at": at[last],
     }
 
@@ -147,15 +139,15 @@ def figure(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Training and held-out accuracy of every method."""
     made = Figure(figsize=(11, 4), layout="constrained")
     panels = made.subplots(1, 2, sharey=True)
-    for axes, key in zip(panels, ("train", "held_out"), strict=True):
+    task = next(iter(methods.values()))[0]["task"]
+    kinds = {"train": "training", "held_out": "held-out"}
+    for axes, (key, kind) in zip(panels, kinds.items(), strict=True):
         for number, (name, found) in enumerate(methods.items()):
-            curves = [one["curves"][key] for one in found]
-            at = found[0]["curves"]["generation"]
-            band(axes, at, curves, color=f"C{number}", label=name)
-            task = found[0]["task"]
-        kind = "training" if key == "train" else "held-out"
-        labels = f"{task}, {kind} questions", "generation", "accuracy, %"
-        tidy(axes, *labels, legend=key == "held_out")
+            curves = [one["curves"] for one in found]
+            lines = [curve[key] for curve in curves]
+            band(axes, curves[0]["generation"], lines, color=f"C{number}", label=name)
+        title = f"{task}, {kind} questions"
+        tidy(axes, title, "generation", "accuracy, %", legend=key == "held_out")
     return made
 
 
