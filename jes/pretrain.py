@@ -191,9 +191,8 @@ def knowing_corpus(seed: int, step: str) -> Iterator[dict[int, Rows]]:
             weights: list[float] = []
             while len(texts) < count:
                 prompt, answers = draw_knowing(rng, step)
-                for answer in answers:
-                    example = {"prompt": prompt, "answer": answer}
-                    texts.append(encoded(example, chat=length == LONG))
+                examples = ({"prompt": prompt, "answer": answer} for answer in answers)
+                texts += [encoded(e, chat=length == LONG) for e in examples]
                 weights += answers.values()
             skipped = RECALLED if (step, length) == ("facts", SHORT) else 0
             recalled = [

@@ -189,11 +189,10 @@ def load_base(
     """The model that a run starts from: of float32 weights, or quantised.
 
     Args:
-      name: a folder, hub id, or 'tiny'.
+      name, mesh: as in `jes.load`.
       form: one of `FORMS`, to round a float model; '' for the model as stored.
       group_size: of int4 and int8.
       dtype: of the floats of a quantised model, which are not trained.
-      mesh: devices to put it on; by default one.
 
     Raises:
       InputError: for an unknown form, or weights that cannot be rounded.

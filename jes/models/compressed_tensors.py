@@ -40,10 +40,7 @@ DEFAULTS = {"type": "int", "symmetric": True, "dynamic": False}
 
 @dataclasses.dataclass(frozen=True)
 class Int8:
-    """int8 weights with one scale an output, int8 activations.
-
-    Methods as of `quantized_files.Format`.
-    """
+    """int8 weights with one scale an output, int8 activations; a `Format`."""
 
     def __str__(self) -> str:
         return "compressed-tensors with int8 weights, a scale for each output"

@@ -33,7 +33,7 @@ REFUSED = ("dynamic", "modules_in_block_to_quantize", "lm_head", "is_marlin_form
 
 @dataclasses.dataclass(frozen=True)
 class Gptq:
-    """Settings of a GPTQ folder; methods as of `quantized_files.Format`.
+    """Settings of a GPTQ folder, a `quantized_files.Format`.
 
     Attributes:
       bits: of a code, 4 or 8.

@@ -2,8 +2,8 @@
 
 Linear layers that read the residual stream are split by columns and those that write to
 it by rows, so that attention and feed-forward each end in one sum over the devices;
-embeddings are split by tokens. Norms, and axes that do
-not divide evenly, are replicated.
+embeddings are split by tokens. Norms, and axes that do not divide evenly, are
+replicated.
 """
 
 import re

@@ -49,13 +49,14 @@ class Format(Protocol):
 
 
 def layer_tensors(
-    form: Format, layer: str, rows: int, columns: int
+    form: Format, name: str, rows: int, columns: int
 ) -> dict[str, Expected]:
-    """The tensors of a linear layer, by name.
+    """The tensors of the layer whose weights are called `name` if not quantised.
 
     Raises:
       WeightsError: if the format does not support that shape.
     """
+    layer = name.removesuffix(".weight")
     try:
         parts = form.parts(rows, columns)
     except ValueError as error:
@@ -65,16 +66,17 @@ def layer_tensors(
 
 def read_stack(
     form: Format,
-    layers: Sequence[str],
+    names: Sequence[str],
     shape: tuple[int, ...],
     tensors: Mapping[str, Tensor],
 ) -> Quantized:
-    """The stacked matrices [L, I, O] of the named layers, on the device.
+    """The stacked matrices [L, I, O] of layers, on the device.
 
     Raises:
       WeightsError: naming a tensor with invalid values or another dtype than the rest.
     """
     stack, parts = None, form.parts(*shape[1:])
+    layers = [name.removesuffix(".weight") for name in names]
     first = {part: tensors.get(f"{layers[0]}.{part}") for part in parts}
     for i, layer in enumerate(layers):
         found = {p: t for p in parts if (t := tensors.get(f"{layer}.{p}"))}
@@ -103,10 +105,10 @@ def read_stack(
 
 
 def layer_to_write(
-    form: Format, layer: str, stack: Quantized, index: int
+    form: Format, name: str, stack: Quantized, index: int
 ) -> dict[str, Tensor]:
     """The tensors of one matrix of a stack, by name."""
-    tensors = {}
+    tensors, layer = {}, name.removesuffix(".weight")
     for part, expected in form.parts(*stack.shape[1:]).items():
         if not expected.zero:
             float_dtype = dtype_name(stack.scales.dtype)

@@ -49,12 +49,9 @@ class WeightsError(InputError):
 
 
 class Tensor(NamedTuple):
-    """A tensor whose values are read on demand.
+    """A tensor; `read` returns its values, C-contiguous.
 
-    Attributes:
-      shape: its shape.
-      dtype: its dtype as safetensors names it, such as 'BF16'.
-      read: returns the values, a C-contiguous array.
+    The dtype is named as in safetensors files ('BF16').
     """
 
     shape: tuple[int, ...]
@@ -68,14 +65,7 @@ class Tensor(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """Requirements on a tensor of a folder.
-
-    Attributes:
-      shape: its shape.
-      dtypes: the dtypes allowed.
-      needed: whether it must be present.
-      zero: whether all its values must be 0.
-    """
+    """Requirements on a tensor of a folder: `zero` if all its values must be 0."""
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...] = tuple(FLOATS)
@@ -102,13 +92,12 @@ def locate(name: str | os.PathLike[str]) -> Path:
     Raises:
       WeightsError: if there is no such folder, or the hub does not provide the model.
     """
-    if name in EMBEDDED:
-        if not EMBEDDED[str(name)].is_dir():
-            raise WeightsError(f"this installation of jes lacks {EMBEDDED[str(name)]}")
-        return EMBEDDED[str(name)]
-    folder = Path(name).expanduser()
+    embedded = EMBEDDED.get(name) if isinstance(name, str) else None
+    folder = embedded or Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if embedded:
+        raise WeightsError(f"this installation of jes lacks {folder}")
     if folder.exists():
         raise WeightsError(f"{folder} is a file; a model is a folder")
     if not fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
@@ -193,7 +182,7 @@ def weight_files(folder: Path) -> list[Path]:
         )
         raise WeightsError(
             f"{folder} holds no weights: neither {SINGLE} nor {INDEX}"
-            + (hint if torch_files else "")
+            f"{hint if torch_files else ''}"
         )
     names = read_json(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:
@@ -312,12 +301,9 @@ def replaced(folder: Path, names: Collection[str]) -> Iterator[Path]:
     Until then its name is `.<name>.partial`, so that neither a full disk nor a kill
     leaves half a model under the name of a whole one.
 
-    Args:
-      folder: the place; a model that is there is replaced.
-      names: the files beside the weights that may be deleted there.
-
     Raises:
-      WeightsError: if `folder` holds anything but a model, or if writing fails.
+      WeightsError: if `folder` holds more than a model (weights and the files `names`),
+        or if writing fails.
     """
     folder = folder.expanduser().resolve()
     _check_replaceable(folder, names)
@@ -345,13 +331,11 @@ def _clean_up(folder: Path, new: Path, old: Path) -> None:
 
 def _check_replaceable(folder: Path, names: Collection[str]) -> None:
     """Refuses to delete anything but a model (a run folder has a config.json too)."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise WeightsError(f"cannot save a model as {folder}, which is a file")
     foreign = [
         path.name
-        for path in sorted(folder.iterdir())
+        for path in sorted(folder.glob("*"))
         if path.name not in (INDEX, *names) and path.suffix != ".safetensors"
     ]
     if foreign:

@@ -160,10 +160,8 @@ def load(
     leaves = {}
     for path, shape in leaf_shapes(config).items():
         if quantized and is_kernel(path):
-            layers = [
-                name.removesuffix(".weight") for _, name, _ in _parts(path, shape)
-            ]
-            leaves[path] = read_stack(quantized, layers, shape, tensors)
+            names = [name for _, name, _ in _parts(path, shape)]
+            leaves[path] = read_stack(quantized, names, shape, tensors)
         else:
             sharding = None if mesh is None else leaf_sharding(path, config, mesh)
             leaves[path] = jax.device_put(
@@ -306,12 +304,11 @@ def expected_tensors(
             if not (quantized and is_kernel(path)):
                 expected[name] = Expected(one[::-1] if _is_transposed(path) else one)
                 continue
-            layer = name.removesuffix(".weight")
-            expected |= layer_tensors(quantized, layer, *one)
+            expected |= layer_tensors(quantized, name, *one)
             if path.replace("kernel", "bias") not in leaves:
                 # AutoGPTQ wrote a bias for every layer.
                 bias = Expected((one[1],), needed=False, zero=True)
-                expected[f"{layer}.bias"] = bias
+                expected[name.removesuffix("weight") + "bias"] = bias
     return expected
 
 
@@ -408,9 +405,8 @@ def _tensors_of(
     for path in filter(leaves.__contains__, NAMES):
         for index, name, shape in _parts(path, leaves[path].shape):
             if quantized and is_kernel(path):
-                layer = name.removesuffix(".weight")
-                tensors = layer_to_write(quantized, layer, leaves[path], index)
-                yield from tensors.items()
+                parts = layer_to_write(quantized, name, leaves[path], index)
+                yield from parts.items()
                 continue
             shape = shape[::-1] if _is_transposed(path) else shape
             read = functools.partial(values, path, index)

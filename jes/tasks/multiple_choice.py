@@ -213,11 +213,8 @@ def load(name: str, root: str = "") -> Task:
     train, test = (_examples(kind, split, root) for split in (kind.train, kind.test))
     if name == "mmlu_pro":
         worked = _worked_examples(root)
-        for example in test:
-            if example["category"] not in worked:
-                raise InputError(
-                    f"mmlu_pro: validation has no category {example['category']!r}"
-                )
+        if lacking := {example["category"] for example in test} - set(worked):
+            raise InputError(f"mmlu_pro: validation has no category {min(lacking)!r}")
         test = [{**e, "worked": worked[e["category"]]} for e in test]
     label_only = kind.max_new_tokens <= 32
     return Task(

@@ -97,9 +97,8 @@ def _from_folder(folder: Path, split: str) -> Any:
     import pyarrow as pa
     from pyarrow import parquet
 
-    files = [folder / f"{split}.parquet"]
-    if not files[0].is_file():
-        files = sorted(folder.glob(f"{split}-*-of-*.parquet"))
+    files = [*folder.glob(f"{split}.parquet")]
+    files = files or sorted(folder.glob(f"{split}-*-of-*.parquet"))
     if not files:
         there = sorted(path.name for path in folder.glob("*.parquet"))
         raise InputError(

@@ -97,13 +97,7 @@ def meta_reward(example: Example, text: str, meta: str) -> Reward:
 
 
 class Form(NamedTuple):
-    """How facts are asked.
-
-    Attributes:
-      classes: the `CLASSES` that are asked.
-      prompt: the question.
-      meta: asks whether the model knows; None if that is not asked.
-    """
+    """How facts of some classes are asked; `meta` asks whether the model knows."""
 
     classes: Sequence[str] = CLASSES
     prompt: Callable[[Example], Prompt] = lambda example: example["prompt"]
