@@ -169,7 +169,7 @@ AT_LEAST: dict[str, int] = {
     **dict.fromkeys(("kl_max_new_tokens", "model_parallel", "slice_tokens"), 1),
     **dict.fromkeys(("prompts", "max_new_tokens", "chunk", "slots", "kl_prompts"), 0),
     **dict.fromkeys(("memory_gb", "devices", "alpha_half_life", "sigma_half_life"), 0),
-    **dict.fromkeys(("data.train", "data.test", "seed"), 0),
+    **dict.fromkeys(("data.train", "data.test", "seed", "grpo.minibatch"), 0),
 }
 FINITE = ("alpha", "temperature", "memory_gb", "scale_alpha", "residual_clip")
 POSITIVE = ("grpo.learning_rate", "sft.learning_rate")
@@ -213,8 +213,23 @@ def freeze(config: Mapping[str, Any]) -> Settings:
     values |= {name: tuple(values[name]) for name in ("buckets", "eval_tasks")}
     settings = Settings(**values)
     _check_values(settings)
-    _check_combinations(settings)
-    _check_evolution(settings)
+    for name in UNUSED[settings.method]:
+        expected, given = getattr(Settings(), name), getattr(settings, name)
+        if given != expected:
+            raise InputError(
+                f"{name}={given!r} is not for method {settings.method!r}: it must be "
+                f"{expected!r}"
+            )
+    for message, applies in (_conflicts(settings) | _float_only(settings)).items():
+        if applies:
+            raise InputError(message)
+    try:  # the parts of the update and the sampler check the rest
+        evolution = settings.evolution
+        evolution.noise.check_population(evolution.population)
+        make_optimizer(evolution)
+        settings.sampling  # noqa: B018
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error)) from error
     return settings
 
 
@@ -244,29 +259,26 @@ def _check_values(settings: Settings) -> None:
         raise InputError(f"buckets are prompt lengths in tokens, not {buckets}")
 
 
-def _check_combinations(s: Settings) -> None:
-    """Raises InputError for settings that do not go together."""
-    for name in UNUSED[s.method]:
-        expected, given = getattr(Settings(), name), getattr(s, name)
-        if given != expected:
-            raise InputError(
-                f"{name}={given!r} is not for method {s.method!r}: it must be "
-                f"{expected!r}"
-            )
-    wrong = {
+def _conflicts(s: Settings) -> dict[str, Any]:
+    """What is said of settings that do not go together, and whether it applies."""
+    grpo, decays, generates = (
+        s.method == "grpo",
+        s.decay != "none",
+        s.mode == "generate",
+    )
+    return {
         "anchor='none' cannot be combined with a decay, kl_prompts or method 'grpo'": (
-            s.anchor == "none"
-            and (s.decay != "none" or s.kl_prompts or s.method == "grpo")
+            s.anchor == "none" and (decays or s.kl_prompts or grpo)
         ),
         "method 'grpo' samples its answers: use mode 'generate'": (
-            s.method == "grpo" and s.mode != "generate"
+            grpo and not generates
         ),
-        "slots are for mode 'generate'": s.slots and s.mode != "generate",
-        "share_update is for rounding 'none' and model_parallel=1": (
-            s.share_update and (s.rounding != "none" or s.model_parallel > 1)
+        "method 'grpo' compares answers: population must be at least 2": (
+            grpo and s.population < 2
         ),
+        "slots are for mode 'generate'": s.slots and not generates,
         "decay_coefficient does nothing without decay='l2' or 'l1'": (
-            s.decay_coefficient and s.decay == "none"
+            s.decay_coefficient and not decays
         ),
         "scale_sigma and scale_alpha go together: set both or none": (
             bool(s.scale_sigma) != bool(s.scale_alpha)
@@ -275,22 +287,7 @@ def _check_combinations(s: Settings) -> None:
             s.scale_sigma and s.rounding in ("none", "quzo")
         ),
         "scale_sigma cannot be combined with a decay, which is in codes": (
-            s.scale_sigma and s.decay != "none"
-        ),
-        f"sigma={s.sigma} is in codes, of which there are 256: it must be smaller": (
-            s.rounding != "none" and s.sigma >= 2**8
-        ),
-        f"noise={s.noise!r} is for float models: codes have a noise of whole numbers": (
-            s.rounding != "none" and s.noise != "normal"
-        ),
-        f"rank={s.rank} is for float models: set rank=0": (
-            s.rounding != "none" and s.rank
-        ),
-        "model_parallel is for float models: codes are kept whole on each device": (
-            s.rounding != "none" and s.model_parallel > 1
-        ),
-        f"draw={s.draw!r} is for float models with noise of full rank": (
-            s.draw != "member" and (s.rounding != "none" or s.rank)
+            s.scale_sigma and decays
         ),
         "rounding 'replay' needs a constant alpha and sigma: no half-life": (
             s.rounding == "replay" and (s.alpha_half_life or s.sigma_half_life)
@@ -299,17 +296,26 @@ def _check_combinations(s: Settings) -> None:
             s.shaping == "pair_zscore" and not s.antithetic
         ),
     }
-    for message, applies in wrong.items():
-        if applies:
-            raise InputError(message)
 
 
-def _check_evolution(settings: Settings) -> None:
-    """Raises InputError for what the parts of the update and the sampler refuse."""
-    try:
-        evolution = settings.evolution
-        evolution.noise.check_population(evolution.population)
-        make_optimizer(evolution)
-        settings.sampling  # noqa: B018  checks itself
-    except (ValueError, TypeError) as error:
-        raise InputError(str(error)) from error
+def _float_only(s: Settings) -> dict[str, Any]:
+    """The same, of settings that quantised models do not have."""
+    codes, parallel, share = s.rounding != "none", s.model_parallel > 1, s.share_update
+    return {
+        "share_update is for rounding 'none' and model_parallel=1": (
+            share and (codes or parallel)
+        ),
+        f"sigma={s.sigma} is in codes, of which there are 256: it must be smaller": (
+            codes and s.sigma >= 2**8
+        ),
+        f"noise={s.noise!r} is for float models: codes have a noise of whole numbers": (
+            codes and s.noise != "normal"
+        ),
+        f"rank={s.rank} is for float models: set rank=0": codes and s.rank,
+        "model_parallel is for float models: codes are kept whole on each device": (
+            codes and parallel
+        ),
+        f"draw={s.draw!r} is for float models with noise of full rank": (
+            s.draw != "member" and (codes or s.rank)
+        ),
+    }

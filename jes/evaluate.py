@@ -30,8 +30,8 @@ from jes.tasks import TASKS, load_task
 def load_model(path: str) -> tuple[Pretrained, str]:
     """A model folder, hub id or 'tiny'; or the newest weights of a run folder.
 
-    A run's weights are those of its newest checkpoint, and what the ledger has after
-    that is replayed. The run may be going on meanwhile.
+    What the ledger has after the newest checkpoint is replayed. The run may be going on
+    meanwhile.
 
     Returns:
       The model, and the dtype it is to answer in: float32, or that of the run.
@@ -60,7 +60,7 @@ def evaluate(
     batch_size: int = 256,
     **settings: Any,
 ) -> dict[str, Score]:
-    """Greedy answers on held-out examples.
+    """Scores greedy answers on held-out examples of some tasks: floats.
 
     Args:
       pretrained: the model.
@@ -69,9 +69,6 @@ def evaluate(
         `jes.tasks.load_task`.
       batch_size: prompts answered at once.
       settings: `mode` and `dtype`, see `jes.questions.Evaluation`.
-
-    Returns:
-      A `Score` of floats for each task.
     """
     scores = {}
     for name in tasks:

@@ -92,11 +92,11 @@ def make_experiment(settings: Settings) -> Experiment:
     Raises:
       InputError: if model, tasks, data and settings do not fit together.
     """
-    pretrained = load_trainable(settings)
+    pretrained, name = load_trainable(settings), settings.task
     trained = task_evaluation(
         settings,
         pretrained,
-        settings.task,
+        name,
         mode=settings.mode,
         sampling=settings.sampling,
         slice_tokens=settings.slice_tokens,
@@ -104,22 +104,21 @@ def make_experiment(settings: Settings) -> Experiment:
     if settings.objective != "reward" and trained.task.meta is None:
         raise InputError(
             f"objective {settings.objective!r} is for tasks that ask 'do you know', "
-            f"and {settings.task} does not"
+            f"and {name} does not"
         )
     train = prepare(trained, trained.task.train)
     if not train:
-        raise InputError(f"task {settings.task} has no training examples")
+        raise InputError(f"task {name} has no training examples")
     if settings.prompts > len(train):
         raise InputError(
-            f"prompts={settings.prompts}, but {settings.task} has {len(train)} to "
-            "train on"
+            f"prompts={settings.prompts}, but {name} has {len(train)} to train on"
         )
     # Members may sample their answers; evaluations are greedy.
     sampling = dataclasses.replace(trained.sampling, temperature=0.0)
     greedy = dataclasses.replace(trained, sampling=sampling)
     evaluations = _evaluations(settings, pretrained, greedy)
     if settings.eval_train:
-        evaluations[f"{settings.task}{ON_TRAIN}"] = greedy, train
+        evaluations[f"{name}{ON_TRAIN}"] = greedy, train
     return Experiment(
         settings=settings,
         pretrained=pretrained,
@@ -139,8 +138,7 @@ def load_trainable(settings: Settings) -> Pretrained:
     """
     form, devices = (settings.quantize, settings.group_size), choose_devices(settings)
     pretrained = load_base(settings.model, *form, settings.dtype, devices)
-    quantized = is_quantized(pretrained.params)
-    rounding = settings.rounding
+    quantized, rounding = is_quantized(pretrained.params), settings.rounding
     if quantized and rounding == "none":
         ways = ", ".join(repr(name) for name in ROUNDINGS if name != "none")
         raise InputError(
@@ -185,13 +183,7 @@ def make_evaluation(
     sampling: Sampling = Sampling(),  # noqa: B008  frozen
     **settings: Any,
 ) -> Evaluation:
-    """How a model answers a task.
-
-    Args:
-      pretrained: the model.
-      task: see `jes.tasks.load_task`.
-      sampling: but for the end tokens, which are the model's.
-      settings: see `jes.questions.Evaluation`.
+    """How a model answers a task, with its own end tokens; see `Evaluation`.
 
     Raises:
       InputError: if the model has no tokenizer.
@@ -226,18 +218,16 @@ def _evaluations(
     settings: Settings, pretrained: Pretrained, trained: Evaluation
 ) -> dict[str, tuple[Evaluation, list[Question]]]:
     """The trained task and those beside it, with their held-out questions."""
-    evaluated = {settings.task: trained}
-    evaluated |= {
+    evaluated = {settings.task: trained} | {
         name: task_evaluation(settings, pretrained, name)
         for name in settings.eval_tasks
     }
-    evaluations = {
-        name: (each, prepare(each, each.task.test)) for name, each in evaluated.items()
-    }
-    for name, (_, questions) in evaluations.items():
-        if not questions:
+    found = {}
+    for name, evaluation in evaluated.items():
+        found[name] = evaluation, prepare(evaluation, evaluation.task.test)
+        if not found[name][1]:
             raise InputError(f"task {name} has no examples to evaluate on")
-    return evaluations
+    return found
 
 
 def _base_answers(

@@ -55,13 +55,10 @@ def rebuild(
 def replayed(
     ledger: ledgers.Ledger, base: Pretrained, count: int, folder: Path | None = None
 ) -> Pretrained:
-    """The model after the first `count` generations of the ledger, not checked.
+    """The model after `count` generations of the ledger, not checked.
 
-    Args:
-      ledger: of the run.
-      base: its base model; the weights are donated.
-      count: generations.
-      folder: of checkpoints, of which the newest one that can be read saves time.
+    The weights of `base` are donated. Of a `folder` of checkpoints the newest one that
+    can be read saves time.
     """
     evolution, start = evolution_of(ledger), 0
     state = base.params, first_state(evolution, base.params)
@@ -77,11 +74,7 @@ def replayed(
 
 
 def load_base(ledger: ledgers.Ledger, model: str = "") -> Pretrained:
-    """The model that a run started from.
-
-    Raises:
-      InputError: if there is another one now.
-    """
+    """The model that a run started from; InputError if there is another one now."""
     header = ledger.header
     name = model or header["model"]
     form, size = header.get("quantize", ""), header.get("group_size", 0)
@@ -103,11 +96,7 @@ def evolution_of(ledger: ledgers.Ledger) -> Evolution:
 
 
 def check_fingerprint(ledger: ledgers.Ledger, count: int, found: str) -> None:
-    """Compares rebuilt weights with what the run noted after `count` generations.
-
-    Raises:
-      InputError: if they differ.
-    """
+    """Raises InputError if a run noted other weights after `count` generations."""
     expected = ledger.fingerprints.get(count)
     if expected is None:
         console.print(f"the run left no fingerprint after {count} generations to check")
@@ -138,8 +127,7 @@ def read_ledger(run: Path) -> ledgers.Ledger:
     except ValueError as error:
         raise InputError(str(error)) from error
     needed = {"model", "base", "seed", "evolution", "dtype", "versions"}
-    missing = needed - ledger.header.keys()
-    if missing:
+    if missing := needed - ledger.header.keys():
         raise InputError(f"{path}: the header lacks {', '.join(sorted(missing))}")
     return ledger
 

@@ -13,14 +13,15 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from jes.config import Settings, default
 from jes.core import ledger as ledgers
@@ -81,17 +82,21 @@ class RunFolder:
           InputError: if the folder is that of another run, or of a longer one.
         """
         settings = experiment.settings
-        config = dataclasses.asdict(settings)
-        resolved = claim(self.path, config, lambda: resolve(experiment))
-        fitness: list[np.ndarray] = []
-        done = max(checkpoints.saved(self.checkpoints), default=0)
         self.keeps_ledger = settings.method == "es"
-        if self.keeps_ledger:
-            fitness = open_ledger(experiment, self.path / "ledger.jsonl").fitness
-            done = len(fitness)
-        check_length(self.path, done, settings.generations)
-        checkpoints.tidy(self.checkpoints, done)
-        return resolved, fitness
+
+        def opened() -> tuple[dict[str, int], list[list[float]]]:
+            config = dataclasses.asdict(settings)
+            resolved = claim(self.path, config, lambda: resolve(experiment))
+            done, fitness = max(checkpoints.saved(self.checkpoints), default=0), []
+            if self.keeps_ledger:
+                fitness = open_ledger(experiment, self.path / "ledger.jsonl").fitness
+                done = len(fitness)
+            check_length(self.path, done, settings.generations)
+            checkpoints.tidy(self.checkpoints, done)
+            return resolved, [row.tolist() for row in fitness]
+
+        resolved, fitness = hosts.from_first(opened)
+        return resolved, [np.array(row, np.float32) for row in fitness]
 
     def restore(self, state: State, at_most: int) -> State:
         """The state of the newest checkpoint that can be read; else `state`.
@@ -99,14 +104,12 @@ class RunFolder:
         Several processes have no checkpoints: orbax would wait for all of them, and
         only the first has a folder.
         """
+        like = state.params, state.opt_state
         if jax.process_count() > 1:
             return state
-        like = state.params, state.opt_state
         found = checkpoints.restore_latest(self.checkpoints, like, at_most)
-        if found is None:
-            return state
-        self.saved, (params, opt_state) = found
-        return State(state.root, self.saved, params, opt_state)
+        self.saved, values = found or (0, like)
+        return State(state.root, self.saved, *values)
 
     def save(self, state: State) -> None:
         """Writes a checkpoint, unless there is one of this state.
@@ -119,12 +122,19 @@ class RunFolder:
         values = state.params, state.opt_state
         try:
             checkpoints.save(self.checkpoints, state.generation, values)
+            self.saved = state.generation
         except OSError as error:
             if not self.keeps_ledger:
                 raise
             console.print(f"no checkpoint written ({error}); the ledger has everything")
-            return
-        self.saved = state.generation
+
+    def stopped(self, state: State, done: int, generations: int) -> None:
+        """Saves where a run was asked to stop, and says so."""
+        self.save(state)
+        console.print(
+            f"stopped after {done} of {generations} generations; the same command goes "
+            f"on from {self.path}"
+        )
 
     @contextmanager
     def writing(self, done: int) -> Iterator[None]:
@@ -165,10 +175,10 @@ class RunFolder:
     def evaluate(
         self,
         experiment: Experiment,
-        generation: int,
-        params: PyTree,
         base: PyTree,
         check_stop: Callable[[], None],
+        generation: int,
+        params: PyTree,
     ) -> None:
         """Scores the centre on held-out examples, and measures its way from the base.
 
@@ -176,10 +186,10 @@ class RunFolder:
 
         Args:
           experiment: of the run.
-          generation: how many generations led to `params`.
-          params: the centre.
           base: the anchor; None if none is kept.
           check_stop: called before every batch; may raise.
+          generation: how many generations led to `params`.
+          params: the centre.
         """
         if not self.writes:
             return
@@ -200,9 +210,8 @@ class RunFolder:
             )
         rows = read_rows(self.path / "distances.jsonl")
         if base is not None and generation not in {row["generation"] for row in rows}:
-            row = {"generation": generation}
-            row |= distance_row(experiment, params, base, check_stop)
-            self.write("distances", row)
+            row = distance_row(experiment, params, base, check_stop)
+            self.write("distances", {"generation": generation} | row)
 
     def finish(self, experiment: Experiment, state: State) -> dict[str, Any]:
         """Saves the model and the curves, and writes the summary last."""
@@ -225,7 +234,7 @@ class RunFolder:
 
 
 def score_row(score: Score) -> dict[str, Any]:
-    """A score as a row, without hits and false alarms if the task has none."""
+    """A score as a row, without hits and false alarms where the task has none."""
     row = score._asdict()
     if math.isnan(score.hits) and not math.isnan(score.accuracy):
         del row["hits"], row["false_alarms"]
@@ -239,15 +248,10 @@ def distance_row(
     check_stop: Callable[[], None],
 ) -> dict[str, Any]:
     """One row of `distances.jsonl`: ‖θ - θ_0‖, by kind of tensor, and KL(base || θ)."""
-    far = distance(params, base)
-    row: dict[str, Any] = {
-        "norm": far.norm,
-        "relative": far.relative,
-        "moved": far.moved,
-        "largest": far.largest,
-        **{f"norm/{kind}": norm for kind, norm in far.norms.items()},
-        **{f"moved/{kind}": share for kind, share in far.moved_shares.items()},
-    }
+    row = distance(params, base)._asdict()
+    norms, shares = row.pop("norms"), row.pop("moved_shares")
+    row |= {f"norm/{kind}": norm for kind, norm in norms.items()}
+    row |= {f"moved/{kind}": share for kind, share in shares.items()}
     for name, answers in experiment.base_answers.items():
         check_stop()
         evaluation, _ = experiment.evaluations[name]
@@ -307,15 +311,15 @@ def finished(settings: Settings, workdir: Path) -> dict[str, Any] | None:
 
 def check_length(workdir: Path, done: int, generations: int) -> None:
     """Raises InputError if a run has more generations than it is to have."""
-    if done > generations:
-        earlier = (
+    if done <= generations:
+        return
+    text = f"{workdir} has {done} generations, more than {generations}"
+    if (workdir / "ledger.jsonl").exists():
+        text += (
             f"; an earlier state is rebuilt by: python -m jes.export --run={workdir} "
             f"--out=FOLDER --generations={generations}"
         )
-        raise InputError(
-            f"{workdir} has {done} generations, more than {generations}"
-            + (earlier if (workdir / "ledger.jsonl").exists() else "")
-        )
+    raise InputError(text)
 
 
 def report(workdir: Path, summary: Mapping[str, Any]) -> None:
@@ -399,12 +403,11 @@ def alone(workdir: Path) -> Iterator[None]:
         ) from None
     folder = os.open(workdir, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is running in {workdir}") from None
-        except OSError:  # a file system without locks
-            pass
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another process is running in {workdir}") from None
         yield
     finally:
         if made and not any(workdir.iterdir()):
@@ -413,10 +416,7 @@ def alone(workdir: Path) -> Iterator[None]:
 
 
 def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Checks that a run with these settings may start, or go on, in the folder.
-
-    Returns:
-      The contents of config.json; None if the run has not started.
+    """The config.json of the folder, where these settings may go on; None for a start.
 
     Raises:
       InputError: if the folder belongs to a run with other settings, or holds
@@ -434,27 +434,20 @@ def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     before = REMOVED | _flat(default().to_dict()) | _flat(record["config"])
     now = REMOVED | _flat(config)
     may_change = {*MAY_CHANGE, *(["generations"] if config["method"] != "sft" else [])}
-    refuse(workdir, before, now, [n for n in before | now if n not in may_change])
+    refuse(workdir, before, now, (before.keys() | now.keys()) - may_change)
     return record
 
 
 def claim(
     workdir: Path, config: Mapping[str, Any], resolve: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Makes the folder this run's, or finds that it is so already: see `check`.
-
-    Args:
-      workdir: the run folder, which exists.
-      config: all settings.
-      resolve: chooses what the settings leave open.
+    """Makes the folder, which exists, that of this run, or finds that it is: `check`.
 
     Returns:
-      What was chosen when the run started, or is chosen now if a setting of memory has
-      changed.
+      What `resolve` chose where the settings leave something open: when the run
+      started, or now if a setting of memory has changed.
     """
-    record = check(workdir, config)
-    if record is None:
-        record = {"config": {}, "versions": versions()}
+    record = check(workdir, config) or {"config": {}, "versions": versions()}
     before, now = default().to_dict() | record["config"], plain(config)
     changed = any(before.get(name) != now.get(name) for name in MEMORY)
     if changed or "resolved" not in record:
@@ -477,19 +470,18 @@ def claim_results(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def refuse(
-    folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], names: Any
+    folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable
 ) -> None:
     """Raises InputError, with a list, if any of these settings differ."""
     differing = [
-        f"  {name}: {before.get(name)!r} there, {now.get(name)!r} here"
+        f"  {name}: {before.get(name)!r} there, {now.get(name)!r} here\n"
         for name in sorted(names)
         if before.get(name) != now.get(name)
     ]
     if differing:
         raise InputError(
-            f"{folder} belongs to a run with other settings:\n"
-            + "\n".join(differing)
-            + "\ngive another folder, or the same settings"
+            f"{folder} belongs to a run with other settings:\n{''.join(differing)}"
+            "give another folder, or the same settings"
         )
 
 
@@ -518,8 +510,4 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings, as they come back from JSON, with dotted names."""
-    out: dict[str, Any] = {}
-    for name, value in plain(config).items():
-        inner = _flat(value) if isinstance(value, dict) else {"": value}
-        out |= {".".join(filter(None, (name, n))): v for n, v in inner.items()}
-    return out
+    return flatten_dict(plain(config), sep=".")

@@ -16,9 +16,9 @@ Started several times, on one host or many (`--coordinator` or `--distributed`),
 one run, of which the first process alone writes.
 """
 
-import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ class Method(NamedTuple):
     Attributes:
       resolve: chooses what the settings leave open, by the memory: from the experiment
         to a dict that `config.json` keeps.
-      init: the optimizer's state before the first generation, from the experiment.
+      init: from the experiment to the optimizer's state before the first generation.
       step: one generation: from the experiment, the state (donated), the anchor, what
         `resolve` chose, and a function to call wherever it is safe to stop, to the next
         state, the figures of its row in `metrics.jsonl` (of which `tokens` is the
@@ -92,9 +92,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             summary = finished(settings, workdir)
             if summary is None:
                 return train(settings, RunFolder(workdir))
-            console.print(
-                "this run finished before; give another --workdir for a new one"
-            )
+            console.print("this run finished before; give another --workdir")
             report(workdir, summary)
             return summary
     return {}  # the first process had nothing left to do
@@ -103,18 +101,11 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
 def train(settings: Settings, folder: RunFolder) -> dict[str, Any]:
     """The run itself, from start or resumption to the summary."""
     method = METHODS[settings.method]
-    experiment = make_experiment(settings)
-    pretrained = experiment.pretrained
-    hosts.check_same(
-        "other settings, or another base model,",
-        lambda: repr(settings) + fingerprint(pretrained.params),
-    )
-    resolved, fitness = _from_first(lambda: folder.open(experiment, method.resolve))
-    experiment = with_slots(experiment, resolved.get("slots", 0))
-    base = None
+    experiment, resolved, fitness = opened(settings, folder, method)
+    start, base = experiment.pretrained.params, None
     if hosts.first() or settings.decay != "none":
-        base = keep_anchor(pretrained.params, settings.anchor, pretrained.stored_dtype)
-    state = State(settings.root, 0, pretrained.params, method.init(experiment))
+        base = keep_anchor(start, settings.anchor, experiment.pretrained.stored_dtype)
+    state = State(settings.root, 0, start, method.init(experiment))
     state = folder.restore(state, len(fitness) if fitness else settings.generations)
     done = max(state.generation, len(fitness))
     with (
@@ -122,17 +113,15 @@ def train(settings: Settings, folder: RunFolder) -> dict[str, Any]:
         bar(done, settings.generations, shown=hosts.first()) as progress,
         folder.writing(done),
     ):
+        evaluate = partial(folder.evaluate, experiment, base, stop.check)
         try:
-            folder.evaluate(experiment, 0, pretrained.params, base, stop.check)
+            evaluate(0, start)
             state = replayed(experiment, state, fitness, base)
             if done:
                 console.print(f"going on after {done} generations")
             while state.generation < settings.generations:
-                generation = state.generation
-                if generation % settings.eval_every == 0:
-                    folder.evaluate(
-                        experiment, generation, state.params, base, stop.check
-                    )
+                if state.generation % settings.eval_every == 0:
+                    evaluate(state.generation, state.params)
                 began = time.perf_counter()
                 state, figures, earned = method.step(
                     experiment, state, base, resolved, stop.check
@@ -142,52 +131,49 @@ def train(settings: Settings, folder: RunFolder) -> dict[str, Any]:
                 progress.update(state.generation, row)
                 if state.generation % settings.checkpoint_every == 0:
                     folder.save(state)
-            folder.evaluate(
-                experiment, state.generation, state.params, base, stop.check
-            )
+            evaluate(state.generation, state.params)
         except Stopped:
-            folder.save(state)
-            console.print(
-                f"stopped after {max(done, state.generation)} of "
-                f"{settings.generations} generations; the same command goes on from "
-                f"{folder.path}"
-            )
+            folder.stopped(state, max(done, state.generation), settings.generations)
             raise
     hosts.check_same("reached other weights", lambda: fingerprint(state.params))
     return folder.finish(experiment, state)
 
 
-def _from_first(
-    make: Callable[[], tuple[dict[str, int], list[np.ndarray]]],
-) -> tuple[dict[str, int], list[np.ndarray]]:
-    """What `make` gives in the first process, in all of them."""
-
-    def sent() -> bytes:
-        resolved, fitness = make()
-        return json.dumps([resolved, [row.tolist() for row in fitness]]).encode()
-
-    resolved, fitness = json.loads(hosts.from_first(sent))
-    return resolved, [np.array(row, np.float32) for row in fitness]
+def opened(
+    settings: Settings, folder: RunFolder, method: Method
+) -> tuple[Experiment, dict[str, int], list[np.ndarray]]:
+    """The experiment, what `method.resolve` chose, and the fitness in the ledger."""
+    experiment = make_experiment(settings)
+    hosts.check_same(
+        "other settings, or another base model,",
+        lambda: repr(settings) + fingerprint(experiment.pretrained.params),
+    )
+    resolved, fitness = folder.open(experiment, method.resolve)
+    return with_slots(experiment, resolved.get("slots", 0)), resolved, fitness
 
 
 def replayed(
     experiment: Experiment, state: State, fitness: list[np.ndarray], base: PyTree
 ) -> State:
     """The state after the generations of `fitness`, of which it may have some."""
-    missing = fitness[state.generation :]
-    if not missing:
+    if state.generation >= len(fitness):
         return state
-    params, opt_state = replay(
+    after = replay(
         experiment.evolution,
         state.params,
         state.opt_state,
         state.root,
-        missing,
+        fitness[state.generation :],
         state.generation,
-        _decay_anchor(experiment, base),
+        decay_anchor(experiment, base),
         share=experiment.settings.share_update,
     )
-    return State(state.root, len(fitness), params, opt_state)
+    return State(state.root, len(fitness), *after)
+
+
+def decay_anchor(experiment: Experiment, base: PyTree) -> PyTree:
+    """What weights decay to; None where they do not."""
+    return None if experiment.settings.decay == "none" else base
 
 
 def es_step(
@@ -217,22 +203,20 @@ def es_step(
         generation=generation,
         shuffle_seed=settings.seed if settings.shuffle_fitness else None,
     )
-    params, opt_state = tell(
+    after = tell(
         evolution,
         state.params,
         state.opt_state,
         key,
         fitness,
-        _decay_anchor(experiment, base),
+        decay_anchor(experiment, base),
         share=settings.share_update,
     )
-    state = State(state.root, generation + 1, params, opt_state)
     figures = score_figures(scores, objective_fitness(settings.objective, scores))
-    moves = moves_of(opt_state)
-    if moves is not None:  # a quantised model
-        codes_changed, blocked = (count / experiment.parameters for count in moves)
-        figures |= {"codes_changed": codes_changed, "blocked": blocked}
-    return state, figures, fitness
+    if (moves := moves_of(after[1])) is not None:  # a quantised model
+        changed, blocked = (count / experiment.parameters for count in moves)
+        figures |= {"codes_changed": changed, "blocked": blocked}
+    return State(state.root, generation + 1, *after), figures, fitness
 
 
 METHODS: dict[str, Method] = {
@@ -247,10 +231,6 @@ METHODS: dict[str, Method] = {
     "sft": Method(sft.resolve, sft.init, sft.step),
 }
 """How `config.method` trains."""
-
-
-def _decay_anchor(experiment: Experiment, base: PyTree) -> PyTree:
-    return None if experiment.settings.decay == "none" else base
 
 
 def score_figures(scores: Score, fitness: np.ndarray) -> dict[str, Any]:
@@ -321,14 +301,9 @@ def main() -> None:
         if len(argv) > 1:
             raise InputError(f"unexpected {' '.join(argv[1:])!r}")
         given = flags.FLAGS
-        cluster = hosts.Cluster(
-            coordinator=given.coordinator,
-            processes=given.processes,
-            process=given.process,
-            timeout=given.process_timeout,
-        )
-        if given.distributed or cluster.named:
-            cluster.join()
+        address = (given.coordinator or None, given.processes, given.process)
+        if given.distributed or address != (None, None, None):
+            hosts.join(*address, timeout=given.process_timeout)
         give_back_freed_blocks()
         workdir = workdir_flag.value or f"runs/{command_line.config_name()}"
         run(config_flag.value, Path(workdir))

@@ -70,13 +70,14 @@ class Outcome:
 
 def outcome(workdir: Path) -> Outcome:
     """Reads a finished run, leaving out what a clock has measured."""
-    ledger = rows(workdir / "ledger.jsonl")[1:]
+    path = workdir / "ledger.jsonl"
+    ledger = rows(path)[1:] if path.exists() else []  # a baseline has none
     clock = ("seconds", "tokens_per_second")
 
     def timeless(row: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in row.items() if key not in clock}
 
-    (fingerprint,) = {r["fingerprint"] for r in ledger if "fingerprint" in r}
+    (fingerprint,) = {r["fingerprint"] for r in ledger if "fingerprint" in r} or {""}
     return Outcome(
         fitness=[row["fitness"] for row in ledger if "fitness" in row],
         fingerprint=fingerprint,

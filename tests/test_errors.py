@@ -56,8 +56,15 @@ SETTINGS = {
     "model=qwen": "there is no folder 'qwen'",
     "model=Qwen/Qwen2.5-0.5B-Instruct": "it could not be downloaded from the",
     "task=arc_c": "allenai/ai2_arc ARC-Challenge train could not be read from the",
+    "antithetic=True population=3": "antithetic pairs need an even",
+    "decay=l2 decay_coefficient=10": "learning_rate x coefficient must be below 1",
+    "decay=l1 decay_coefficient=-1": "the coefficient cannot be negative: -1",
+    "method=grpo grpo.minibatch=7": "minibatch must be a divisor of 192, not 7",
+    "method=grpo grpo.minibatch=-1": "grpo.minibatch must be at least 0, not -1",
+    "method=grpo population=1": "compares answers: population must be at least 2",
+    "method=grpo mode=likelihood": "samples its answers: use mode 'generate'",
 }
-"""A setting, and what the message says of it."""
+"""Settings, and what the message says of them."""
 
 
 COMMANDS = {
@@ -74,16 +81,6 @@ COMMANDS = {
     "--config={folder}/broken.py": "division by zero",
     "--config={configs}/tiny.py:huge": "get_config() takes 0 positional arguments",
     "--config={configs}/arc_c.py:huge": "there is no variant 'huge', only 'tiny'",
-    "{run} --config.antithetic --config.population=3": "antithetic pairs need an even",
-    "{run} --config.decay=l2 --config.decay_coefficient=10": (
-        "learning_rate x coefficient must be below 1"
-    ),
-    "{run} --config.decay=l1 --config.decay_coefficient=-1": (
-        "the coefficient cannot be negative: -1"
-    ),
-    "{run} --config.method=grpo --config.grpo.minibatch=7": (
-        "minibatch must be a divisor of 192, not 7"
-    ),
     "{run} --config.model={folder}/empty": "is not a model folder: it holds no config.",
     "{run} --config.task=arc_c --config.data.root=/no": (
         "data.root: there is no /no/ai2_arc/ARC-Challenge/train.parquet"
@@ -99,12 +96,13 @@ COMMANDS = {
 def test_a_wrong_setting_is_named(
     setting: str, tmp_path: Path, small_model: Path
 ) -> None:
-    name, _, text = setting.partition("=")
     config = get_config(str(small_model))
-    *groups, name = name.split(".")
-    group = config[groups[0]] if groups else config
-    kind = type(group[name])
-    group[name] = ast.literal_eval(text) if kind is tuple else kind(text)
+    for part in setting.split():
+        name, _, text = part.partition("=")
+        *groups, name = name.split(".")
+        group = config[groups[0]] if groups else config
+        kind = type(group[name])
+        group[name] = ast.literal_eval(text) if kind is tuple else kind(text)
     with pytest.raises(InputError) as caught:
         train.run(config, tmp_path / "run")
     assert SETTINGS[setting] in str(caught.value)

@@ -13,16 +13,16 @@ import optax
 import pytest
 
 import jes
+from jes.baselines.gradient import descend
 from jes.baselines.grpo import (
+    CLIP,
+    KL,
     Batch,
     Grpo,
-    _step,
     advantages,
     divergence,
     improve,
     log_probabilities,
-    loss,
-    make_optimizer,
     rollout,
 )
 from jes.core.anchor import displacement, keep_anchor
@@ -33,10 +33,10 @@ from jes.tasks import load_task
 from jes.tasks.task import Reward
 
 slopes = jax.jit(
-    jax.value_and_grad(loss, argnums=2, has_aux=True), static_argnums=(0, 1)
+    jax.value_and_grad(Grpo.loss, argnums=2, has_aux=True), static_argnums=(0, 1)
 )
 logs_of = jax.jit(log_probabilities, static_argnums=0)
-SETTINGS = Grpo(prompts=6, group=4, minibatch=24, learning_rate=1e-3)
+SETTINGS = Grpo(group=4, minibatch=24, learning_rate=1e-3)
 
 
 def make_evaluation(
@@ -69,9 +69,21 @@ def questions(evaluation: Evaluation) -> list[Question]:
 
 @pytest.fixture(scope="module")
 def batch(evaluation: Evaluation, params: dict, questions: list[Question]) -> Batch:
-    sampled = rollout(evaluation, params, questions, jax.random.key(0), SETTINGS).batch
+    sampled, _, _ = rollout(SETTINGS, evaluation, params, questions, jax.random.key(0))
     drawn = np.random.default_rng(0).standard_normal(24).astype(np.float32)
     return sampled._replace(advantages=drawn)
+
+
+def improved(
+    evaluation: Evaluation, params: dict, reference: Any, batch: Batch, **changes: Any
+) -> tuple[dict, Any, dict[str, float]]:
+    """The weights, the optimizer's state and the metrics after the steps."""
+    settings = dataclasses.replace(SETTINGS, **changes)
+    mine = jax.tree.map(jnp.array, params)
+    before = mine, settings.optimizer.init(mine)
+    key = jax.random.key(4)
+    after, metrics = improve(settings, evaluation.model, before, reference, batch, key)
+    return *after, metrics
 
 
 def test_advantages_compare_within_a_group() -> None:
@@ -100,10 +112,11 @@ def test_rollout_lays_out_what_was_answered_and_rewards_it(
     # An end token that random weights do choose now and then.
     sampling = dataclasses.replace(evaluation.sampling, eos_ids=tuple(range(20)))
     evaluation = dataclasses.replace(evaluation, sampling=sampling)
-    got = rollout(
-        evaluation, params, questions, jax.random.key(0), SETTINGS, batch_size=10
+    settings = dataclasses.replace(SETTINGS, batch_size=10)
+    batch, rewards, score = rollout(
+        settings, evaluation, params, questions, jax.random.key(0)
     )
-    tokens, positions, answered, _ = got.batch
+    tokens, positions, answered, gains = batch
     room = evaluation.max_new_tokens
     answers = trim(tokens[:, -room:], evaluation.eos_ids)
     for row, answer in enumerate(answers):
@@ -116,13 +129,13 @@ def test_rollout_lays_out_what_was_answered_and_rewards_it(
         assert answered[row].tolist() == [i < chosen for i in range(room)]
         text = evaluation.tokenizer.decode(answer)
         value = evaluation.task.reward(question.example, text).value
-        assert got.rewards[row // 4, row % 4] == value
+        assert rewards[row // 4, row % 4] == value
     assert len({tuple(answer) for answer in answers}) > 12
     assert 0 < np.mean([len(answer) == room for answer in answers]) < 1
-    assert got.score.truncated == np.mean([len(answer) == room for answer in answers])
-    assert got.score.tokens == answered.sum()
-    assert got.score.reward == pytest.approx(got.rewards.mean())
-    np.testing.assert_array_equal(got.batch.advantages, advantages(got.rewards).ravel())
+    assert score.truncated == np.mean([len(answer) == room for answer in answers])
+    assert score.tokens == answered.sum()
+    assert score.reward == pytest.approx(rewards.mean())
+    np.testing.assert_array_equal(gains, advantages(rewards).ravel())
 
 
 def test_rollout_survives_rewards_that_are_not_finite(
@@ -133,12 +146,14 @@ def test_rollout_survives_rewards_that_are_not_finite(
 
     task = dataclasses.replace(evaluation.task, reward=reward)
     evaluation = dataclasses.replace(evaluation, task=task)
-    got = rollout(evaluation, params, questions, jax.random.key(0), SETTINGS)
-    finite = np.isfinite(got.rewards)
+    batch, rewards, score = rollout(
+        SETTINGS, evaluation, params, questions, jax.random.key(0)
+    )
+    finite = np.isfinite(rewards)
     assert 0 < finite.sum() < finite.size
-    assert got.score.reward == got.rewards[finite].mean()
-    assert np.isfinite(got.batch.advantages).all()
-    assert not got.batch.advantages[~finite.ravel()].any()
+    assert score.reward == rewards[finite].mean()
+    assert np.isfinite(batch.advantages).all()
+    assert not batch.advantages[~finite.ravel()].any()
 
 
 def test_log_probabilities_are_those_of_cached_steps(
@@ -167,14 +182,14 @@ def test_log_probabilities_are_those_of_cached_steps(
 def test_the_sampler_draws_from_these_probabilities(
     evaluation: Evaluation, params: dict, questions: list[Question]
 ) -> None:
-    settings = Grpo(prompts=1, group=4000, minibatch=4000, temperature=1.5)
+    settings = Grpo(group=4000, temperature=1.5, batch_size=4000)
     sampling = dataclasses.replace(evaluation.sampling, max_new_tokens=1)
     evaluation = dataclasses.replace(evaluation, sampling=sampling)
     key = jax.random.key(1)
-    got = rollout(evaluation, params, questions[:1], key, settings, batch_size=4000)
-    logs = np.asarray(logs_of(evaluation.model, params, got.batch, 1.5))
+    batch, _, _ = rollout(settings, evaluation, params, questions[:1], key)
+    logs = np.asarray(logs_of(evaluation.model, params, batch, 1.5))
     first, index, seen = np.unique(
-        got.batch.tokens[:, -1], return_index=True, return_counts=True
+        batch.tokens[:, -1], return_index=True, return_counts=True
     )
     expected = 4000 * np.exp(logs[index, 0])
     assert len(first) > 20
@@ -222,7 +237,7 @@ def table_logs(table: np.ndarray) -> np.ndarray:
 
 
 def written_out(
-    settings: Grpo, table: np.ndarray, old: np.ndarray, base: np.ndarray, batch: Batch
+    table: np.ndarray, old: np.ndarray, base: np.ndarray, batch: Batch
 ) -> float:
     """The loss as 2402.03300 writes it, in float64, one token after another."""
     total = 0.0
@@ -234,16 +249,15 @@ def written_out(
         for i in range(int(answered.sum())):
             at = tokens[2 + i], tokens[3 + i]
             ratio = np.exp(new[at] - old[at])
-            limited = min(max(ratio, 1 - settings.clip), 1 + settings.clip)
+            limited = min(max(ratio, 1 - CLIP), 1 + CLIP)
             r = np.exp(base[at] - new[at])
             kl = r - np.log(r) - 1
-            terms.append(min(ratio * gain, limited * gain) - settings.kl * kl)
+            terms.append(min(ratio * gain, limited * gain) - KL * kl)
         total += np.mean(terms)
     return -total / len(batch.tokens)
 
 
 def test_loss_and_gradient_are_those_of_the_formula() -> None:
-    settings = Grpo(prompts=3, group=4, minibatch=12, kl=0.3)
     batch, table, old, base = bigram_batch()
 
     def logs(values: np.ndarray) -> jax.Array:
@@ -251,22 +265,20 @@ def test_loss_and_gradient_are_those_of_the_formula() -> None:
         return log_probabilities(Bigrams(), given, batch)
 
     (got, metrics), gradient = slopes(
-        settings,
+        SETTINGS,
         Bigrams(),
         {"table": jnp.float32(table)},
         batch,
         logs(old),
         logs(base),
     )
-    np.testing.assert_allclose(
-        got, written_out(settings, table, old, base, batch), rtol=1e-5
-    )
+    np.testing.assert_allclose(got, written_out(table, old, base, batch), rtol=1e-5)
     expected = np.zeros_like(table)
     for i, j in np.ndindex(*table.shape):
         step = np.zeros_like(table)
         step[i, j] = 1e-6
-        above = written_out(settings, table + step, old, base, batch)
-        below = written_out(settings, table - step, old, base, batch)
+        above = written_out(table + step, old, base, batch)
+        below = written_out(table - step, old, base, batch)
         expected[i, j] = (above - below) / 2e-6
     np.testing.assert_allclose(gradient["table"], expected, atol=1e-6)
     assert 0 < metrics["clipped"] < 1
@@ -287,13 +299,12 @@ def test_loss_and_gradient_are_those_of_the_formula() -> None:
 def test_clipping_stops_what_has_gone_far_enough(
     ratio: float, gain: float, moves: bool
 ) -> None:
-    settings = Grpo(prompts=1, group=2, minibatch=2, kl=0)
     tokens = np.array([[1, 2]], np.int32)
     batch = Batch(tokens, tokens, np.ones((1, 1), bool), np.float32([gain]))
     params = {"table": jnp.zeros((WORDS, WORDS))}
     logs = log_probabilities(Bigrams(), params, batch)
     (_, metrics), gradient = slopes(
-        settings, Bigrams(), params, batch, logs - np.log(ratio), logs
+        SETTINGS, Bigrams(), params, batch, logs - np.log(ratio), logs
     )
     assert bool(gradient["table"].any()) == moves
     assert metrics["clipped"] == (not moves)
@@ -302,15 +313,13 @@ def test_clipping_stops_what_has_gone_far_enough(
 def test_the_first_gradient_is_reinforce_with_group_advantages(
     evaluation: Evaluation, params: dict, batch: Batch
 ) -> None:
-    settings = dataclasses.replace(SETTINGS, kl=0)
-
     def reinforce(params: dict) -> jax.Array:
         logs = log_probabilities(evaluation.model, params, batch)
         per_answer = logs.sum(-1) / batch.answered.sum(-1)
         return -(per_answer * batch.advantages).mean()
 
     old = logs_of(evaluation.model, params, batch)
-    (_, metrics), gradient = slopes(settings, evaluation.model, params, batch, old, old)
+    (_, metrics), gradient = slopes(SETTINGS, evaluation.model, params, batch, old, old)
     chex.assert_trees_all_close(
         gradient, jax.jit(jax.grad(reinforce))(params), atol=1e-6
     )
@@ -323,30 +332,25 @@ def test_the_first_gradient_is_reinforce_with_group_advantages(
 def test_improve_takes_the_steps_that_it_says(
     evaluation: Evaluation, params: dict, batch: Batch
 ) -> None:
-    """Two epochs of three minibatches, against the same steps written out."""
-    settings = dataclasses.replace(SETTINGS, minibatch=8, epochs=2, kl=0.1)
-    model, key = evaluation.model, jax.random.key(4)
-    optimizer = make_optimizer(settings)
+    """Three minibatches, against the same steps written out."""
+    settings = dataclasses.replace(SETTINGS, minibatch=8)
+    model, optimizer = evaluation.model, settings.optimizer
     update = jax.jit(optimizer.update)
     expected, state = params, optimizer.init(params)
     old = logs_of(model, params, batch)
-    for epoch in range(2):
-        order = jax.random.permutation(jax.random.fold_in(key, epoch), 24)
-        for rows in np.asarray(order).reshape(3, 8):
-            part = jax.tree.map(lambda array, rows=rows: array[rows], batch)
-            _, gradient = slopes(settings, model, expected, part, old[rows], old[rows])
-            updates, state = update(gradient, state, expected)
-            expected = optax.apply_updates(expected, updates)
-    mine = jax.tree.map(jnp.array, params)
-    start = _step._cache_size()
-    got, got_state, metrics = improve(
-        settings, model, mine, optimizer.init(params), params, batch, key
-    )
-    assert _step._cache_size() - start == 1
+    order = jax.random.permutation(jax.random.fold_in(jax.random.key(4), 0), 24)
+    for rows in np.asarray(order).reshape(3, 8):
+        part = jax.tree.map(lambda array, rows=rows: array[rows], batch)
+        _, gradient = slopes(settings, model, expected, part, old[rows], old[rows])
+        updates, state = update(gradient, state, expected)
+        expected = optax.apply_updates(expected, updates)
+    start = descend._cache_size()
+    got, got_state, metrics = improved(evaluation, params, params, batch, minibatch=8)
+    assert descend._cache_size() - start == 1
     # Adam divides by √v: where gradients nearly vanish, rounding counts.
     chex.assert_trees_all_close(got, expected, atol=2e-5)
-    assert got_state[1][0].count == 6
-    assert 0 < displacement(got, params) < 6 * 1e-3 * 12_000**0.5 * 1.1
+    assert got_state[1][0].count == 3
+    assert 0 < displacement(got, params) < 3 * 1e-3 * 12_000**0.5 * 1.1
     assert metrics.keys() == {"loss", "kl", "clipped", "entropy", "gradient_norm"}
     assert metrics["kl"] > 0
 
@@ -355,79 +359,54 @@ def test_microbatches_add_up_to_the_minibatch(
     evaluation: Evaluation, params: dict, batch: Batch
 ) -> None:
     """The same gradient, from less memory."""
-    steps = {}
-    for held in (0, 4):
-        settings = dataclasses.replace(SETTINGS, microbatch=held, kl=0.1)
-        mine = jax.tree.map(jnp.array, params)
-        state = make_optimizer(settings).init(mine)
-        _, state, metrics = improve(
-            settings, evaluation.model, mine, state, params, batch, jax.random.key(4)
-        )
-        steps[held] = (state[1][0].mu, metrics)
-    chex.assert_trees_all_close(steps[0][0], steps[4][0], rtol=1e-4, atol=1e-8)
+    (_, whole, expected), (_, parts, metrics) = (
+        improved(evaluation, params, params, batch, microbatch=held) for held in (0, 4)
+    )
+    chex.assert_trees_all_close(whole[1][0].mu, parts[1][0].mu, rtol=1e-4, atol=1e-8)
     for name in ("loss", "gradient_norm", "clipped"):
-        assert steps[0][1][name] == pytest.approx(steps[4][1][name], rel=1e-4, abs=1e-6)
+        assert expected[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("place", ["host", "bfloat16"])
-def test_the_reference_may_be_kept_elsewhere(
-    evaluation: Evaluation, batch: Batch, params: dict, place: str
+@pytest.mark.parametrize(
+    ("place", "stored", "kl"),
+    [
+        ("host", None, 1e-12),  # one minibatch: still the base model
+        ("bfloat16", None, 1e-3),  # of a rounded base: not quite nothing
+        ("device", jnp.bfloat16, 1e-12),  # exact where the files hold no more
+    ],
+)
+def test_the_reference_may_be_kept_elsewhere_or_in_less(
+    evaluation: Evaluation, batch: Batch, params: dict, place: str, stored: Any, kl: Any
 ) -> None:
-    mine = jax.tree.map(jnp.array, params)
-    state = make_optimizer(SETTINGS).init(mine)
-    *_, metrics = improve(
-        SETTINGS,
-        evaluation.model,
-        mine,
-        state,
-        keep_anchor(params, place),
-        batch,
-        jax.random.key(0),
-    )
-    # Of a rounded base: not quite nothing.
-    assert metrics["kl"] < (1e-12 if place == "host" else 1e-3)
-
-
-def test_the_reference_may_be_kept_in_the_precision_of_its_files(
-    evaluation: Evaluation, batch: Batch, params: dict
-) -> None:
-    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    mine = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded)
-    state = make_optimizer(SETTINGS).init(mine)
-    *_, metrics = improve(
-        SETTINGS, evaluation.model, mine, state, rounded, batch, jax.random.key(0)
-    )
-    assert metrics["kl"] < 1e-12  # one minibatch: still the base model
+    if stored is not None:
+        params = jax.tree.map(lambda x: x.astype(stored).astype(jnp.float32), params)
+    reference = keep_anchor(params, place, stored)
+    *_, metrics = improved(evaluation, params, reference, batch)
+    assert metrics["kl"] < kl
 
 
 def test_nothing_is_learned_from_groups_that_tie(
     evaluation: Evaluation, batch: Batch, params: dict
 ) -> None:
     tied = batch._replace(advantages=np.zeros(24, np.float32))
-    mine = jax.tree.map(jnp.array, params)
-    state = make_optimizer(SETTINGS).init(mine)
-    got, *_ = improve(
-        SETTINGS, evaluation.model, mine, state, params, tied, jax.random.key(0)
-    )
+    got, *_ = improved(evaluation, params, params, tied)
     chex.assert_trees_all_equal(got, params)
 
 
 def test_reward_rises() -> None:
     pretrained = jes.load("tiny")
     evaluation = make_evaluation(pretrained, "tiny/min")
-    settings = Grpo(prompts=16, group=16, minibatch=128, learning_rate=3e-4)
-    params, base = pretrained.params, keep_anchor(pretrained.params)
-    state = make_optimizer(settings).init(params)
+    settings = Grpo(group=16, minibatch=128, learning_rate=3e-4)
+    base = keep_anchor(pretrained.params)
+    state = pretrained.params, settings.optimizer.init(pretrained.params)
     questions = prepare(evaluation, evaluation.task.train)
     rewards = []
     for i in range(8):
         key = jax.random.key(i)
         chosen = questions[16 * (i % 4) :][:16]
-        sampled = rollout(evaluation, params, chosen, key, settings)
-        rewards.append(sampled.score.reward)
-        params, state, _ = improve(
-            settings, evaluation.model, params, state, base, sampled.batch, key
-        )
+        batch, _, score = rollout(settings, evaluation, state[0], chosen, key)
+        rewards.append(score.reward)
+        state, _ = improve(settings, evaluation.model, state, base, batch, key)
     # 256 answers of 16 prompts: the mean is known to 0.06 or so.
     assert np.mean(rewards[:2]) < 0.3
     assert np.mean(rewards[-2:]) > 0.45
@@ -436,49 +415,6 @@ def test_reward_rises() -> None:
 def test_diverged_weights_are_reported(
     evaluation: Evaluation, batch: Batch, params: dict
 ) -> None:
-    mine = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
-    state = make_optimizer(SETTINGS).init(mine)
+    diverged = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
     with pytest.raises(InputError, match="learning_rate"):
-        improve(
-            SETTINGS, evaluation.model, mine, state, params, batch, jax.random.key(0)
-        )
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"prompts": 0},
-        {"group": 1},
-        {"minibatch": 7},
-        {"minibatch": 0},
-        {"epochs": 0},
-        {"learning_rate": 0.0},
-        {"learning_rate": float("nan")},
-        {"clip": 0.0},
-        {"kl": -1.0},
-        {"temperature": 0.0},
-        {"microbatch": 7},
-        {"microbatch": -1},
-    ],
-)
-def test_settings_are_checked(settings: dict) -> None:
-    (name,) = settings
-    with pytest.raises(InputError, match=name):
-        Grpo(**settings)
-
-
-def test_a_minibatch_must_divide_the_answers(
-    evaluation: Evaluation, batch: Batch, params: dict
-) -> None:
-    settings = Grpo(prompts=5, group=2, minibatch=10)
-    with pytest.raises(InputError, match="10 does not divide 24"):
-        improve(settings, evaluation.model, params, None, params, batch, None)
-
-
-def test_answers_are_generated(
-    evaluation: Evaluation, params: dict, questions: list[Question]
-) -> None:
-    task = load_task("tiny/min", root="", seed=0, train=8, test=8)
-    evaluation = dataclasses.replace(evaluation, task=task, mode="likelihood")
-    with pytest.raises(InputError, match="generate"):
-        rollout(evaluation, params, questions, jax.random.key(0), SETTINGS)
+        improved(evaluation, diverged, params, batch)

@@ -470,21 +470,6 @@ def test_a_run_trains_and_replays(
     assert evolution_of(ledger).noise.rank == 0
 
 
-def test_a_run_goes_on_where_it_was_stopped(
-    low_rank_run: tuple[Any, Path], tmp_path: Path
-) -> None:
-    config, workdir = low_rank_run
-    part = config.copy_and_resolve_references()
-    part.generations = 3
-    train.run(part, tmp_path)
-    train.run(config, tmp_path)
-    found, expected = (
-        ledgers.read(folder / "ledger.jsonl") for folder in (tmp_path, workdir)
-    )
-    np.testing.assert_array_equal(found.fitness, expected.fitness)
-    assert found.fingerprints[6] == expected.fingerprints[6]
-
-
 def test_it_learns(tmp_path: Path) -> None:
     """Twelve generations of the embedded model on `tiny/min`, from 18 %."""
     config = tiny_min()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,10 @@ from jes.core.population import draw_overlays
 from jes.core.tree import is_codes, is_quantized, merge, split, values_of
 from jes.errors import InputError
 from jes.export import rebuild
-from jes.io.interrupts import Stopped
 from jes.models.quantized import Quantized
 from jes.models.weights import fingerprint
 from jes.quantize import quantize, quantize_model
 from jes.rollout import ask, examine
-
-ROUNDINGS = ("replay", "residual", "naive", "quzo")
 
 
 def config_of(model: Path, form: str = "int4", **changes: Any) -> Any:
@@ -90,33 +86,6 @@ def test_a_run_trains_codes_and_nothing_else(
 def test_the_ledger_is_enough(quantized_run: Path) -> None:
     rebuilt = rebuild(ledgers.read(quantized_run / "ledger.jsonl"))
     assert fingerprint(rebuilt.params) == outcome(quantized_run).fingerprint
-
-
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("form", ["int4", "w8a8"])
-def test_stopped_and_resumed_it_ends_the_same(
-    rounding: str,
-    form: str,
-    tmp_path: Path,
-    small_model: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    config = config_of(small_model, form, rounding=rounding, checkpoint_every=3)
-    train.run(config, tmp_path / "whole")
-    calls = 0
-
-    def asked(*args: Any, **settings: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            raise Stopped(signal.SIGTERM)
-        return ask(*args, **settings)
-
-    monkeypatch.setattr(train, "ask", asked)
-    with pytest.raises(Stopped):
-        train.run(config, tmp_path / "parts")
-    train.run(config, tmp_path / "parts")
-    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("bits", "sigma"), [(4, 0.05), (4, 0.6), (8, 0.05), (8, 60.0)])

@@ -197,6 +197,45 @@ def test_a_full_disk_is_one_clear_line_and_costs_nothing(
     assert line.endswith("No space left on device; the same command goes on")
 
 
+QUANTIZED = {"group_size": 32, "antithetic": True, "sigma": 0.5, "alpha": 1.0}
+KNOWS = {"task": "tiny/knows", "data.train": 24, "prompts": 12, "buckets": (24,)}
+KINDS: dict[str, dict[str, Any]] = {
+    "l2": {"decay": "l2", "decay_coefficient": 1.0},
+    "low rank": {"rank": 2},
+    "replay": {"quantize": "int4", "rounding": "replay", "window": 3, **QUANTIZED},
+    "residual": {"quantize": "w8a8", "rounding": "residual", **QUANTIZED},
+    "naive": {"quantize": "int4", "rounding": "naive", **QUANTIZED},
+    "quzo": {"quantize": "w8a8", "rounding": "quzo", **QUANTIZED},
+    "grpo": {"method": "grpo", "temperature": 1.0, "grpo.learning_rate": 1e-3},
+    "sft": {"method": "sft", "sft.learning_rate": 1e-2, **KNOWS},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run_goes_on_and_ends_the_same(
+    kind: str, tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the fourth generation: the third is not in the checkpoint."""
+    config = get_config(str(small_model))
+    config.update_from_flattened_dict(KINDS[kind])
+    train.run(config, tmp_path / "whole")
+    method, generations = train.METHODS[config.method], []
+
+    def step(*args: Any) -> Any:
+        generations.append(args[1].generation)
+        if len(generations) == 4:
+            raise RuntimeError("killed")
+        return method.step(*args)
+
+    monkeypatch.setitem(train.METHODS, config.method, method._replace(step=step))
+    with pytest.raises(RuntimeError, match="killed"):
+        train.run(config, tmp_path / "parts")
+    train.run(config, tmp_path / "parts")
+    again = [3, 4, 5] if config.method == "es" else [2, 3, 4, 5]
+    assert generations == [0, 1, 2, 3, *again]
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
 @pytest.fixture
 def copied(tmp_path: Path, finished_run: Path, small_model: Path) -> Any:
     """A finished run of one's own to damage, and how to go on with it."""

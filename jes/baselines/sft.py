@@ -22,7 +22,6 @@ tokens those whose logits are needed, V vocabulary.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -30,8 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jes import memory
-from jes.baselines.gradient import check_finite, descend, largest_divisor
+from jes.baselines.gradient import (
+    choose_microbatch,
+    descend,
+    make_optimizer,
+    mean_metrics,
+)
 from jes.core.noise import PyTree
 from jes.core.tree import with_dtype
 from jes.errors import InputError
@@ -40,126 +43,6 @@ from jes.questions import Evaluation, Question
 from jes.sampling.generate import generate
 from jes.sampling.prompts import encode, pad
 from jes.scoring import rewards_of
-
-CLIP_NORM = 1.0
-"""Largest global norm of a step's gradient (2602.02605, the SFT baseline)."""
-
-
-def resolve(experiment: Experiment) -> dict[str, int]:
-    """The microbatch that the memory holds; see `jes.train.Method`."""
-    settings, width = experiment.settings, _width(experiment)
-    last = _last(settings.sft.loss, claims_of(experiment.evaluation), width)
-    rows = memory.rows_of_gradient(
-        experiment.pretrained.config,
-        experiment.parameters,
-        width - last,
-        last,
-        budget=int(settings.memory_gb * 1e9) or memory.free_bytes(),
-    )
-    return {"microbatch": largest_divisor(experiment.prompts, rows)}
-
-
-def init(experiment: Experiment) -> Any:
-    """The optimizer's state before the first generation."""
-    return make_optimizer(settings_of(experiment)).init(experiment.pretrained.params)
-
-
-def step(
-    experiment: Experiment,
-    state: State,
-    base: PyTree,
-    resolved: dict[str, int],
-    check_stop: Callable[[], None],
-) -> tuple[State, dict[str, Any], None]:
-    """One generation, an optimizer step; see `jes.train.Method`.
-
-    A row's `accuracy` is the share of right direct answers, and so of the labels yes.
-    META is not answered while training: there is no fitness, and `agreement` says how
-    often the likeliest answer is the label.
-    """
-    del base
-    questions = pick(experiment, state.generation)
-    direct = answer_directly(
-        experiment.evaluation,
-        state.params,
-        questions,
-        batch_size=experiment.settings.eval_batch,
-        before_batch=check_stop,
-    )
-    settings, claims = (
-        settings_of(experiment, **resolved),
-        claims_of(experiment.evaluation),
-    )
-    metas = [question.meta for question in questions]
-    batch = make_batch(settings, metas, direct.correct, claims, _width(experiment))
-    check_stop()
-    params, opt_state, learned = improve(
-        settings, experiment.pretrained.model, state.params, state.opt_state, batch
-    )
-    figures = {
-        "accuracy": float(direct.correct.mean()),
-        "strict": float(direct.strict.mean()),
-        "truncated": float(direct.truncated.mean()),
-        **learned,
-        "learning_rate": float(learning_rate(settings, state.generation)),
-        "tokens": direct.tokens,
-    }
-    return State(state.root, state.generation + 1, params, opt_state), figures, None
-
-
-def settings_of(experiment: Experiment, microbatch: int = 0) -> "Sft":
-    """The settings of the baseline in a run."""
-    settings = experiment.settings
-    return Sft(
-        steps=settings.generations,
-        learning_rate=settings.sft.learning_rate,
-        loss=settings.sft.loss,
-        microbatch=microbatch,
-    )
-
-
-def _width(experiment: Experiment) -> int:
-    """Tokens of the longest META with its answer, over all of training: one shape."""
-    claims = claims_of(experiment.evaluation)
-    return max(len(q.meta) for q in experiment.train) + max(map(len, claims))
-
-
-def _last(loss: str, claims: Sequence[Sequence[int]], width: int) -> int:
-    """Number of the last tokens whose logits the loss needs: K."""
-    return width - 1 if loss == "all" else max(map(len, claims))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sft:
-    """Settings of the baseline.
-
-    Attributes:
-      steps: of the optimizer, over which the learning rate rises and falls.
-      learning_rate: the highest, of AdamW without decay, in units of the weights.
-      loss: 'answer' is on the answer's tokens, 'all' on those of META too.
-      microbatch: questions whose activations are held at once, while gradients add up;
-        a divisor of P, 0 for all. It changes no result beyond the order of sums.
-    """
-
-    steps: int
-    learning_rate: float = 2e-5
-    loss: str = "answer"
-    microbatch: int = 0
-
-
-class Direct(NamedTuple):
-    """Greedy answers to the direct questions.
-
-    Attributes:
-      correct, strict: bool [P], by the task's lenient and strict match.
-      truncated: bool [P], whether an answer was cut off.
-      tokens: number of tokens generated.
-    """
-
-    correct: np.ndarray
-    strict: np.ndarray
-    truncated: np.ndarray
-    tokens: int
 
 
 class Batch(NamedTuple):
@@ -179,44 +62,162 @@ class Batch(NamedTuple):
     answered: np.ndarray
 
 
-def learning_rate(settings: Sft, step: jax.typing.ArrayLike) -> jax.Array:
-    """Of a step, counted from 0: up over the first tenth of the steps, then down to 0.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sft:
+    """Settings of the baseline.
 
-    With W of S steps to warm up, the smaller of (step + 1) / W and
-    (S - step) / (S - W), times the highest: that at steps W - 1 and W, 0 at S. No step
-    of the run has a rate of 0.
+    Attributes:
+      steps: of the optimizer, over which the learning rate rises and falls.
+      highest_rate: of the learning rate, in units of the weights.
+      loss_on: 'answer', or 'all' for the tokens of META too.
+      microbatch: questions whose activations are held at once; a divisor of P, 0 for
+        all. It changes no result beyond the order of sums.
     """
-    warm_up = -(-settings.steps // 10)
-    rise = (jnp.asarray(step) + 1) / warm_up
-    fall = (settings.steps - jnp.asarray(step)) / max(1, settings.steps - warm_up)
-    return settings.learning_rate * jnp.maximum(jnp.minimum(rise, fall), 0)
+
+    steps: int
+    highest_rate: float = 2e-5
+    loss_on: str = "answer"
+    microbatch: int = 0
+
+    @property
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
+        """AdamW on its schedule."""
+        return make_optimizer(self.learning_rate)
+
+    def learning_rate(self, step: jax.typing.ArrayLike) -> jax.Array:
+        """Of a step, from 0: up over the first tenth of the steps, then down to 0.
+
+        With W of S steps to warm up, the smaller of (step + 1) / W and
+        (S - step) / (S - W), times the highest: that at steps W - 1 and W, 0 at S. No
+        step of the run has a rate of 0.
+        """
+        warm_up = -(-self.steps // 10)
+        rise = (jnp.asarray(step) + 1) / warm_up
+        fall = (self.steps - jnp.asarray(step)) / max(1, self.steps - warm_up)
+        return self.highest_rate * jnp.maximum(jnp.minimum(rise, fall), 0)
+
+    @staticmethod
+    def loss(
+        model: Any, params: PyTree, batch: Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Cross-entropy in nats, the mean over all tokens of the batch that count.
+
+        Args:
+          model: a decoder.
+          params: its weights, float32 (one set, no member axis).
+          batch: what is to be learned.
+
+        Returns:
+          float32 scalar, and `agreement`: the share of rows in which every token of the
+          answer is the likeliest one.
+        """
+        tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
+        last = batch.weights.shape[1]
+        logits, _ = model.apply(
+            {"params": params}, tokens[:, :-1], positions[:, :-1], last=last
+        )
+        targets = tokens[:, -last:]
+        entropies = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        per_row = (entropies * jnp.asarray(batch.weights)).sum(-1)
+        agreed = (logits.argmax(-1) == targets) | ~jnp.asarray(batch.answered)
+        return per_row.mean(), {"agreement": agreed.all(-1).mean()}
 
 
-def make_optimizer(settings: Sft) -> optax.GradientTransformationExtraArgs:
-    """AdamW on its schedule, behind a bound on the global norm of the gradient."""
-    return optax.chain(
-        optax.clip_by_global_norm(CLIP_NORM),
-        optax.adamw(partial(learning_rate, settings), weight_decay=0.0),
+def resolve(experiment: Experiment) -> dict[str, int]:
+    """The microbatch that the memory holds; see `jes.train.Method`."""
+    claims, width = claims_of(experiment.evaluation), _width(experiment)
+    last = _last(experiment.settings.sft.loss, claims, width)
+    return choose_microbatch(experiment, experiment.prompts, width - last, last)
+
+
+def init(experiment: Experiment) -> Any:
+    """The optimizer's state before the first generation."""
+    return settings_of(experiment).optimizer.init(experiment.pretrained.params)
+
+
+def settings_of(experiment: Experiment, microbatch: int = 0) -> Sft:
+    """The settings of the baseline in a run."""
+    return Sft(
+        steps=experiment.settings.generations,
+        highest_rate=experiment.settings.sft.learning_rate,
+        loss_on=experiment.settings.sft.loss,
+        microbatch=microbatch,
     )
+
+
+def step(
+    experiment: Experiment,
+    state: State,
+    base: PyTree,
+    resolved: dict[str, int],
+    check_stop: Callable[[], None],
+) -> tuple[State, dict[str, Any], None]:
+    """One generation, an optimizer step; see `jes.train.Method`.
+
+    A row's `accuracy` is the share of right direct answers, and so of the labels yes.
+    META is not answered while training: there is no fitness, and `agreement` says how
+    often the likeliest answer is the label.
+    """
+    del base
+    settings, evaluation = settings_of(experiment, **resolved), experiment.evaluation
+    questions = pick(experiment, state.generation)
+    size = experiment.settings.eval_batch
+    direct = answer_directly(evaluation, state.params, questions, size, check_stop)
+    batch = make_batch(
+        settings,
+        [question.meta for question in questions],
+        direct.correct,
+        claims_of(evaluation),
+        _width(experiment),
+    )
+    check_stop()
+    before = state.params, state.opt_state
+    after, learned = improve(settings, experiment.pretrained.model, before, batch)
+    figures = {
+        "accuracy": float(direct.correct.mean()),
+        "strict": float(direct.strict.mean()),
+        "truncated": float(direct.truncated.mean()),
+        **learned,
+        "learning_rate": float(settings.learning_rate(state.generation)),
+        "tokens": direct.tokens,
+    }
+    return State(state.root, state.generation + 1, *after), figures, None
+
+
+def _width(experiment: Experiment) -> int:
+    """Tokens of the longest META with its answer, over all of training: one shape."""
+    claims = claims_of(experiment.evaluation)
+    return max(len(q.meta) for q in experiment.train) + max(map(len, claims))
+
+
+def _last(loss_on: str, claims: Sequence[Sequence[int]], width: int) -> int:
+    """Number of the last tokens whose logits the loss needs: K."""
+    return width - 1 if loss_on == "all" else max(map(len, claims))
+
+
+class Direct(NamedTuple):
+    """Greedy answers to the direct questions.
+
+    Attributes:
+      correct, strict: bool [P], by the task's lenient and strict match.
+      truncated: bool [P], whether an answer was cut off.
+      tokens: number of tokens generated.
+    """
+
+    correct: np.ndarray
+    strict: np.ndarray
+    truncated: np.ndarray
+    tokens: int
 
 
 def answer_directly(
     evaluation: Evaluation,
     params: PyTree,
     questions: Sequence[Question],
-    *,
-    batch_size: int = 256,
+    batch_size: int,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Direct:
-    """Lets the weights answer the direct questions greedily.
-
-    Args:
-      evaluation: the model, a task with `meta`, the dtype of the weights that answer.
-      params: the weights.
-      questions: P of them.
-      batch_size: prompts answered at once.
-      before_batch: called before each batch; an exception from it changes nothing.
-    """
+    """Lets the weights answer the direct questions greedily, in batches."""
     weights = with_dtype(params, jnp.dtype(evaluation.dtype))
     size = min(batch_size, len(questions))
     said: list[list[int]] = []
@@ -236,17 +237,12 @@ def answer_directly(
         )
         said += answers[: len(prompts)]
     # Rewards of such tasks take two texts; whether the first is right is its own.
-    earned = rewards_of(
-        evaluation, questions, [(i, (tuple(one), ())) for i, one in enumerate(said)]
-    )
-    lengths = np.array([len(one) for one in said])
+    asked = [(number, (tuple(answer), ())) for number, answer in enumerate(said)]
+    earned = rewards_of(evaluation, questions, asked)
+    lengths = np.array([len(answer) for answer in said])
     truncated = lengths == evaluation.max_new_tokens
-    return Direct(
-        correct=earned[:, 1] == 1,
-        strict=earned[:, 2] == 1,
-        truncated=truncated,
-        tokens=int((lengths + ~truncated).sum()),
-    )
+    tokens = int((lengths + ~truncated).sum())
+    return Direct(earned[:, 1] == 1, earned[:, 2] == 1, truncated, tokens)
 
 
 def claims_of(evaluation: Evaluation) -> tuple[list[int], list[int]]:
@@ -285,81 +281,23 @@ def make_batch(
     answers = [claims[0] if right else claims[1] for right in correct]
     rows = [[*meta, *answer] for meta, answer in zip(metas, answers, strict=True)]
     padded = pad(rows, (width,))
-    last = _last(settings.loss, claims, width)
+    last = _last(settings.loss_on, claims, width)
     lengths = np.array([len(answer) for answer in answers])
     answered = np.arange(last) >= last - lengths[:, None]
     # Nothing precedes META's first token, which nothing can predict then.
-    scored = padded.positions[:, 1:] >= 1 if settings.loss == "all" else answered
+    scored = padded.positions[:, 1:] >= 1 if settings.loss_on == "all" else answered
     weights = (scored * (len(rows) / scored.sum())).astype(np.float32)
     return Batch(padded.tokens, padded.positions, weights, answered)
 
 
-def loss(
-    model: Any, params: PyTree, batch: Batch
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy in nats, the mean over all tokens of the batch that count.
-
-    Args:
-      model: a decoder.
-      params: its weights, float32 (one set, no member axis).
-      batch: what is to be learned.
-
-    Returns:
-      float32 scalar, and `agreement`: the share of rows in which every token of the
-      answer is the likeliest one.
-    """
-    tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
-    last = batch.weights.shape[1]
-    logits, _ = model.apply(
-        {"params": params}, tokens[:, :-1], positions[:, :-1], last=last
-    )
-    targets = tokens[:, -last:]
-    entropies = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    per_row = (entropies * jnp.asarray(batch.weights)).sum(-1)
-    agreed = (logits.argmax(-1) == targets) | ~jnp.asarray(batch.answered)
-    return per_row.mean(), {"agreement": agreed.all(-1).mean()}
-
-
 def improve(
-    settings: Sft, model: Any, params: PyTree, state: Any, batch: Batch
-) -> tuple[PyTree, Any, dict[str, float]]:
-    """One optimizer step.
-
-    Args:
-      settings: of the baseline.
-      model: a decoder.
-      params: its weights, float32; donated.
-      state: of `make_optimizer`; donated.
-      batch: what is to be learned.
-
-    Returns:
-      New parameters and optimizer state, and, of the weights before the step, `loss`,
-      what `loss` gives beside it, and `gradient_norm` (before it is bounded).
+    settings: Sft, model: Any, before: tuple[PyTree, Any], batch: Batch
+) -> tuple[tuple[PyTree, Any], dict[str, float]]:
+    """One optimizer step: `descend` on all rows, with what it measures.
 
     Raises:
-      InputError: if the microbatch does not divide P, or the weights diverge.
+      InputError: if the weights diverge.
     """
-    rows = len(batch.tokens)
-    if rows % (settings.microbatch or rows):
-        raise InputError(
-            f"microbatch {settings.microbatch} does not divide {rows} rows"
-        )
-    params, state, metrics = _step(
-        settings, model, params, state, jax.tree.map(jnp.asarray, batch)
-    )
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    check_finite(values)
-    return params, state, values
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
-def _step(settings, model, params, state, batch):
-    """One optimizer step on all rows."""
-    return descend(
-        partial(loss, model),
-        make_optimizer(settings),
-        settings.microbatch,
-        (params, state),
-        batch,
-        jnp.arange(len(batch.tokens)),
-    )
+    data, rows = (jax.tree.map(jnp.asarray, batch),), jnp.arange(len(batch.tokens))
+    after, metrics = descend(settings, model, before, data, rows)
+    return after, mean_metrics([metrics])

@@ -37,8 +37,7 @@ def save(folder: Path, generations: int, state: Any) -> None:
     """
     try:
         with _quiet():
-            path = (folder / str(generations)).absolute()
-            ocp.save(path, state, overwrite=True)
+            ocp.save((folder / str(generations)).absolute(), state, overwrite=True)
     except Exception as error:  # the storage layers below have errors of their own
         tidy(folder, generations)  # half a checkpoint may be what fills the disk
         if isinstance(error, OSError):
@@ -72,20 +71,14 @@ def restore_latest(folder: Path, like: Any, at_most: int) -> tuple[int, Any] | N
       folder: of the checkpoints; it need not exist.
       like: a state with the shapes, dtypes and shardings to restore.
       at_most: newer checkpoints than this many generations are not used.
-
-    Returns:
-      (generations, state), or None if there is none.
     """
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
     )
-    for generations in saved(folder):
-        if generations > at_most:
-            continue
+    for generations in (number for number in saved(folder) if number <= at_most):
+        path = (folder / str(generations)).absolute()
         try:
-            return generations, ocp.load(
-                (folder / str(generations)).absolute(), abstract
-            )
+            return generations, ocp.load(path, abstract)
         except Exception as error:  # orbax raises whatever its storage layers raise
             console.print(
                 f"the checkpoint after {generations} generations cannot be read, so an "

@@ -7,8 +7,8 @@ A signal or an error in one process ends all of them: every exchange of values b
 with an exchange of status codes.
 """
 
-import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -32,49 +32,37 @@ class RunDone(Exception):
     """The first process has nothing left to do."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """How processes find each other.
+def join(
+    coordinator: str | None, processes: int | None, process: int | None, timeout: int
+) -> None:
+    """Waits for the other processes; must come before any other use of JAX.
 
-    Attributes:
-      coordinator: 'host:port' of the first process; with '' JAX looks for it (on TPU
-        VMs, under SLURM and a few others).
-      processes, process: how many there are, and the number of this one.
+    Args:
+      coordinator: 'host:port' of the first process.
+      processes, process: how many there are, and the number of this one. Without all
+        three JAX looks for them (on TPU VMs, under SLURM and a few others).
       timeout: seconds without a heartbeat after which a process is given up.
+
+    Raises:
+      InputError: if they do not connect, or only some of the three are given.
     """
-
-    coordinator: str = ""
-    processes: int | None = None
-    process: int | None = None
-    timeout: int = 300
-
-    @property
-    def named(self) -> bool:
-        """Whether any of the addresses and numbers is given."""
-        return bool(self.coordinator) or (self.processes, self.process) != (None, None)
-
-    def join(self) -> None:
-        """Waits for the other processes; must come before any other use of JAX.
-
-        Raises:
-          InputError: if they do not connect, or only some settings are given.
-        """
-        settings = (self.coordinator or None, self.processes, self.process)
-        if self.named and None in settings:
-            raise InputError("--coordinator, --processes and --process go together")
-        # SIGTERM stops the run; JAX would take it for a preemption notice.
-        jax.config.update("jax_enable_preemption_service", False)
-        try:
-            jax.distributed.initialize(
-                *settings,
-                cluster_detection_method="deactivate" if self.named else None,
-                initialization_timeout=self.timeout,
-                heartbeat_timeout_seconds=self.timeout,
-                shutdown_timeout_seconds=self.timeout,
-            )
-        except (ValueError, RuntimeError) as error:
-            line = str(error).strip().partition("\n")[0]
-            raise InputError(f"the processes did not connect: {line}") from error
+    address = (coordinator, processes, process)
+    named = address != (None, None, None)
+    if named and None in address:
+        raise InputError("--coordinator, --processes and --process go together")
+    # SIGTERM stops the run; JAX would take it for a preemption notice.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            *address,
+            cluster_detection_method="deactivate" if named else None,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=timeout,
+            shutdown_timeout_seconds=timeout,
+        )
+    except (ValueError, RuntimeError) as error:
+        line = str(error).strip().partition("\n")[0]
+        raise InputError(f"the processes did not connect: {line}") from error
 
 
 def first() -> bool:
@@ -83,10 +71,7 @@ def first() -> bool:
 
 
 def exchange(make: Callable[[], np.ndarray]) -> np.ndarray:
-    """The values of `make` in all processes: [processes, ...], the same everywhere.
-
-    Args:
-      make: gives an array of one dtype and shape in all processes.
+    """The arrays of `make` of all processes, alike in shape: [processes, ...].
 
     Raises:
       Stopped: if any process got a signal to stop.
@@ -105,13 +90,14 @@ def exchange(make: Callable[[], np.ndarray]) -> np.ndarray:
     return _gather(values)
 
 
-def from_first(make: Callable[[], bytes]) -> bytes:
-    """The value of `make` in the first process, in all of them; see `exchange`."""
-    sent = np.frombuffer(make() if first() else b"", np.uint8)
-    (length, *_) = exchange(lambda: np.array([sent.size], np.uint32))[:, 0]
+def from_first(make: Callable[[], Any]) -> Any:
+    """The value of `make` in the first process, as JSON, in all; see `exchange`."""
+    text = json.dumps(make()) if first() else ""
+    sent = np.frombuffer(text.encode(), np.uint8)
+    length = int(exchange(lambda: np.array([sent.size], np.uint32))[0, 0])
     padded = np.zeros(length, np.uint8)
     padded[: sent.size] = sent
-    return exchange(lambda: padded)[0].tobytes()
+    return json.loads(exchange(lambda: padded)[0].tobytes())
 
 
 def check_same(what: str, make: Callable[[], str]) -> None:

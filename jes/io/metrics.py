@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     text = path.read_text(errors="replace") if path.exists() else ""
     for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # a kill can cut the last line short
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+        with suppress(ValueError):  # a kill can cut the last line short
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Rewrites a JSONL file with those of its complete rows that `keep` is true for."""
     if path.exists():
         part = path.with_suffix(".part")
-        kept = [row for row in read_rows(path) if keep(row)]
+        kept = filter(keep, read_rows(path))
         part.write_text("".join(json.dumps(row) + "\n" for row in kept))
         part.replace(path)
 
