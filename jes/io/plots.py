@@ -23,8 +23,8 @@ def training_curves(workdir: Path) -> Path:
     rewarded = all("fitness_mean" in row for row in metrics)
     if rewarded:
         mean, spread = values("fitness_mean"), values("fitness_std")
-        band = {"alpha": 0.25, "label": "± one std"}
-        learned.fill_between(at, mean - spread, mean + spread, **band)
+        low, high = mean - spread, mean + spread
+        learned.fill_between(at, low, high, alpha=0.25, label="± one std")
         learned.plot(at, mean, label="mean of the members")
         learned.plot(at, values("fitness_max"), linewidth=0.8, label="best member")
     else:  # learned from labels, not from rewards
@@ -58,6 +58,6 @@ def _accuracies(axes: Axes, evaluations: list[dict[str, Any]]) -> None:
         rows = [row for row in evaluations if row["task"] == task]
         share = np.array([row["accuracy"] for row in rows], float)
         error = (share * (1 - share) / [row["examples"] for row in rows]) ** 0.5
-        at, bars = [row["generation"] for row in rows], {"marker": "o", "capsize": 3}
-        axes.errorbar(at, 100 * share, 100 * error, label=task, **bars)
+        at, percent = [row["generation"] for row in rows], 100 * share
+        axes.errorbar(at, percent, 100 * error, marker="o", capsize=3, label=task)
     axes.set_ylim(-2, 102)
