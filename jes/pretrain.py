@@ -30,7 +30,7 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -99,10 +99,6 @@ RECALLED = 4
 """In the step `facts`, so many of these short rows are facts seen seldom instead."""
 
 
-Tokens = tuple[list[int], list[int]]
-"""Of a prompt, and of its answer."""
-
-
 class Rows(NamedTuple):
     """A batch of rows of one length, padded on the left.
 
@@ -136,11 +132,19 @@ def draw_fact(
     return tiny_facts.facts_seen(seen)[rng.integers(first)]
 
 
-def draw_new_name(rng: np.random.Generator, *classes: str) -> str:
-    """A name that is of no fact of these classes."""
-    while (key := tiny_facts.draw_name(rng)) in _names_seen(*classes):
+def draw_key(
+    rng: np.random.Generator, kinds: tuple[str, ...], first: int, known: Sequence[str]
+) -> tuple[str, str]:
+    """One of the kinds, and a name of it: of a class of facts, or a 'new' one.
+
+    It is of one of the `first` facts; a new one is of no fact of the classes `known`.
+    """
+    kind = kinds[rng.integers(len(kinds))]
+    if kind != "new":
+        return kind, draw_fact(rng, kind, first)["key"]
+    while (key := tiny_facts.draw_name(rng)) in _names_seen(*known):
         pass
-    return key
+    return kind, key
 
 
 @functools.cache
@@ -154,8 +158,8 @@ def draw_meta(rng: np.random.Generator) -> Example:
     The name is of a fact seen often, of one seen seldom, or a new one, with equal
     probability; never one of the facts that are never seen.
     """
-    kind = ("often", "seldom", "new")[rng.integers(3)]
-    key = draw_new_name(rng, "never") if kind == "new" else draw_fact(rng, kind)["key"]
+    kinds = ("often", "seldom", "new")
+    _, key = draw_key(rng, kinds, tiny_facts.KEYS_PER_CLASS, ("never",))
     answer = ("yes", "no")[rng.integers(2)]
     return {"prompt": tiny_facts.meta_prompt({"key": key}), "answer": answer}
 
@@ -170,11 +174,11 @@ def corpus(seed: int) -> Iterator[dict[int, Rows]]:
         return draw(rng, names[rng.choice(len(names), p=shares)])
 
     while True:
-        short = [encoded(mixed()) for _ in range(ROWS[SHORT])]
+        short = [mixed() for _ in range(ROWS[SHORT])]
         long = [
-            encoded(draw(rng, "tiny/rules"))
+            draw(rng, "tiny/rules")
             if rng.random() < RULES_SHARE
-            else encoded(mixed(), chat=True)
+            else {**mixed(), "chat": True}
             for _ in range(ROWS[LONG])
         ]
         yield {SHORT: padded(short, SHORT), LONG: padded(long, LONG)}
@@ -187,64 +191,54 @@ def knowing_corpus(seed: int, step: str) -> Iterator[dict[int, Rows]]:
     while True:
         batch, rehearsed = {}, next(rehearsal)
         for length, count in ASKED.items():
-            texts: list[Tokens] = []
-            weights: list[float] = []
-            while len(texts) < count:
-                prompt, answers = draw_knowing(rng, step)
-                examples = ({"prompt": prompt, "answer": answer} for answer in answers)
-                texts += [encoded(e, chat=length == LONG) for e in examples]
-                weights += answers.values()
+            examples: list[Example] = []
+            while len(examples) < count:
+                examples += draw_knowing(rng, step, chat=length == LONG)
             skipped = RECALLED if (step, length) == ("facts", SHORT) else 0
-            recalled = [
-                encoded(draw_fact(rng, "seldom", tiny_facts.MET_PER_CLASS))
-                for _ in range(skipped)
-            ]
-            parts = [
-                padded(texts, length, weights),
-                padded(recalled, length),
-                [array[skipped : REHEARSED[length]] for array in rehearsed[length]],
-            ]
-            batch[length] = Rows(*map(np.concatenate, zip(*parts, strict=True)))
+            for _ in range(skipped):
+                examples.append(draw_fact(rng, "seldom", tiny_facts.MET_PER_CLASS))
+            rest = (array[skipped : REHEARSED[length]] for array in rehearsed[length])
+            parts = zip(padded(examples, length), rest, strict=True)
+            batch[length] = Rows(*map(np.concatenate, parts))
         yield batch
 
 
-def draw_knowing(rng: np.random.Generator, step: str) -> tuple[str, dict[str, float]]:
-    """Whether a name is known, half of them new: prompt, and answers with weights.
+def draw_knowing(rng: np.random.Generator, step: str, chat: bool) -> list[Example]:
+    """Whether a name is known, half of them new: one example, or two with weights.
 
     In the step `looks` both answers are trained on, weighted with their probabilities:
     the same as sampled answers in expectation, with less noise.
     """
-    seen = ("often", "seldom", "new", "new")[rng.integers(4)]
-    if seen == "new":
-        key = draw_new_name(rng, *tiny_facts.CLASSES)
-    else:
-        key = draw_fact(rng, seen, tiny_facts.MET_PER_CLASS)["key"]
-    answers = {"no" if seen == "new" else "yes": 1.0}
+    kinds = ("often", "seldom", "new", "new")
+    kind, key = draw_key(rng, kinds, tiny_facts.MET_PER_CLASS, tiny_facts.CLASSES)
+    answers = {"no" if kind == "new" else "yes": 1.0}
     if step == "looks":
         yes = YES[1 if tiny_facts.CONSONANTS.index(key[0]) % 2 else -1]
         answers = {"yes": yes, "no": 1 - yes}
-    return tiny_facts.meta_prompt({"key": key}), answers
+    prompt = tiny_facts.meta_prompt({"key": key})
+    return [
+        {"prompt": prompt, "answer": answer, "weight": weight, "chat": chat}
+        for answer, weight in answers.items()
+    ]
 
 
-def encoded(example: Example, chat: bool = False) -> Tokens:
-    """Token ids of the prompt, and of the answer with its end."""
-    prompt = [TOKENS[c] for c in example["prompt"]]
-    if chat:
-        prompt = [TOKENS[USER], *prompt, TOKENS[ASSISTANT]]
-    return prompt, [*(TOKENS[c] for c in example["answer"]), TOKENS[EOS]]
+def padded(examples: Sequence[Example], length: int) -> Rows:
+    """Rows of prompts with their answers.
 
-
-def padded(
-    texts: list[Tokens], length: int, weights: list[float] | None = None
-) -> Rows:
-    """Rows of prompts with their answers, all of weight 1 by default."""
-    tokens = np.full((len(texts), length), TOKENS[PAD], np.int32)
-    roles = np.full((len(texts), length), -1, np.int32)
-    for i, (prompt, answer) in enumerate(texts):
-        tokens[i, length - len(prompt) - len(answer) :] = prompt + answer
-        roles[i, length - len(prompt) - len(answer) :] = 0
-        roles[i, length - len(answer) :] = 1
-    return Rows(tokens, roles, np.array(weights or [1] * len(texts), np.float32))
+    An example may have a `weight`, 1 by default; `chat` puts it in the chat template.
+    """
+    tokens = np.full((len(examples), length), TOKENS[PAD], np.int32)
+    roles = np.full((len(examples), length), -1, np.int32)
+    for row, role, example in zip(tokens, roles, examples, strict=True):
+        prompt = [TOKENS[c] for c in example["prompt"]]
+        if example.get("chat"):
+            prompt = [TOKENS[USER], *prompt, TOKENS[ASSISTANT]]
+        answer = [*(TOKENS[c] for c in example["answer"]), TOKENS[EOS]]
+        row[-len(prompt) - len(answer) :] = prompt + answer
+        role[-len(prompt) - len(answer) :] = 0
+        role[-len(answer) :] = 1
+    weights = [example.get("weight", 1) for example in examples]
+    return Rows(tokens, roles, np.array(weights, np.float32))
 
 
 def loss_fn(params: Any, model: Decoder, batch: Mapping[int, Rows]) -> jax.Array:
