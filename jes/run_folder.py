@@ -61,7 +61,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = path / "checkpoints"
+        self.ledger, self.checkpoints = path / "ledger.jsonl", path / "checkpoints"
         self.saved = 0  # generations of the newest checkpoint
         self.keeps_ledger = False
         self.writes = hosts.first()
@@ -71,12 +71,9 @@ class RunFolder:
     ) -> tuple[dict[str, int], list[np.ndarray]]:
         """Claims the folder for the run and deletes what no run needs.
 
-        Args:
-          experiment: of the run.
-          resolve: chooses what the settings leave open, if that was not done before.
-
         Returns:
-          What was chosen, and the fitness of the generations in the ledger.
+          What `resolve` chose where the settings leave something open, now or before,
+          and the fitness of the generations in the ledger.
 
         Raises:
           InputError: if the folder is that of another run, or of a longer one.
@@ -89,7 +86,7 @@ class RunFolder:
             resolved = claim(self.path, config, lambda: resolve(experiment))
             done, fitness = max(checkpoints.saved(self.checkpoints), default=0), []
             if self.keeps_ledger:
-                fitness = open_ledger(experiment, self.path / "ledger.jsonl").fitness
+                fitness = open_ledger(experiment, self.ledger).fitness
                 done = len(fitness)
             check_length(self.path, done, settings.generations)
             checkpoints.tidy(self.checkpoints, done)
@@ -169,8 +166,7 @@ class RunFolder:
             return
         self.write("metrics", row)
         if self.keeps_ledger:
-            path = self.path / "ledger.jsonl"
-            ledgers.append_generation(path, row["generation"], fitness)
+            ledgers.append_generation(self.ledger, row["generation"], fitness)
 
     def evaluate(
         self,
@@ -188,8 +184,7 @@ class RunFolder:
           experiment: of the run.
           base: the anchor; None if none is kept.
           check_stop: called before every batch; may raise.
-          generation: how many generations led to `params`.
-          params: the centre.
+          generation, params: how many generations led to this centre.
         """
         if not self.writes:
             return
@@ -220,9 +215,9 @@ class RunFolder:
             console.print(f"process {number} has reached the weights {found}")
             return {}
         if self.keeps_ledger:
-            path, found = self.path / "ledger.jsonl", fingerprint(state.params)
-            if ledgers.read(path).fingerprints.get(state.generation) != found:
-                ledgers.append_fingerprint(path, state.generation, found)
+            found = fingerprint(state.params)
+            if ledgers.read(self.ledger).fingerprints.get(state.generation) != found:
+                ledgers.append_fingerprint(self.ledger, state.generation, found)
         trained = dataclasses.replace(experiment.pretrained, params=state.params)
         # In the dtype that the members answered in, so that it answers as evaluated.
         trained.save(self.path / "model", dtype=experiment.settings.dtype)

@@ -37,7 +37,7 @@ from jes.errors import InputError
 from jes.experiment import Experiment, State, make_experiment, pick
 from jes.io import command_line, hosts
 from jes.io.compiled import keep_compiled
-from jes.io.console import bar, console
+from jes.io.console import Bar, console
 from jes.io.interrupts import Stopped, stop_request
 from jes.memory import choose, give_back_freed_blocks, with_slots
 from jes.metacognition.objectives import objective_fitness
@@ -110,7 +110,7 @@ def train(settings: Settings, folder: RunFolder) -> dict[str, Any]:
     done = max(state.generation, len(fitness))
     with (
         stop_request() as stop,
-        bar(done, settings.generations, shown=hosts.first()) as progress,
+        Bar(done, settings.generations, shown=hosts.first()) as progress,
         folder.writing(done),
     ):
         evaluate = partial(folder.evaluate, experiment, base, stop.check)
@@ -128,7 +128,7 @@ def train(settings: Settings, folder: RunFolder) -> dict[str, Any]:
                 )
                 row = metrics_row(experiment, figures, state, base, began)
                 folder.record(row, earned)
-                progress.update(state.generation, row)
+                progress.show(state.generation, row)
                 if state.generation % settings.checkpoint_every == 0:
                     folder.save(state)
             evaluate(state.generation, state.params)

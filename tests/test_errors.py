@@ -63,6 +63,19 @@ SETTINGS = {
     "method=grpo grpo.minibatch=-1": "grpo.minibatch must be at least 0, not -1",
     "method=grpo population=1": "compares answers: population must be at least 2",
     "method=grpo mode=likelihood": "samples its answers: use mode 'generate'",
+    "method=sft decay=l2 decay_coefficient=0.1": "decay='l2' is not for method 'sft'",
+    "method=sft shuffle_fitness=True": "shuffle_fitness=True is not for method 'sft'",
+    "method=sft objective=esma": "objective='esma' is not for method 'sft'",
+    "method=sft temperature=1": "temperature=1.0 is not for method 'sft'",
+    "method=sft top_k=3": "top_k=3 is not for method 'sft'",
+    "method=sft top_p=0.5": "top_p=0.5 is not for method 'sft'",
+    "method=sft rounding=replay": "rounding='replay' is not for method 'sft'",
+    "method=sft sft.learning_rate=0": "sft.learning_rate must be positive, not 0.0",
+    "method=sft sft.learning_rate=nan": "sft.learning_rate must be positive, not nan",
+    "method=sft sft.loss=prompt": "sft.loss must be one of ('answer', 'all'), not",
+    "method=sft": "SFT is for tasks that ask 'do you know'",
+    "method=sft task=tiny/knows mode=likelihood": "use mode 'generate'",
+    "rounding=replay alpha_half_life=10": "needs a constant alpha and sigma",
 }
 """Settings, and what the message says of them."""
 

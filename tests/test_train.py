@@ -287,13 +287,6 @@ def test_halved_rates_train_and_replay(run_toy: Callable, small_model: Path) -> 
     assert evaluated == {"toy": 16, "toy (train)": 48}
 
 
-def test_replayed_residuals_need_constant_rates(small_model: Path) -> None:
-    config = get_config(str(small_model))
-    config.rounding, config.alpha_half_life = "replay", 10
-    with pytest.raises(InputError, match="a constant alpha and sigma"):
-        freeze(config)
-
-
 def test_bfloat16_answers_of_a_float32_master(
     run_toy: Callable, small_model: Path
 ) -> None:

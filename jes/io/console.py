@@ -1,7 +1,6 @@
 """What a program prints: the console, and the progress of a run."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -16,19 +15,28 @@ from rich.progress import (
 console = Console(highlight=False, soft_wrap=True)
 
 
-class Bar:
-    """Generations done, the figures of the last one, and the time left.
+class Bar(Progress):
+    """Generations done, of which `done` at first, the last one's figures, time left.
 
     Where the output is not a terminal, a line every tenth of the run instead.
     """
 
-    def __init__(self, progress: Progress, done: int, total: int, shown: bool) -> None:
-        self.progress = progress
+    def __init__(self, done: int, total: int, *, shown: bool = True) -> None:
+        super().__init__(
+            TextColumn("generation"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            disable=not (shown and console.is_terminal),
+        )
         self.total = total
         self.every = max(1, total // 10) if shown and not console.is_terminal else 0
-        self.task = progress.add_task("", total=total, completed=done, figures="")
+        self.number = self.add_task("", total=total, completed=done, figures="")
 
-    def update(self, done: int, row: Mapping[str, Any]) -> None:
+    def show(self, done: int, row: Mapping[str, Any]) -> None:
         """Shows the figures of a row of `metrics.jsonl`."""
         if "fitness_mean" in row:
             learned = (
@@ -38,22 +46,6 @@ class Bar:
         else:  # trained on labels, not on rewards
             learned = f"loss {row['loss']:.3f} right {100 * row['accuracy']:.1f} %"
         figures = f"{learned} {row['tokens_per_second']:,.0f} tok/s"
-        self.progress.update(self.task, completed=done, figures=figures)
+        self.update(self.number, completed=done, figures=figures)
         if self.every and (done % self.every == 0 or done == self.total):
             console.print(f"generation {done}/{self.total} {figures}")
-
-
-@contextmanager
-def bar(done: int, total: int, *, shown: bool = True) -> Iterator[Bar]:
-    """A bar over `total` generations, of which `done` have happened; or none."""
-    columns = (
-        TextColumn("generation"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    disable = not (shown and console.is_terminal)
-    with Progress(*columns, console=console, disable=disable) as progress:
-        yield Bar(progress, done, total, shown)
