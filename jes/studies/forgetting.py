@@ -123,7 +123,7 @@ def result(grid: Grid, method: str, seed: int, curve: Curve) -> Row:
     metrics = read_rows(grid.folder(method, seed) / "metrics.jsonl")
     shares = [one["codes_changed"] for one in metrics if "codes_changed" in one]
     if shares:  # the model is quantized
-        row |= {"changed": 100 * float(np.mean(shares)), "moved_codes": row["moved"]}
+        row |= {"changed": 100 * mean(shares), "moved_codes": row["moved"]}
     return row_of(grid, method, seed, row)
 
 
@@ -133,10 +133,15 @@ def row_of(grid: Grid, method: str, seed: int, found: Row) -> Row:
     return {"method": method, "seed": seed, "worst": worst, **found}
 
 
+def mean(values: Any) -> float:
+    """A mean that JSON can hold."""
+    return float(np.mean(values))
+
+
 def mean_kl(row: Row, tasks: Sequence[str]) -> float | None:
     """Mean over tasks of the KL in nats per token; None where it was not measured."""
     found: list[Any] = [row.get(f"kl/{task}/full") for task in tasks]
-    return None if None in found else float(np.mean(found))
+    return None if None in found else mean(found)
 
 
 def curve_of(grid: Grid, method: str, seed: int) -> Curve:
@@ -151,20 +156,20 @@ def curve_of(grid: Grid, method: str, seed: int) -> Curve:
         row["generation"] + 1: row["displacement_norm_drift"]
         for row in read_rows(folder / "metrics.jsonl")
     }
-    priors = list(grid.config.eval_tasks)
-    curve = {"generation": times, "answers": [time * each for time in times]}
-    for name, tasks in {"target": [grid.config.task], "prior": priors}.items():
-        for end, key in KINDS.items():
-            curve[name + end] = [
-                float(np.mean([100 * scores[time, task][key] for task in tasks]))
-                for time in times
-            ]
-    for name in priors:
-        curve[name] = [100 * scores[time, name]["accuracy"] for time in times]
-    return curve | {
+    target, priors = grid.config.task, list(grid.config.eval_tasks)
+    columns = {name: ("accuracy", [name]) for name in priors}
+    for end, key in KINDS.items():
+        columns |= {f"target{end}": (key, [target]), f"prior{end}": (key, priors)}
+    return {
+        "generation": times,
+        "answers": [time * each for time in times],
         "norm": [far[time]["norm"] for time in times],
         "law": [laws[time] if time else 0.0 for time in times],
         "kl_prior": [mean_kl(far[time], priors) for time in times],
+        **{
+            name: [mean([100 * scores[t, of][key] for of in tasks]) for t in times]
+            for name, (key, tasks) in columns.items()
+        },
     }
 
 
@@ -210,7 +215,7 @@ def shrunk(grid: Grid, method: str, seed: int) -> Row:
     summary, priors = grid.summary(name, seed), grid.config.eval_tasks
     after = {task: 100 * e["after"] for task, e in summary["evaluations"].items()}
     after["target"] = after[grid.config.task]
-    after["prior"] = float(np.mean([after[task] for task in priors]))
+    after["prior"] = mean([after[task] for task in priors])
     return row_of(grid, name, seed, after | {"norm": summary["displacement_norm"]})
 
 
@@ -236,9 +241,8 @@ def systematic_rows(grid: Grid) -> list[Row]:
     base = load(config.model).params
 
     def moved(method: str) -> list[np.ndarray]:
-        return displacements(
-            base, [grid.folder(method, s) / "model" for s in grid.seeds]
-        )
+        folders = [grid.folder(method, seed) / "model" for seed in grid.seeds]
+        return displacements(base, folders)
 
     gradients = [m for m in grid.methods if m.startswith("grpo:")]
     direction = np.mean(moved(gradients[0]), axis=0) if gradients else None
@@ -282,12 +286,12 @@ def systematic(
     products = [a * b for a, b in itertools.combinations(lengths, 2)]
     along = None
     if direction is not None:
-        along = float(np.mean(moved @ (direction / np.linalg.norm(direction))))
+        along = mean(moved @ (direction / np.linalg.norm(direction)))
     return {
         "along": along,
         "along_error": float(lengths.mean() / (size * len(moved)) ** 0.5),
-        "square": float(np.mean(squares)),
-        "error": float(np.mean(products) / (size * len(products)) ** 0.5),
+        "square": mean(squares),
+        "error": mean(products) / (size * len(products)) ** 0.5,
     }
 
 
@@ -321,9 +325,8 @@ def draw(out: Path) -> str:
     text += f"{results_table(rows, curves)}\n{precision}\n{slices(curves)}"
     if study["systematic"]:
         text += systematic_table(study["systematic"])
-    text += (
-        f"\n{study['hours']:.1f} hours of generations in all, without evaluations.\n"
-    )
+    hours = f"{study['hours']:.1f} hours of generations in all"
+    text += f"\n{hours}, without evaluations.\n"
     (out / "results.md").write_text(text)
     figure(rows, curves, study["target"]).savefig(out / "forgetting.png", dpi=120)
     return text
@@ -356,10 +359,8 @@ def slices(curves: Curves) -> str:
     runs = {method: list(of_seed.values()) for method, of_seed in curves.items()}
     every = list(itertools.chain(*runs.values()))
     answers = min(curve["answers"][-1] for curve in every)
-    start = float(np.mean([curve["target"][0] for curve in every]))
-    best = max(
-        float(np.mean([c["target"][-1] for c in found])) for found in runs.values()
-    )
+    start = mean([curve["target"][0] for curve in every])
+    best = max(mean([c["target"][-1] for c in found]) for found in runs.values())
     goal = start + 0.75 * (best - start)
     lines = []
     for method, found in runs.items():
@@ -368,11 +369,10 @@ def slices(curves: Curves) -> str:
         cells = [among(equal, key) for key in ("target", "prior")]
         cells += [among(reached, key) for key in ("prior", "answers", "norm")]
         lines.append([method, *cells])
-    equal_heads = ["target %, equal answers", "priors %, equal answers"]
-    reached_heads = ["priors %, equal target", "answers, thousands", "‖θ-θ₀‖"]
-    table = grids.table(["method", *equal_heads, *reached_heads], lines)
     title = f"After {answers:.0f} thousand answers, and where the target reaches"
-    return f"\n{title} {goal:.1f} %:\n\n{table}"
+    heads = ["method", *(f"{key} %, equal answers" for key in ("target", "priors"))]
+    heads += ["priors %, equal target", "answers, thousands", "‖θ-θ₀‖"]
+    return f"\n{title} {goal:.1f} %:\n\n{grids.table(heads, lines)}"
 
 
 def crossing(curve: Curve, key: str, value: float) -> Row | None:
@@ -561,10 +561,8 @@ def main() -> None:
     flags.DEFINE_string("chain", "", "Tasks to learn one after another.")
 
     def collect_chosen(grid: Grid) -> None:
-        if flags.FLAGS.chain:
-            collect_chain(grid, grids.split(flags.FLAGS.chain, "chain"))
-        else:
-            collect(grid)
+        chain = flags.FLAGS.chain
+        collect_chain(grid, grids.split(chain, "chain")) if chain else collect(grid)
 
     def draw_chosen(out: Path) -> str:
         return draw_chain(out) if flags.FLAGS.chain else draw(out)
