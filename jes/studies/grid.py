@@ -25,6 +25,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -208,8 +209,7 @@ def run_study(
         out = Path(values.out or workdir)
         if not values.redraw:
             out.mkdir(parents=True, exist_ok=True)
-            numbers = [int(seed) for seed in seeds]
-            collect(Grid(config_flag.value, methods, numbers, workdir, out))
+            collect(Grid(config_flag.value, methods, [*map(int, seeds)], workdir, out))
         console.print(draw(out))
         console.print(f"data, tables and figures in {out}")
 
@@ -237,9 +237,8 @@ def write_csv(path: Path, rows: Sequence[Row], columns: Iterable[str] = ()) -> N
         return f"{value:.6g}"
 
     with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        writer.writerows([cell(row.get(name)) for name in names] for row in rows)
+        cells = ([cell(row.get(name)) for name in names] for row in rows)
+        csv.writer(file).writerows([names, *cells])
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -267,8 +266,7 @@ def grouped(rows: Iterable[Row], *keys: str) -> dict[Any, list[Row]]:
     """Rows by the value of a key, or by the tuple of values of several."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
-        values = tuple(row[key] for key in keys)
-        groups.setdefault(values if len(keys) > 1 else values[0], []).append(row)
+        groups.setdefault(operator.itemgetter(*keys)(row), []).append(row)
     return groups
 
 

@@ -120,13 +120,7 @@ def collect(
     *,
     batch_size: int = 256,
 ) -> Answers:
-    """Asks the questions, and whether the model knows.
-
-    Args:
-      evaluation: the model and the task.
-      params: its weights.
-      questions: of the task.
-      batch_size: prompts answered at once.
+    """Asks the questions of a task, so many at once, and whether the model knows.
 
     Raises:
       InputError: if the task does not ask whether the model knows.
@@ -165,10 +159,7 @@ def collect(
 
 
 def confidence(
-    evaluation: Evaluation,
-    params: PyTree,
-    questions: Sequence[Question],
-    batch_size: int,
+    evaluation: Evaluation, params: PyTree, questions: Sequence[Question], size: int
 ) -> np.ndarray:
     """log p(yes) - log p(no) after 'do you know', float64 [Q].
 
@@ -181,17 +172,14 @@ def confidence(
     claims = [encode(evaluation.tokenizer, word) for word in words]
     # Sorted by length, so that few shapes are compiled.
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].meta))
-    size = min(batch_size, len(questions))
+    size = min(size, len(questions))
     differences = np.zeros(len(questions))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
-        filled = chosen + chosen[-1:] * (size - len(chosen))
-        batch = pad_choices(
-            [list(questions[i].meta) for i in filled],
-            [claims] * size,
-            evaluation.buckets,
-            evaluation.parts,
-        )
+        metas = [list(questions[i].meta) for i in chosen]
+        metas += metas[-1:] * (size - len(metas))
+        sizes = evaluation.buckets, evaluation.parts
+        batch = pad_choices(metas, [claims] * size, *sizes)
         (logs,) = log_likelihoods(evaluation.model, unperturbed(params), batch)
         yes, no = np.asarray(logs, float).reshape(-1, 2).T
         differences[chosen] = (yes - no)[: len(chosen)]
