@@ -75,17 +75,16 @@ def guarded(command: Callable[[], None], after_os_error: str = "") -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # skips JAX's shutdown barrier
-    except InputError as error:
+    except (InputError, OSError) as error:
         # A full disk (an OSError with a number) is no mistake in the input.
-        if getattr(error.__cause__, "errno", None) is None:
+        mistake = getattr(error.__cause__, "errno", None) is None
+        if mistake and not isinstance(error, OSError):
             fail(str(error), 2)
         fail("; ".join(filter(None, [str(error), after_os_error])), 1)
     except Stopped as stopped:
         sys.exit(128 + stopped.signal_number)
     except KeyboardInterrupt:
         fail("interrupted", 128 + signal.SIGINT)
-    except OSError as error:
-        fail("; ".join(filter(None, [str(error), after_os_error])), 1)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
