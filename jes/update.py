@@ -34,9 +34,7 @@ def make_optimizer(
 
     Its `update` takes the base weights as `anchor`, where there is a decay.
 
-    Args:
-      evolution: settings.
-      partitioned: see `Noise.partitioned`.
+    For `partitioned` see `Noise.partitioned`.
 
     Raises:
       ValueError: for settings that do not go together.
@@ -69,33 +67,27 @@ def _scale_by_rates(rate: float, scale_rate: float) -> optax.GradientTransformat
     return optax.stateless(scaled)
 
 
-def _keep_residual(steps: optax.GradientTransformation, evolution: Evolution) -> Any:
-    feedback = error_feedback(
-        decay=evolution.residual_decay,
-        dtype=evolution.residual_dtype,
-        initial=evolution.initial_residual,
-        clip=evolution.residual_clip,
-    )
-    return optax.chain(steps, feedback)
-
-
-def _seed_replay(steps: optax.GradientTransformation, evolution: Evolution) -> Any:
-    return seed_replay(
-        steps,
-        population=evolution.population,
-        decay=evolution.residual_decay,
-        window=evolution.window,
-        initial=evolution.initial_residual,
-        clip=evolution.residual_clip,
-    )
+def _feedback(evolution: Evolution) -> dict[str, Any]:
+    return {
+        "decay": evolution.residual_decay,
+        "initial": evolution.initial_residual,
+        "clip": evolution.residual_clip,
+    }
 
 
 ROUNDINGS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
-    "none": lambda steps, evolution: optax.with_extra_args_support(steps),
-    "replay": _seed_replay,
-    "residual": _keep_residual,
-    "naive": lambda steps, evolution: optax.chain(steps, error_feedback(decay=0)),
-    "quzo": lambda steps, evolution: optax.chain(steps, stochastic_rounding()),
+    "none": lambda steps, _: optax.with_extra_args_support(steps),
+    "replay": lambda steps, evolution: seed_replay(
+        steps,
+        population=evolution.population,
+        window=evolution.window,
+        **_feedback(evolution),
+    ),
+    "residual": lambda steps, evolution: optax.chain(
+        steps, error_feedback(dtype=evolution.residual_dtype, **_feedback(evolution))
+    ),
+    "naive": lambda steps, _: optax.chain(steps, error_feedback(decay=0)),
+    "quzo": lambda steps, _: optax.chain(steps, stochastic_rounding()),
 }
 """How steps are rounded to whole codes: with the residual replayed or kept
 (2602.03120), to the nearest without a residual (naive), or at random (QuZO)."""
@@ -133,11 +125,10 @@ def tell(
     Returns:
       New parameters and optimizer state. What is frozen is the same array as before.
     """
-    scales = evolution.scale_sigma > 0
+    scales, mesh = evolution.scale_sigma > 0, mesh_of(params)
     trained, frozen = split(params, scales)
     if anchor is not None:
         anchor, _ = split(anchor, scales)
-    mesh = mesh_of(params)
     trained, state = _tell(evolution, mesh, share, trained, state, key, fitness, anchor)
     return merge(trained, frozen), state
 
@@ -174,10 +165,7 @@ def _tell(
 
 
 def moves_of(state: Any) -> tuple[float, float] | None:
-    """How many codes the last update changed, and how many moves were blocked.
-
-    None where the state does not say: of floats.
-    """
+    """How many codes the last update changed, and moves it blocked; None of floats."""
     counted = optax.tree.get(state, "changed"), optax.tree.get(state, "blocked")
     return None if counted[0] is None else (float(counted[0]), float(counted[1]))
 
@@ -195,18 +183,12 @@ def replay(
 ) -> tuple[PyTree, Any]:
     """The updates of generations `start`, `start + 1`, ... from their fitness alone.
 
-    Args:
-      evolution: settings.
-      params, state: as they were before generation `start`; donated.
-      root: the run's root key.
-      fitness: a float32 [N] a generation.
-      anchor: the base weights, where there is a decay.
-      share: as for `tell`.
+    Params and state are those before generation `start`, and donated; `fitness` has a
+    float32 [N] a generation, `root` is the run's root key. The rest is as for `tell`.
     """
     for generation, values in enumerate(fitness, start):
-        key = generation_key(root, generation)
+        key, now = generation_key(root, generation), evolution.at(generation)
         values = jnp.asarray(values)
-        now = evolution.at(generation)
         params, state = tell(now, params, state, key, values, anchor, share=share)
     return params, state
 
@@ -227,12 +209,10 @@ def flip_rate(evolution: Evolution, generations: int = 30) -> float:
     if evolution.rounding == "replay":  # the same numbers at less work
         evolution = dataclasses.replace(evolution, rounding="residual")
     params = {"codes": pack(jnp.full((100, 200), 128), bits=8)}
-    state = first_state(evolution, params)
-    root = jax.random.key(0)
-    shares = []
+    state, changed = first_state(evolution, params), []
     for generation in range(generations):
-        key = generation_key(root, generation)
+        key = generation_key(jax.random.key(0), generation)
         fitness = jax.random.normal(key, (evolution.population,))
         params, state = tell(evolution, params, state, key, fitness)
-        shares.append(float(optax.tree.get(state, "changed")) / 20_000)
-    return sum(shares[-10:]) / 10
+        changed.append(float(optax.tree.get(state, "changed")))
+    return sum(changed[-10:]) / 10 / 20_000

@@ -15,7 +15,7 @@ from jes import train
 from jes.core.lazy_noise import LazyNoise, MemberWeight
 from jes.core.members import Members, unperturbed
 from jes.core.mesh import make_mesh
-from jes.core.noise import DISTRIBUTIONS, DISTRIBUTIONS_AT, Noise, PyTree
+from jes.core.noise import DISTRIBUTIONS, Noise, PyTree
 from jes.core.population import perturb_members
 from jes.core.random import Place, bits_at, places
 from jes.errors import InputError
@@ -49,10 +49,9 @@ def decoder_of(**changes: object) -> tuple[Decoder, PyTree]:
 @pytest.mark.parametrize("shape", [(7,), (6, 5), (3, 6, 5), (5, 3, 7)])
 def test_a_number_depends_on_its_place_alone(law: str, shape: tuple[int, ...]) -> None:
     whole = DISTRIBUTIONS[law](KEY, shape)
-    size = int(np.prod(shape[1:]))
     for number, part in enumerate(whole):
-        found = DISTRIBUTIONS_AT[law](KEY, places(shape[1:], number, size))
-        np.testing.assert_array_equal(found.reshape(part.shape), part)
+        found = DISTRIBUTIONS[law](KEY, shape[1:], places(shape[1:], number))
+        np.testing.assert_array_equal(found, part)
 
 
 def test_places_beyond_32_bits() -> None:

@@ -34,10 +34,8 @@ def keep_anchor(params: PyTree, place: str = "device", stored: Any = None) -> Py
     """
     if place not in PLACES:
         raise ValueError(f"an anchor is kept in one of {PLACES}, not {place!r}")
-
     if place == "none":
         return None
-
     exact = is_quantized(params)  # its scales take little memory
 
     def kept(leaf: jax.Array) -> jax.Array:
@@ -55,10 +53,9 @@ def _narrow(leaf: jax.Array, place: str, stored: Any) -> jax.Array:
     """A copy of floats, in the dtype of the files or in bfloat16."""
     dtype = jnp.bfloat16 if place == "bfloat16" else jnp.dtype(stored or leaf.dtype)
     small, exact = _cast(leaf, dtype)
-    if leaf.dtype == dtype or not (exact or place == "bfloat16"):
-        # A copy in any case: the memory of the centre is donated to the next one.
-        small = jnp.array(leaf)
-    return small
+    # A copy in any case: the memory of the centre is donated to the next one.
+    same = leaf.dtype == dtype or not (exact or place == "bfloat16")
+    return jnp.array(leaf) if same else small
 
 
 @partial(jax.jit, static_argnums=1)
@@ -93,20 +90,16 @@ class Distance(NamedTuple):
 def distance(params: PyTree, anchor: PyTree) -> Distance:
     """Measures ‖θ - θ_0‖ and where in the model it lies; sums in float64 over tensors.
 
-    Args:
-      params, anchor: pytrees of the same structure, of any floating dtypes.
+    The pytrees have the same structure, and any floating dtypes.
     """
     params, anchor = split(params, scales=True)[0], split(anchor, scales=True)[0]
     leaves = jax.tree_util.tree_leaves_with_path(_sums(params, anchor), is_leaf=_is_row)
     sums: dict[str, np.ndarray] = {}
-    largest = 0.0
     sizes = [leaf.size for leaf in jax.tree.leaves(params, is_leaf=is_codes)]
     for (path, row), size in zip(leaves, sizes, strict=True):
-        squares, home, moved, most = map(float, row)
         kind = kind_of(leaf_path(path))
-        row = np.array([squares, home, moved, size])
-        sums[kind] = sums.get(kind, np.zeros(4)) + row
-        largest = max(largest, most)
+        counts = np.array([*map(float, row[:3]), size])
+        sums[kind] = sums.get(kind, np.zeros(4)) + counts
     squares, home, _, _ = sum(sums.values(), np.zeros(4))
     weights = [row for kind, row in sums.items() if kind != "scales"]
     _, _, moved, size = sum(weights, np.zeros(4))
@@ -114,7 +107,7 @@ def distance(params: PyTree, anchor: PyTree) -> Distance:
         norm=float(squares**0.5),
         relative=float((squares / home) ** 0.5) if home else float("inf"),
         moved=float(moved / size),
-        largest=largest,
+        largest=max((float(row[3]) for _, row in leaves), default=0.0),
         norms={kind: float(row[0] ** 0.5) for kind, row in sums.items()},
         moved_shares={kind: float(row[2] / row[3]) for kind, row in sums.items()},
     )

@@ -5,11 +5,11 @@ A code is an integer of 4 or 8 bits on a fixed grid; the grid's spacing is 1 in 
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 BITS = (4, 8)
 
@@ -44,17 +44,13 @@ class Codes:
     @property
     def size(self) -> int:
         """How many codes."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
     @property
-    def lowest(self) -> int:
-        """The smallest code."""
-        return -(2 ** (self.bits - 1)) if self.signed else 0
-
-    @property
-    def highest(self) -> int:
-        """The largest code."""
-        return self.lowest + 2**self.bits - 1
+    def range(self) -> tuple[int, int]:
+        """The smallest and the largest code."""
+        lowest = -(2 ** (self.bits - 1)) if self.signed else 0
+        return lowest, lowest + 2**self.bits - 1
 
 
 class Overlay(NamedTuple):
@@ -68,12 +64,6 @@ class Overlay(NamedTuple):
 
     positions: jax.Array | None
     moves: jax.Array
-
-
-def check_bits(bits: int) -> None:
-    """Raises ValueError for a width that codes cannot have."""
-    if bits not in BITS:
-        raise ValueError(f"bits must be one of {BITS}, not {bits}")
 
 
 def unpack(codes: Codes) -> jax.Array:
@@ -91,37 +81,27 @@ def pack(values: jax.Array, bits: int, signed: bool = False) -> Codes:
       ValueError: for bits other than 4 or 8, signed codes of 4 bits, an odd number of
         rows at 4 bits, or integers out of range.
     """
-    check_bits(bits)
-    _check_range(values, bits, signed)
+    if bits not in BITS:
+        raise ValueError(f"bits must be one of {BITS}, not {bits}")
+    codes = Codes(values.astype(jnp.int8 if signed else jnp.uint8), bits, signed)
+    if not isinstance(values, jax.core.Tracer) and values.size:
+        found, possible = (int(values.min()), int(values.max())), codes.range
+        if found[0] < possible[0] or found[1] > possible[1]:
+            raise ValueError(
+                f"codes of {bits} bits are {possible[0]}..{possible[1]}, not "
+                f"{found[0]}..{found[1]}"
+            )
     if bits == 8:
-        return Codes(values.astype(jnp.int8 if signed else jnp.uint8), bits, signed)
+        return codes
     if signed:
         raise ValueError("codes of 4 bits are unsigned")
     if values.shape[-2] % 2:
         raise ValueError(f"{values.shape[-2]} rows cannot be packed in pairs")
-    low, high = values[..., 0::2, :], values[..., 1::2, :]
-    return Codes(low.astype(jnp.uint8) | high.astype(jnp.uint8) << 4, bits)
-
-
-def _check_range(values: jax.Array, bits: int, signed: bool) -> None:
-    if isinstance(values, jax.core.Tracer) or not values.size:
-        return
-    lowest = -(2 ** (bits - 1)) if signed else 0
-    highest = lowest + 2**bits - 1
-    smallest, largest = int(values.min()), int(values.max())
-    if smallest < lowest or largest > highest:
-        raise ValueError(
-            f"codes of {bits} bits are {lowest}..{highest}, not {smallest}..{largest}"
-        )
+    return Codes(codes.data[..., 0::2, :] | codes.data[..., 1::2, :] << 4, bits)
 
 
 def pick(codes: Codes, positions: jax.Array | None) -> jax.Array:
-    """Codes at positions of one flattened matrix; 0 beyond its end.
-
-    Args:
-      codes: one matrix.
-      positions: int32, row times number of columns plus column; None for all.
-    """
+    """Codes at int32 positions of one flattened matrix, or all; 0 beyond its end."""
     if positions is None:
         return unpack(codes).reshape(-1)
     columns = codes.shape[-1]
@@ -151,37 +131,31 @@ def moved(codes: Codes, overlay: Overlay | None) -> jax.Array:
 
 
 def allowed(codes: Codes, values: jax.Array, moves: jax.Array) -> jax.Array:
-    """The gate of 2602.03120 Eq. (4): moves that leave the range are skipped, to 0.
+    """The gate of 2602.03120 Eq. (4): moves that leave the range become 0.
 
-    Args:
-      codes: for their range.
-      values: codes, any numeric dtype.
-      moves: of the dtype to return; may be larger than the range.
+    Codes (`values`, of the range of `codes`) and moves may have any numeric dtype, and
+    moves may be larger than the range.
     """
     after = values.astype(jnp.float32) + moves.astype(jnp.float32)
-    inside = (codes.lowest <= after) & (after <= codes.highest)
-    return jnp.where(inside, moves, 0)
+    lowest, highest = codes.range
+    return jnp.where((lowest <= after) & (after <= highest), moves, 0)
 
 
-def matrix_numbers(codes: Codes, part: jax.typing.ArrayLike | None) -> jax.Array:
+def matrix_numbers(
+    shape: tuple[int, ...], part: jax.typing.ArrayLike | None
+) -> jax.Array:
     """Numbers of the matrices [L], or of one alone [1], within their whole stack.
 
-    Args:
-      codes: all of them, or a part of the stack.
-      part: its number among parts of this length; None for all.
+    Of a part of a stack, `part` is the number among parts of this shape.
     """
-    numbers = jnp.arange(codes.shape[0] if codes.ndim == 3 else 1)
+    numbers = jnp.arange(math.prod(shape[:-2]))
     return numbers if part is None else numbers + part * len(numbers)
 
 
 def difference(codes: Codes, moves: jax.Array) -> Codes:
-    """Moves as an update that `optax.apply_updates` adds to `codes`.
+    """Moves that keep every code in range, as what `optax.apply_updates` adds.
 
     That adds bytes, modulo 256, so it is the difference of the packed bytes.
-
-    Args:
-      codes: before.
-      moves: integers of any numeric dtype that keep every code in range.
     """
     values = unpack(codes)
     after = (values.astype(jnp.int32) + moves.astype(jnp.int32)).astype(values.dtype)

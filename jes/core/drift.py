@@ -6,7 +6,7 @@ weight decay (2605.30148) L2 makes it an Ornstein-Uhlenbeck process, and L1 a Br
 motion with a constant pull to zero. Nearly all of what ES moves is this: systematic
 motion is at most α a generation in total, and L2 ends it at 1/λ.
 
-These are laws of expected squares, so norms are root mean squares: sharp in a model of
+Expected squares are what is known, so norms are root mean squares: sharp in a model of
 many weights.
 """
 
@@ -65,7 +65,9 @@ def drift_norm(
         squares = step**2 * _ornstein_uhlenbeck(alpha * coefficient, generations)
     else:
         pull = alpha * coefficient
-        length = step**2 / pull  # twice the scale of the Laplace law it settles to
+        length = (
+            step**2 / pull
+        )  # twice the scale of the Laplace distribution it tends to
         squares = length**2 * _reflected_second_moment(generations * pull / length)
     return math.sqrt(parameters * squares)
 
@@ -101,19 +103,16 @@ def coefficient_for_norm(
     generations: float = math.inf,
     kind: str = "l2",
 ) -> float:
-    r"""The λ that keeps the drift of noise within a budget.
+    r"""The λ that keeps the drift of noise within a budget; 0 if plain ES stays in it.
 
     For the stationary norm in closed form, with :math:`s^2` the budget of squares a
     weight: L2 :math:`\lambda = (1 - \sqrt{s^2/(s^2 + \alpha^2/N)})/\alpha`, L1
-    :math:`\lambda = \alpha/(\sqrt{2} N s)`. For a finite number of generations the law
-    of `drift_norm`, which falls with λ, is inverted numerically.
+    :math:`\lambda = \alpha/(\sqrt{2} N s)`. For a finite number of generations
+    `drift_norm`, which falls with λ, is inverted numerically.
 
     Args:
       norm: ‖θ - θ_0‖ not to be exceeded by drift, in units of the weights.
       alpha, population, parameters, generations, kind: see `drift_norm`.
-
-    Returns:
-      λ; 0 if plain ES stays within the budget.
 
     Raises:
       ValueError: for a budget that is not positive, or kind 'none'.
@@ -122,13 +121,8 @@ def coefficient_for_norm(
         raise ValueError(f"a budget must be positive and finite, not {norm}")
     if kind not in KINDS[1:]:
         raise ValueError(f"kind must be 'l1' or 'l2', not {kind!r}")
-    drift = partial(
-        drift_norm,
-        alpha=alpha,
-        population=population,
-        parameters=parameters,
-        generations=generations,
-    )
+    settings = {"alpha": alpha, "population": population, "parameters": parameters}
+    drift = partial(drift_norm, generations=generations, **settings)  # type: ignore
     if drift() <= norm:
         return 0.0
     square = norm**2 / parameters
@@ -139,10 +133,10 @@ def coefficient_for_norm(
     if generations == math.inf:
         return high
 
-    # In finite time the walk is shorter than for ever, so a weaker pull is enough.
     def excess(coefficient: float) -> float:
         return drift(kind=kind, coefficient=coefficient) - norm
 
+    # In finite time the walk is shorter than for ever, so a weaker pull is enough.
     return brentq(excess, 0.0, high, xtol=1e-15 * high) if excess(high) < 0 else high
 
 
@@ -153,17 +147,14 @@ def predicted_drift(evolution: Evolution, parameters: int, generations: int) -> 
     the grid it is less while steps wait in the residual, and later up to 1/12 a weight
     more, squared. NaN where rounding loses steps or adds some, for a decay of codes or
     with a falling α, and for shaping 'none', whose steps scale with the rewards.
-
-    Args:
-      evolution: settings.
-      parameters: number of trained weights.
-      generations: number of updates.
     """
     step, steps = evolution.alpha, float(generations)
-    if evolution.alpha_half_life:
+    if half_life := evolution.alpha_half_life:
         if evolution.decay != "none":
             return math.nan
-        steps = _equal_steps(generations, evolution.alpha_half_life)
+        # As many steps of the first length as have the same sum of squares.
+        halvings, rest = divmod(generations, half_life)
+        steps = half_life * (1 - 0.25**halvings) / 0.75 + rest * 0.25**halvings
     if evolution.rounding != "none":
         kept = {"residual": math.inf, "replay": evolution.window}
         lossless = evolution.residual_decay == 1 and evolution.decay == "none"
@@ -179,9 +170,3 @@ def predicted_drift(evolution: Evolution, parameters: int, generations: int) -> 
         coefficient=evolution.decay_coefficient,
         spread=typical_spread(evolution.shaping, evolution.population),
     )
-
-
-def _equal_steps(generations: int, half_life: int) -> float:
-    """How many steps of the first length sum to the squares of so many halving ones."""
-    halvings, rest = divmod(generations, half_life)
-    return half_life * (1 - 0.25**halvings) / 0.75 + rest * 0.25**halvings

@@ -63,10 +63,8 @@ class Outcomes(NamedTuple):
 def outcomes(sigma: float, rounds: int = 1) -> Outcomes:
     """Outcomes of rounding the same σε stochastically once, or twice independently.
 
-    Args:
-      sigma: σ, in codes.
-      rounds: 1, or 2 for both the perturbation and the update of QuZO (2502.12346);
-        an entry is then 0 if both are.
+    σ is in codes. Two rounds are the perturbation and the update of QuZO (2502.12346);
+    an entry is then 0 if both are.
     """
     mass: dict[tuple[int, ...], float] = {}
     for k in range(math.ceil(9 * sigma)):
@@ -134,9 +132,14 @@ def integer_noise(
       positions int32 [K], ascending, where the last may lie beyond the matrix, and
       values int32 [rounds, K]; or None and values int32 [rounds, size].
     """
-    if outcomes(sigma, rounds).nonzero > MANY:
-        return None, _all_noise(key, size, sigma, rounds)
-    return sparse_noise(key, size, sigma, rounds)
+    possible = outcomes(sigma, rounds)
+    if possible.nonzero <= MANY:
+        return sparse_noise(key, size, sigma, rounds)
+    bits = random_bits(key, (size,))
+    share = possible.nonzero * possible.probabilities
+    values = np.concatenate([np.zeros((1, rounds), int), possible.values])
+    drawn = _chosen(bits & ~np.uint32(1), values, np.array([1 - share.sum(), *share]))
+    return None, drawn * jnp.where(bits & 1, 1, -1)[None]
 
 
 def sparse_noise(
@@ -155,17 +158,6 @@ def sparse_noise(
         return positions, jnp.asarray(possible.values.T) * sign[None]
     values = _chosen(bits[1], possible.values, possible.probabilities)
     return positions, values * sign[None]
-
-
-def _all_noise(key: jax.Array, size: int, sigma: float, rounds: int) -> jax.Array:
-    """Every entry, int32 [rounds, size], from 32 bits each."""
-    possible = outcomes(sigma, rounds)
-    bits = random_bits(key, (size,))
-    zero = np.zeros((1, rounds), int)
-    share = possible.nonzero * possible.probabilities
-    values = np.concatenate([zero, possible.values])
-    drawn = _chosen(bits & ~np.uint32(1), values, np.array([1 - share.sum(), *share]))
-    return drawn * jnp.where(bits & 1, 1, -1)[None]
 
 
 def _chosen(
@@ -206,10 +198,10 @@ def _running_sum(gaps: jax.Array, p: float) -> jax.Array:
 
 
 def _row_sums(gaps: jax.Array) -> jax.Array:
-    """`jnp.cumsum(gaps)` where `WIDTH` of them do not come to 2^24.
+    """`jnp.cumsum(gaps)`, by products of rows with a triangle of ones in float32.
 
-    In rows, as products with a triangle of ones in float32, in which whole numbers up
-    to 2^24 are exact. (Whole rows: filling one up makes it five times slower.)
+    Exact where the sums of rows are below 2^24. (Whole rows: filling one up makes it
+    five times slower.)
     """
     rows = gaps.reshape(-1, WIDTH)
     triangle = jnp.triu(jnp.ones((WIDTH, WIDTH), jnp.float32))

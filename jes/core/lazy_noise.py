@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jes.core.low_rank import has_matrices, is_stack
 from jes.core.members import by_member
-from jes.core.noise import DISTRIBUTIONS_AT, Noise, PyTree, leaf_key, leaf_noise
+from jes.core.noise import DISTRIBUTIONS, Noise, PyTree, leaf_key, leaf_noise
 from jes.core.placement import not_before
 from jes.core.programs import program
 from jes.core.random import Place, places
@@ -96,16 +96,14 @@ def draw_lazily(
 
 def add(weight: jax.Array, noise: LazyNoise) -> jax.Array:
     """The member's whole weight."""
-    place = places(
-        weight.shape, noise.matrix, weight.size, partitioned=noise.partitioned
-    )
+    place = places(weight.shape, noise.matrix, partitioned=noise.partitioned)
     return _sum(weight, noise, place)
 
 
 def add_rows(table: jax.Array, noise: LazyNoise, rows: jax.Array) -> jax.Array:
     """Some rows of the member's matrix [V, D] alone: int [...] -> [..., D]."""
     width = table.shape[1]
-    place = places((width,), rows[..., None], width, partitioned=noise.partitioned)
+    place = places((width,), rows[..., None], partitioned=noise.partitioned)
     return _sum(table[rows], noise, place)
 
 
@@ -136,6 +134,6 @@ def map_blocks(
 
 def _sum(weight: jax.Array, noise: LazyNoise, place: Place) -> jax.Array:
     key = jax.random.wrap_key_data(noise.key, impl="threefry2x32")
-    drawn = DISTRIBUTIONS_AT[noise.distribution](key, place).reshape(weight.shape)
+    drawn = DISTRIBUTIONS[noise.distribution](key, weight.shape, place)
     total = weight.astype(jnp.float32) + noise.scale * drawn
     return total.astype(noise.dtype)

@@ -78,6 +78,14 @@ def read(path: Path) -> Ledger:
     return ledger
 
 
+def repair(path: Path) -> Ledger:
+    """Reads a ledger and cuts an incomplete last line off the file."""
+    ledger = read(path)
+    if path.stat().st_size > ledger.size:
+        os.truncate(path, ledger.size)
+    return ledger
+
+
 def _complete_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The rows of a file, and the bytes up to the end of the last complete one."""
     rows, size = [], 0
@@ -100,22 +108,13 @@ def _add_row(ledger: Ledger, row: Mapping[str, Any]) -> None:
     if "fingerprint" in row:
         ledger.fingerprints[row["generation"]] = row["fingerprint"]
         return
-    if row["generation"] != len(ledger.fitness):
-        raise ValueError(
-            f"generation {row['generation']} where {len(ledger.fitness)} is due"
-        )
+    due = len(ledger.fitness)
+    if row["generation"] != due:
+        raise ValueError(f"generation {row['generation']} where {due} is due")
     values = [math.nan if f is None else f for f in row["fitness"]]
     if ledger.fitness and len(values) != len(ledger.fitness[0]):
         raise ValueError(f"{len(values)} members, {len(ledger.fitness[0])} before")
     ledger.fitness.append(np.array(values, np.float32))
-
-
-def repair(path: Path) -> Ledger:
-    """Reads a ledger and cuts an incomplete last line off the file."""
-    ledger = read(path)
-    if path.stat().st_size > ledger.size:
-        os.truncate(path, ledger.size)
-    return ledger
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:

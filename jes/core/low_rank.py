@@ -75,12 +75,8 @@ def draw_matrix(
 ) -> LowRank:
     """The noise of one matrix [I, O]: float32, of variance 1.
 
-    Args:
-      leaf_key: of the leaf that it is in.
-      matrix: its number in the stack, 0 for a matrix alone.
-      shape: I and O.
-      rank: r.
-      draw: the distribution of the factors' entries.
+    `matrix` is its number in the stack, 0 for a matrix alone; `draw` gives the entries
+    of the factors.
     """
     rows, columns = shape
     drawn = draw(jax.random.fold_in(leaf_key, matrix), (rank, rows + columns))

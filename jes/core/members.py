@@ -36,22 +36,20 @@ class Members:
         return self.keys.shape[0]
 
     @property
-    def axes(self) -> dict[str, int | None]:
-        """The `in_axes` of `variables`."""
-        return {"params": None, "noise": 0} if self.share_params else {"params": 0}
-
-    @property
     def share_params(self) -> bool:
         """Whether all members have the same params and differ by 'noise'."""
         return "noise" in self.variables
 
+    @property
+    def axes(self) -> dict[str, int | None]:
+        """The `in_axes` of `variables`."""
+        return {"params": None, "noise": 0} if self.share_params else {"params": 0}
+
     def __getitem__(self, member: int) -> dict[str, PyTree]:
         """The variables of one member."""
-        return {
-            name: jax.tree.map(lambda leaf: leaf[member], tree)
-            if self.axes[name] == 0
-            else tree
-            for name, tree in self.variables.items()
+        own = "noise" if self.share_params else "params"
+        return self.variables | {
+            own: jax.tree.map(lambda leaf: leaf[member], self.variables[own])
         }
 
     def replace(self, **collections: PyTree) -> "Members":
@@ -114,9 +112,8 @@ def by_member(own: Sequence[str] = (), shared: Sequence[str] = ()) -> Callable:
                 check_vma=partitioned,
             )(arrays)
 
-        keyword = inspect.Parameter(
-            "mesh", inspect.Parameter.KEYWORD_ONLY, default=None
-        )
+        kind = inspect.Parameter.KEYWORD_ONLY
+        keyword = inspect.Parameter("mesh", kind, default=None)
         parameters = [*signature.parameters.values(), keyword]
         spread.__signature__ = signature.replace(parameters=parameters)  # type: ignore
         return spread

@@ -36,13 +36,8 @@ DISTRIBUTIONS: dict[str, Callable[..., jax.Array]] = {
     "normal": random.normal,
     "table": random.table,
 }
-"""Distributions of ε, all of mean 0 and variance 1: functions of (key, shape)."""
-
-DISTRIBUTIONS_AT: dict[str, Callable[[jax.Array, random.Place], jax.Array]] = {
-    "normal": random.normal_at,
-    "table": random.table_at,
-}
-"""The same numbers one by one: functions of (key, their places)."""
+"""Distributions of ε, all of mean 0 and variance 1: functions of (key, shape), or of
+(key, shape, place) for some entries of a larger array."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,18 +88,13 @@ class Noise:
             )
 
     def direction(
-        self, key: jax.Array, member: jax.Array
+        self, generation_key: jax.Array, member: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """The direction key of a member, and the sign (float32) it is taken with.
-
-        Args:
-          key: the generation key.
-          member: its number.
-        """
+        """The direction key of a member, and the sign (float32) it is taken with."""
         if not self.antithetic:
-            return jax.random.fold_in(key, member), jnp.float32(1)
+            return jax.random.fold_in(generation_key, member), jnp.float32(1)
         sign = (1 - 2 * (member % 2)).astype(jnp.float32)
-        return jax.random.fold_in(key, member // 2), sign
+        return jax.random.fold_in(generation_key, member // 2), sign
 
     def direction_weights(self, member_weights: jax.Array) -> jax.Array:
         """Sums members' weights [N] over those that share a direction: [directions]."""
@@ -170,7 +160,9 @@ def leaf_noise(
     draw = DISTRIBUTIONS[noise.distribution]
     if noise.rank and has_matrices(path, shape):
         return draw_low_rank(key, shape, noise.rank, draw).full()
-    return draw(key, shape, part, noise.partitioned)
+    if part is None and not (noise.partitioned and math.prod(shape) < 2**32):
+        return draw(key, shape)
+    return draw(key, shape, random.places(shape, part, partitioned=noise.partitioned))
 
 
 def codes_noise(
@@ -180,17 +172,9 @@ def codes_noise(
     size: int,
     noise: Noise,
 ) -> tuple[jax.Array | None, jax.Array]:
-    """The entries of a matrix of codes that move: see `integer_noise`.
+    """The entries that move of a matrix of `size` codes, before sign and gate.
 
-    Args:
-      direction_key: as everywhere.
-      path: of the codes in the parameters.
-      matrix: its number in the stack.
-      size: number of its codes.
-      noise: how members differ.
-
-    Returns:
-      positions and values, before sign and gate.
+    Positions and values as of `integer_noise`; `matrix` is its number in the stack.
 
     Raises:
       ValueError: for noise of low rank, which is of floats.

@@ -40,22 +40,27 @@ class Place(NamedTuple):
 
 def places(
     shape: tuple[int, ...],
-    part: jax.typing.ArrayLike = 0,
-    size: int = 0,
+    part: jax.typing.ArrayLike | None = None,
+    size: int | None = None,
     start: jax.typing.ArrayLike = 0,
     partitioned: bool = False,
 ) -> Place:
-    """Positions of the entries of a part of an array.
+    """Positions of the entries of an array, or of a part of one.
 
     Args:
-      shape: of the part.
+      shape: of the array or the part.
       part: its number among parts of equal size; may be traced, or be numbers
-        [..., 1] of several parts that have one axis.
-      size: entries of a part.
+        [..., 1] of several parts that have one axis. None for the whole of an array
+        of less than 2^32 entries.
+      size: entries of a part; by default those of the shape.
       start: position of its first entry within the part.
       partitioned: see `Noise.partitioned`.
     """
-    inner = jnp.asarray(start, jnp.uint32) + _counter(shape, partitioned)
+    inner = _counter(shape, partitioned)
+    if part is None:
+        return Place(jnp.zeros_like(inner), inner)
+    size = math.prod(shape) if size is None else size
+    inner = jnp.asarray(start, jnp.uint32) + inner
     if jnp.ndim(part):
         inner = inner.reshape((1,) * (jnp.ndim(part) - 1) + inner.shape)
     # part x size in 64 bits, from products of 16 bits each.
@@ -71,10 +76,7 @@ def places(
 
 
 def random_bits(
-    key: jax.Array,
-    shape: tuple[int, ...],
-    part: jax.typing.ArrayLike | None = None,
-    partitioned: bool = False,
+    key: jax.Array, shape: tuple[int, ...], place: Place | None = None
 ) -> jax.Array:
     """What `jax.random.bits(key, shape)` returns, bit for bit: uint32.
 
@@ -84,42 +86,43 @@ def random_bits(
     Args:
       key: typed PRNG key.
       shape: of the result.
-      part: the result is this part, of equal parts of the first axis of an array.
-      partitioned: see `Noise.partitioned`.
+      place: of its entries in a larger array; None for the whole array.
 
     Raises:
-      TypeError: for a part with a key of another generator than Threefry.
+      TypeError: for places with a key of another generator than Threefry.
     """
-    return _bits(key, shape, part, partitioned).reshape(shape)
+    return _bits(key, shape, place).reshape(shape)
+
+
+def _bits(key: jax.Array, shape: tuple[int, ...], place: Place | None) -> jax.Array:
+    """The same with the axes of the place: of a whole array, one."""
+    if place is None and not (_is_threefry(key) and math.prod(shape) < 2**32):
+        return jax.random.bits(key, shape, jnp.uint32)
+    return bits_at(key, places(shape) if place is None else place)
 
 
 def normal(
-    key: jax.Array,
-    shape: tuple[int, ...],
-    part: jax.typing.ArrayLike | None = None,
-    partitioned: bool = False,
+    key: jax.Array, shape: tuple[int, ...], place: Place | None = None
 ) -> jax.Array:
-    """`jax.random.normal(key, shape)`, bit for bit, or a part; see `random_bits`."""
-    if part is None and not _fusible(key, shape):
-        return jax.random.normal(key, shape, jnp.float32)
-    return normal_of_bits(_bits(key, shape, part, partitioned)).reshape(shape)
+    """`jax.random.normal(key, shape)`, bit for bit; arguments as of `random_bits`."""
+    return normal_of_bits(_bits(key, shape, place)).reshape(shape)
 
 
 def table(
-    key: jax.Array,
-    shape: tuple[int, ...],
-    part: jax.typing.ArrayLike | None = None,
-    partitioned: bool = False,
+    key: jax.Array, shape: tuple[int, ...], place: Place | None = None
 ) -> jax.Array:
-    """Numbers of the table, float32, or a part of them; arguments as `random_bits`.
+    """Numbers of the table, float32; arguments as of `random_bits`.
 
     Numbers 2i and 2i + 1, in row-major order, come from the low and the high half of
     word i of `jax.random.bits(key)`.
     """
+    if place is not None:
+        one, half = np.uint32(1), np.uint32(16)
+        low = (place.low >> one) | (place.high << np.uint32(31))
+        words = bits_at(key, Place(place.high >> one, low))
+        halves = jnp.where((place.low & one).astype(bool), words >> half, words)
+        return _look_up(halves.astype(jnp.uint16)).reshape(shape)
     size = math.prod(shape)
-    if part is not None or partitioned:
-        place = places(shape, 0 if part is None else part, size, 0, partitioned)
-        return table_at(key, place).reshape(shape)
     words = random_bits(key, (-(-size // 2),))
     # Fused with its use on the CPU, this keeps no array of bits, but draws each word
     # twice. Keeping them saves up to a fifth of the time for half the memory of the
@@ -129,24 +132,10 @@ def table(
 
 
 def uniform(
-    key: jax.Array, shape: tuple[int, ...], part: jax.typing.ArrayLike | None = None
+    key: jax.Array, shape: tuple[int, ...], place: Place | None = None
 ) -> jax.Array:
-    """`jax.random.uniform(key, shape)`, bit for bit, or a part; see `random_bits`."""
-    return _unit(random_bits(key, shape, part))
-
-
-def normal_at(key: jax.Array, place: Place) -> jax.Array:
-    """The entries at these places of what `normal` gives for any shape."""
-    return normal_of_bits(bits_at(key, place))
-
-
-def table_at(key: jax.Array, place: Place) -> jax.Array:
-    """The entries at these places of what `table` gives for any shape."""
-    one, half = np.uint32(1), np.uint32(16)
-    low = (place.low >> one) | (place.high << np.uint32(31))
-    words = bits_at(key, Place(place.high >> one, low))
-    odd = (place.low & one).astype(bool)
-    return _look_up(jnp.where(odd, words >> half, words).astype(jnp.uint16))
+    """`jax.random.uniform(key, shape)`, bit for bit; arguments as of `random_bits`."""
+    return _unit(random_bits(key, shape, place))
 
 
 def bits_at(key: jax.Array, place: Place) -> jax.Array:
@@ -167,9 +156,7 @@ def threefry_2x32(
     for group in range(5):
         for rotation in ROTATIONS[group % 2]:
             left = left + right
-            turned = (right << np.uint32(rotation)) | (
-                right >> np.uint32(32 - rotation)
-            )
+            turned = right << np.uint32(rotation) | right >> np.uint32(32 - rotation)
             right = left ^ turned
         left = left + keys[(group + 1) % 3]
         right = right + keys[(group + 2) % 3] + np.uint32(group + 1)
@@ -218,25 +205,6 @@ def _unit(bits: jax.Array) -> jax.Array:
 
 def _is_threefry(key: jax.Array) -> bool:
     return str(jax.random.key_impl(key)) == "threefry2x32"
-
-
-def _fusible(key: jax.Array, shape: tuple[int, ...]) -> bool:
-    return _is_threefry(key) and math.prod(shape) < 2**32
-
-
-def _bits(
-    key: jax.Array,
-    shape: tuple[int, ...],
-    part: jax.typing.ArrayLike | None,
-    partitioned: bool,
-) -> jax.Array:
-    """As many words as the shape has entries; one axis, or those of the shape."""
-    if part is not None:
-        return bits_at(key, places(shape, part, math.prod(shape), 0, partitioned))
-    if not _fusible(key, shape):
-        return jax.random.bits(key, shape, jnp.uint32)
-    counter = _counter(shape, partitioned)
-    return bits_at(key, Place(jnp.zeros_like(counter), counter))
 
 
 def _counter(shape: tuple[int, ...], partitioned: bool) -> jax.Array:

@@ -14,11 +14,7 @@ from jes.core.tree import structure, values_of
 
 
 class AnchoredWeightDecayState(NamedTuple):
-    """Where the schedules are.
-
-    Attributes:
-      count: int32 scalar, updates so far.
-    """
+    """Updates so far, an int32 scalar: where the schedules are."""
 
     count: jax.Array  # type: ignore[assignment]  # the name that optax has for it
 
@@ -103,13 +99,9 @@ def anchored_weight_decay(
                 "takes it as an argument, anchor=..."
             )
         strength = at(learning_rate, state.count) * at(coefficient, state.count)
-        chosen = mask(params) if callable(mask) else mask
-        if chosen is None:
-            chosen = jax.tree.map(lambda _: True, updates)
+        chosen = mask(params) if callable(mask) else True if mask is None else mask
 
-        def pulled(
-            update: jax.Array, param: jax.Array, home: jax.Array, chosen: bool
-        ) -> jax.Array:
+        def pulled(chosen: bool, update: Any, param: Any, home: Any) -> jax.Array:
             if not chosen:
                 return update
             # One leaf at a time comes over from the host, if that is where it is kept.
@@ -125,7 +117,7 @@ def anchored_weight_decay(
         chosen = jax.tree.map(
             lambda pull, branch: jax.tree.map(lambda _: pull, branch), chosen, updates
         )
-        updates = jax.tree.map(pulled, updates, params, anchor, chosen)
+        updates = jax.tree.map(pulled, chosen, updates, params, anchor)
         return updates, AnchoredWeightDecayState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -107,11 +107,10 @@ def error_feedback(
             moves, left = round_step(
                 leaf, values_of(leaf), update, left, decay=decay, clip=clip
             )
-            counts = count_moves(leaf, moves, left)
-            return as_update(leaf, moves), left.astype(dtype), *counts
+            return *as_update(leaf, moves, left), left.astype(dtype)
 
         out = jax.tree.map(one, params, updates, residual, is_leaf=is_codes)
-        updates, residual, changed, blocked = transpose(params, out, 4)
+        updates, changed, blocked, residual = transpose(params, out, 4)
         residual = residual if decay else None
         return updates, ErrorFeedbackState(residual, total(changed), total(blocked))
 
@@ -137,16 +136,10 @@ def round_step(
     decay: float,
     clip: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """One step of the recursion on one leaf; kept and replayed residuals share it.
+    """The moves of one leaf and its residual after them, float32.
 
-    Args:
-      leaf: for the range of the codes, or the dtype of the weights.
-      values: codes, or the weights in float32.
-      update: αĝ, float32.
-      residual: e before.
-
-    Returns:
-      The moves, float32, and e after them, float32.
+    The leaf gives the range of the codes or the dtype of the weights; `values` are its
+    codes, or its weights in float32.
     """
     wanted = update + decay * residual.astype(jnp.float32)
     if isinstance(leaf, Codes):
@@ -160,12 +153,9 @@ def round_step(
 def initial_residual(
     path: tuple[Any, ...], leaf: Any, initial: str, part: Any = None
 ) -> jax.Array:
-    """The residual before the first update, float32; uniform only for codes.
+    """The residual of a leaf, or of a part of a stack, before the first update.
 
-    Args:
-      path, leaf: of the parameters; the leaf may be a part of a stack.
-      initial: 'zero' or 'uniform'.
-      part: its number, see `PartKey`.
+    Float32; uniform only for codes. Of a part, its number is given: see `PartKey`.
     """
     if initial == "zero" or not is_codes(leaf):
         return jnp.zeros(leaf.shape, jnp.float32)
@@ -175,21 +165,18 @@ def initial_residual(
         own = jax.random.fold_in(key, number)
         return jax.random.uniform(own, leaf.shape[-2:], minval=-0.5, maxval=0.5)
 
-    numbers = matrix_numbers(leaf, part)
-    return one(numbers[0]) if leaf.ndim == 2 else jax.vmap(one)(numbers)
+    return jax.vmap(one)(matrix_numbers(leaf.shape, part)).reshape(leaf.shape)
 
 
-def count_moves(
+def as_update(
     leaf: Any, moves: jax.Array, left: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """How many weights move, and how many moves were blocked, float32 scalars."""
-    f32 = jnp.float32
-    changed = (moves != 0).sum(dtype=f32)
+) -> tuple[Any, jax.Array, jax.Array]:
+    """Moves as what `optax.apply_updates` adds; how many there are, and were blocked.
+
+    What is `left` is the residual after them. The numbers are float32 scalars.
+    """
+    changed = (moves != 0).sum(dtype=jnp.float32)
     if not is_codes(leaf):
-        return changed, jnp.zeros([], f32)
-    return changed, (jnp.abs(left) > 0.5).sum(dtype=f32)
-
-
-def as_update(leaf: Any, moves: jax.Array) -> Any:
-    """Moves in the form that `optax.apply_updates` adds."""
-    return difference(leaf, moves) if is_codes(leaf) else moves
+        return moves, changed, jnp.zeros([])
+    blocked = (jnp.abs(left) > 0.5).sum(dtype=jnp.float32)
+    return difference(leaf, moves), changed, blocked

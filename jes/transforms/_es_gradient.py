@@ -102,13 +102,20 @@ def es_gradient(
         weights = noise.direction_weights(weights)
 
         def estimate(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-            if not is_codes(leaf):
-                low = noise.rank and has_matrices(path, leaf.shape)
-                of_floats = _of_factors if low else _of_floats
-                return of_floats(path, leaf.shape, key, weights, noise, part)
-            one = partial(_of_codes, path, leaf.shape[-2:], key, weights, noise)
-            numbers = matrix_numbers(leaf, part)
-            return one(numbers[0]) if leaf.ndim == 2 else jax.lax.map(one, numbers)
+            shape = leaf.shape
+            if is_codes(leaf):
+                of_matrix = _of_codes
+            elif noise.rank and has_matrices(path, shape):
+                of_matrix = _of_factors
+            else:
+                return _of_floats(path, shape, key, weights, noise, part)
+            if len(shape) == 2 and part is not None:
+                raise ValueError(f"noise of rows of {path} cannot be drawn alone")
+            one = partial(of_matrix, path, shape[-2:], key, weights, noise)
+            numbers = matrix_numbers(shape, part)
+            if len(shape) == 2:
+                return one(numbers[0])
+            return jax.lax.map(one, numbers).reshape(shape)
 
         return map_leaves(estimate, updates), state
 
@@ -123,6 +130,8 @@ def _of_floats(
     noise: Noise,
     part: jax.typing.ArrayLike | None,
 ) -> jax.Array:
+    """The estimate for a leaf, or a part of it, direction by direction."""
+
     def add(direction: jax.Array, total: jax.Array) -> jax.Array:
         direction_key = jax.random.fold_in(key, direction)
         drawn = leaf_noise(direction_key, path, shape, noise, part)
@@ -134,60 +143,48 @@ def _of_floats(
 
 def _of_factors(
     path: tuple[Any, ...],
-    shape: tuple[int, ...],
+    shape: tuple[int, int],
     key: jax.Array,
     weights: jax.Array,
     noise: Noise,
-    part: jax.typing.ArrayLike | None,
+    matrix: jax.Array,
 ) -> jax.Array:
-    """The estimate for a stack of matrices with noise of low rank, one by one."""
-    *stack, rows, columns = shape
-    if part is not None and not stack:
-        raise ValueError(f"noise of low rank cannot be drawn for rows of {path}")
-    count = weights.shape[0]
-    draw_factors = DISTRIBUTIONS[noise.distribution]
+    """The estimate for one matrix with noise of low rank."""
+    (rows, columns), count = shape, weights.shape[0]
+    distribution = DISTRIBUTIONS[noise.distribution]
     # Factors of so many members at a time that they take no more than the matrix.
     entries_each = noise.rank * (rows + columns)
     at_once = min(count, max(1, max(AT_ONCE, rows * columns) // entries_each))
 
-    def draw(direction: jax.Array, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def draw(direction: jax.Array) -> tuple[jax.Array, jax.Array]:
         own = leaf_key(jax.random.fold_in(key, direction), path)
-        drawn = draw_matrix(own, matrix, (rows, columns), noise.rank, draw_factors)
+        drawn = draw_matrix(own, matrix, shape, noise.rank, distribution)
         # Those after the last member count nothing.
         weight = jnp.where(direction < count, weights[direction], 0)
         return drawn.a, -weight * drawn.b
 
-    def one(matrix: jax.Array) -> jax.Array:
-        def add(block: jax.Array, total: jax.Array) -> jax.Array:
-            directions = block * at_once + jnp.arange(at_once)
-            a, b = jax.vmap(draw, in_axes=(0, None))(directions, matrix)
-            return total + jnp.matmul(
-                a.reshape(-1, rows).T,
-                b.reshape(-1, columns),
-                precision=jax.lax.Precision.HIGHEST,
-            )
+    def add(block: jax.Array, total: jax.Array) -> jax.Array:
+        a, b = jax.vmap(draw)(block * at_once + jnp.arange(at_once))
+        return total + jnp.matmul(
+            a.reshape(-1, rows).T,
+            b.reshape(-1, columns),
+            precision=jax.lax.Precision.HIGHEST,
+        )
 
-        start = jnp.zeros((rows, columns), jnp.float32)
-        return jax.lax.fori_loop(0, -(-count // at_once), add, start)
-
-    if not stack:
-        return one(jnp.int32(0))
-    numbers = jnp.arange(math.prod(stack))
-    if part is not None:
-        numbers += part * math.prod(stack)
-    return jax.lax.map(one, numbers).reshape(shape)
+    start = jnp.zeros(shape, jnp.float32)
+    return jax.lax.fori_loop(0, -(-count // at_once), add, start)
 
 
 def _of_codes(
     path: tuple[Any, ...],
-    shape: tuple[int, ...],
+    shape: tuple[int, int],
     key: jax.Array,
     weights: jax.Array,
     noise: Noise,
-    matrix: jax.typing.ArrayLike,
+    matrix: jax.Array,
 ) -> jax.Array:
-    """The estimate for one matrix; with two roundings, from the second."""
-    size, count = shape[0] * shape[1], weights.shape[0]
+    """The estimate for one matrix of codes; with two roundings, from the second."""
+    size, count = math.prod(shape), weights.shape[0]
 
     def draw(direction: jax.Array) -> tuple[jax.Array | None, jax.Array]:
         direction_key = jax.random.fold_in(key, direction)

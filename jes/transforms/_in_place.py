@@ -1,7 +1,7 @@
 """Updates in place: one leaf, or a part of a large one, after the other."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,15 +24,11 @@ def count_parts(path: tuple[Any, ...], leaf: Any) -> int:
     """Into how many equal parts of its first axis `update_in_place` cuts a leaf.
 
     A stack of codes into its matrices, floats into parts of at least `PART` numbers.
-
-    Args:
-      path: of the leaf in the parameters.
-      leaf: an array of floats, or `Codes`.
     """
     del path
     shape = leaf.shape
     if is_codes(leaf):
-        return shape[0] if leaf.ndim == 3 else 1
+        return math.prod(shape[:-2])
     most = min(shape[0], math.prod(shape) // PART) if shape else 1
     return next((n for n in range(most, 0, -1) if shape[0] % n == 0), 1)
 
@@ -90,18 +86,14 @@ def update_in_place(
       ...     params, optimizer.init(params), key=key, fitness=fitness)
     """
     moved, read = _Trees((params, state), params), _Trees(extra_args, params)
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def update(number: int | None, own: list, read_own: list, key: Any) -> Any:
         """Updates a leaf, or a part of it: it and its state, and the state's rest."""
         params, state = moved.alone(number, own)
-        zeros = optax.tree.zeros_like(params)
-        updates, state = optax.with_extra_args_support(optimizer).update(
-            zeros,
-            state,
-            params,
-            key=key,
-            fitness=fitness,
-            **read.alone(number, read_own),
+        zeros, given = optax.tree.zeros_like(params), read.alone(number, read_own)
+        updates, state = optimizer.update(
+            zeros, state, params, key=key, fitness=fitness, **given
         )
         return moved.split((optax.apply_updates(params, updates), state))
 
@@ -118,7 +110,7 @@ def update_in_place(
         else:
             own, totals = loop.in_turn(own, read_own, totals)
         new.append(own)
-    return moved.whole(new, totals)
+    return moved.build(list(zip(*new, strict=True)), totals)
 
 
 class _Trees:
@@ -149,7 +141,7 @@ class _Trees:
         places = range(self.outer.num_leaves)
         own = own if number is not None else [None] * len(self.trees)
         leaves = [[x if place == number else None for place in places] for x in own]
-        return self._build(leaves, self.rest)
+        return self.build(leaves, self.rest)
 
     def split(self, tree: PyTree) -> tuple[list[Any], list[Any]]:
         """What `alone` put together, taken apart: values of the leaf, and the rest."""
@@ -158,27 +150,19 @@ class _Trees:
         rest = [item for item, like in items if not like]
         return jax.tree.leaves(trees, is_leaf=is_codes), rest
 
-    def whole(self, leaves: list[list[Any]], rest: list[Any]) -> PyTree:
-        """The tree from the values of every leaf, and the rest."""
-        return self._build([list(tree) for tree in zip(*leaves, strict=True)], rest)
-
-    def _build(self, trees: list[list[Any]], rest: list[Any]) -> PyTree:
+    def build(self, trees: Sequence[Sequence[Any]], rest: list[Any]) -> PyTree:
+        """The tree from the leaves of each such subtree, and the rest."""
         cut, other = iter(trees), iter(rest)
-        items = [
+        return self.treedef.unflatten(
             self.outer.unflatten(next(cut)) if like else next(other)
             for like in self.like
-        ]
-        return self.treedef.unflatten(items)
+        )
 
 
 class _Loop(NamedTuple):
-    """Updates one leaf by parts.
+    """Updates one leaf by parts: `update` takes its values, those only read, and a key.
 
-    Attributes:
-      update: function of (values of the leaf, those only read, key).
-      key: the generation key.
-      parts: their number.
-      nothing: the scalars of the state after an update of no weights.
+    `nothing` is the rest of the state after an update of no weights.
     """
 
     update: Callable[..., tuple[list[Any], list[Any]]]
@@ -187,12 +171,11 @@ class _Loop(NamedTuple):
     nothing: list[Any]
 
     def part(self, own: list[Any], read: list[Any], part: jax.Array) -> Any:
-        """What `update` gives for this part."""
         own, read = jax.tree.map(partial(_cut, part, self.parts), (own, read))
         return self.update(own, read, PartKey(self.key, part))
 
     def in_turn(self, own: list[Any], read: list[Any], totals: list[Any]) -> Any:
-        """Part after part: the values of the leaf, and the scalars added up."""
+        """Part after part: the values of the leaf, and the state's sums added up."""
 
         def add(totals: list[Any], found: list[Any]) -> list[Any]:
             rows = zip(totals, found, self.nothing, strict=True)

@@ -12,7 +12,6 @@ from jes.core.tree import is_codes, leaves_with_path, structure, total, values_o
 from jes.transforms._error_feedback import (
     as_update,
     check_feedback,
-    count_moves,
     initial_residual,
     round_step,
 )
@@ -126,11 +125,10 @@ def seed_replay(
                 fitness=fitness,
                 **extra_args,
             )
+            given = zip(leaves, values, jax.tree.leaves(steps), residuals, strict=True)
             rows = [
-                round_step(leaf, value, step, residual, decay=decay, clip=clip)
-                for (_, leaf), value, step, residual in zip(
-                    leaves, values, jax.tree.leaves(steps), residuals, strict=True
-                )
+                round_step(leaf, *row, decay=decay, clip=clip)
+                for (_, leaf), *row in given
             ]
             return [row[0] for row in rows], [row[1] for row in rows], inner_state
 
@@ -144,18 +142,19 @@ def seed_replay(
         first = jnp.maximum(state.count - window, 0)
         residuals = jax.lax.fori_loop(first, state.count, replay, start)
         moves, residuals, inner_state = step(key, fitness, residuals)
-        rows = list(zip((leaf for _, leaf in leaves), moves, residuals, strict=True))
-        counts = [count_moves(*row) for row in rows]
+        rows = [
+            as_update(leaf, *row)
+            for (_, leaf), *row in zip(leaves, moves, residuals, strict=True)
+        ]
         slot = state.count % window
         new = SeedReplayState(
             count=optax.safe_increment(state.count),
             keys=state.keys.at[slot].set(data),
             fitness=state.fitness.at[slot].set(fitness),
             inner=inner_state,
-            changed=total([changed for changed, _ in counts]),
-            blocked=total([blocked for _, blocked in counts]),
+            changed=total([changed for _, changed, _ in rows]),
+            blocked=total([blocked for _, _, blocked in rows]),
         )
-        updates = [as_update(leaf, moves) for leaf, moves, _ in rows]
-        return structure(params).unflatten(updates), new
+        return structure(params).unflatten([row[0] for row in rows]), new
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -19,16 +19,12 @@ import optax
 
 from jes.core.codes import Codes, allowed, difference
 from jes.core.noise import PartKey, PyTree, leaf_key
-from jes.core.random import uniform
+from jes.core.random import places, uniform
 from jes.core.tree import is_codes, map_leaves, total, transpose, values_of
 
 
 class StochasticRoundingState(NamedTuple):
-    """Counts of the last update.
-
-    Attributes:
-      changed, blocked: as in `ErrorFeedbackState`.
-    """
+    """Counts of the last update, as in `ErrorFeedbackState`."""
 
     changed: jax.Array
     blocked: jax.Array
@@ -37,9 +33,7 @@ class StochasticRoundingState(NamedTuple):
 def stochastic_rounding() -> optax.GradientTransformationExtraArgs:
     """Rounds steps of codes up or down at random, so that they are right on average.
 
-    Returns:
-      A transformation whose `update` needs `params`, all of them codes, and `key`, the
-      generation key.
+    `update` needs `params`, all of them codes, and `key`, the generation key.
     """
 
     def init_fn(params: PyTree) -> StochasticRoundingState:
@@ -63,8 +57,9 @@ def stochastic_rounding() -> optax.GradientTransformationExtraArgs:
 
         def one(path: tuple[Any, ...], leaf: Codes, update: jax.Array) -> Any:
             floor = jnp.floor(update)
-            up = uniform(leaf_key(key, path), update.shape, part) < update - floor
-            wanted = floor + up
+            place = None if part is None else places(update.shape, part)
+            drawn = uniform(leaf_key(key, path), update.shape, place)
+            wanted = floor + (drawn < update - floor)
             moves = allowed(leaf, values_of(leaf), wanted)
             counts = ((moves != 0).sum(), (moves != wanted).sum())
             return difference(leaf, moves), *(c.astype(jnp.float32) for c in counts)
