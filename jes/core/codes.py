@@ -38,7 +38,7 @@ class Codes:
 
     @property
     def ndim(self) -> int:
-        """Number of axes: 2, or 3 for a stack."""
+        """2, or 3 for a stack."""
         return self.data.ndim
 
     @property
@@ -118,15 +118,13 @@ def moved(codes: Codes, overlay: Overlay | None) -> jax.Array:
     if overlay is None:
         return values
     # Bytes add modulo 256, and an overlay leads to no code out of range.
-    flat = values.reshape(-1)
+    flat, moves = values.reshape(-1), overlay.moves.astype(values.dtype)
     if overlay.positions is None:
-        return (flat + overlay.moves.astype(values.dtype)).reshape(values.shape)
-    flat = flat.at[overlay.positions].add(
-        overlay.moves.astype(values.dtype),
-        mode="drop",
-        unique_indices=True,
-        indices_are_sorted=True,
-    )
+        flat = flat + moves
+    else:
+        flat = flat.at[overlay.positions].add(
+            moves, mode="drop", unique_indices=True, indices_are_sorted=True
+        )
     return flat.reshape(values.shape)
 
 

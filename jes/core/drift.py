@@ -62,20 +62,14 @@ def drift_norm(
     if kind == "none" or coefficient == 0 or step == 0:
         squares = step**2 * generations
     elif kind == "l2":
-        squares = step**2 * _ornstein_uhlenbeck(alpha * coefficient, generations)
+        square = (1 - alpha * coefficient) ** 2
+        squares = step**2 * (square * (1 - square**generations) / (1 - square))
     else:
         pull = alpha * coefficient
-        length = (
-            step**2 / pull
-        )  # twice the scale of the Laplace distribution it tends to
+        # Twice the scale of the Laplace distribution that it tends to.
+        length = step**2 / pull
         squares = length**2 * _reflected_second_moment(generations * pull / length)
     return math.sqrt(parameters * squares)
-
-
-def _ornstein_uhlenbeck(strength: float, generations: float) -> float:
-    """Sum of r^2, r^4, ..., r^2T with r = 1 - strength."""
-    square = (1 - strength) ** 2
-    return square * (1 - square**generations) / (1 - square)
 
 
 def _reflected_second_moment(time: float) -> float:
@@ -86,12 +80,12 @@ def _reflected_second_moment(time: float) -> float:
     """
     if time > 1000:  # within rounding of the limit
         return 0.5
+    if time <= 1e-6:  # where the terms cancel, it is the free walk to first order
+        return time
     root = math.sqrt(time)
     density = math.exp(-time / 2) / math.sqrt(2 * math.pi)
     above = math.erfc(root / math.sqrt(2)) / 2
-    value = (2 * time + time**2) * above - (root**3 + root) * density + 0.5 - above
-    # For short times the terms cancel; then it is the free walk, to first order.
-    return value if time > 1e-6 else time
+    return (2 * time + time**2) * above - (root**3 + root) * density + 0.5 - above
 
 
 def coefficient_for_norm(

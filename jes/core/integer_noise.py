@@ -22,16 +22,16 @@ import numpy as np
 from jes.core.random import random_bits
 
 DEVIATIONS = 8
-"""Entries are drawn for the expected number that are not 0 and so many standard
-deviations more. With more of them than that (probability 1e-15) the last are lost."""
+"""Sparse entries are drawn for their expected number and so many standard deviations
+more. Where there are more (probability 1e-15) the last are lost."""
 
 RARE = 2.0**-31
-"""A value less probable than this, given that it is not 0, does not occur: it is the
-resolution of the bits that choose. Up to sigma = 0.15 that leaves 1 and -1."""
+"""Values less probable than this, the resolution of the bits that choose, do not
+occur. Up to sigma = 0.15 that leaves 1 and -1."""
 
 MANY = 0.1
-"""Share of entries that are not 0 above which all are drawn: one of a few costs eight
-times what one of all does (measured on a CPU)."""
+"""Share of nonzero entries above which all are drawn (a sparse one costs eight times
+as much on a CPU)."""
 
 WIDTH = 64
 """Gaps that are summed by a product with a triangle of ones; see `_row_sums`."""
@@ -106,13 +106,11 @@ def _moments(sigma: float, k: int) -> tuple[float, float, float]:
 
 def entries(size: int, sigma: float, rounds: int = 1) -> int:
     """How many entries `integer_noise` draws for a matrix of this size."""
-    if outcomes(sigma, rounds).nonzero > MANY:
-        return size
-    return _sparse_entries(size, sigma, rounds)
-
-
-def _sparse_entries(size: int, sigma: float, rounds: int) -> int:
     p = outcomes(sigma, rounds).nonzero
+    return size if p > MANY else _sparse_entries(size, p)
+
+
+def _sparse_entries(size: int, p: float) -> int:
     most = size * p + DEVIATIONS * math.sqrt(size * p * (1 - p)) + DEVIATIONS
     return math.ceil(most / WIDTH) * WIDTH
 
@@ -147,7 +145,7 @@ def sparse_noise(
 ) -> tuple[jax.Array, jax.Array]:
     """The entries that are not 0; arguments and results as of `integer_noise`."""
     possible = outcomes(sigma, rounds)
-    count = _sparse_entries(size, sigma, rounds)
+    count = _sparse_entries(size, possible.nonzero)
     draws = 1 if len(possible.values) == 1 else 2
     bits = random_bits(key, (draws, count))
     # Gaps beyond the matrix need no precision, and their sum must not overflow.
@@ -165,8 +163,8 @@ def _chosen(
 ) -> jax.Array:
     """Values [R, rounds] of these probabilities, by uniform bits: int32 [rounds, K].
 
-    As sums of steps, one for every limit that the bits have passed: a compiler makes
-    one pass of it, and it asks for no table in memory.
+    As sums of steps, one for every limit that the bits have passed: a single pass,
+    without a table in memory.
     """
     limits = np.round(np.cumsum(probabilities)[:-1] * 2.0**32)
     limits = np.minimum(limits, 2**32 - 1).astype(np.uint32)

@@ -50,8 +50,7 @@ class Noise:
       antithetic: whether members come in pairs θ + σε and θ - σε.
       rounds: of codes, how many times σε is rounded: once, or twice independently, to
         measure with the one and to move by the other (QuZO).
-      scale_sigma: of quantised weights, standard deviation of the perturbation of
-        their scales, in units of these; 0 leaves them alone.
+      scale_sigma: the same as sigma for the scales of quantised weights; 0 leaves them.
       distribution: of ε, see `DISTRIBUTIONS`: 'normal', or 'table', which is about
         normal and faster on CPUs. Codes have integer noise whatever it is.
       rank: of the noise of matrices, see `jes.core.low_rank`; 0 for full rank.
@@ -185,13 +184,19 @@ def codes_noise(
     return integer_noise(key, size, noise.sigma, noise.rounds)
 
 
-def perturb(params: PyTree, key: jax.Array, sigma: jax.typing.ArrayLike) -> PyTree:
-    """θ + σε, with normal ε drawn from `key` (2509.24372, Algorithm 1).
+def perturb(
+    params: PyTree,
+    key: jax.Array,
+    sigma: jax.typing.ArrayLike,
+    noise: Noise = STANDARD,
+) -> PyTree:
+    """θ + σε, with ε drawn from `key` (2509.24372, Algorithm 1).
 
     Args:
       params: pytree of floating-point arrays.
       key: typed PRNG key, a direction key; the same key gives the same ε.
       sigma: scalar, in units of the weights; negative for the antithetic member.
+      noise: the distribution of ε, by default normal of full rank; its σ is not read.
 
     Returns:
       A new pytree with the dtypes of `params`; the sum is taken in float32.
@@ -199,20 +204,7 @@ def perturb(params: PyTree, key: jax.Array, sigma: jax.typing.ArrayLike) -> PyTr
     Raises:
       TypeError: for weights that are not floats.
     """
-    return _perturb(params, key, sigma, STANDARD)
 
-
-def perturb_member(
-    params: PyTree, key: jax.Array, member: jax.Array, noise: Noise
-) -> PyTree:
-    """The weights of one member of the generation with this generation key."""
-    direction_key, sign = noise.direction(key, member)
-    return _perturb(params, direction_key, noise.sigma * sign, noise)
-
-
-def _perturb(
-    params: PyTree, key: jax.Array, scale: jax.typing.ArrayLike, noise: Noise
-) -> PyTree:
     def add(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
@@ -220,6 +212,14 @@ def _perturb(
                 "differ from it by `jes.draw_overlays`"
             )
         epsilon = leaf_noise(key, path, leaf.shape, noise)
-        return (leaf.astype(jnp.float32) + scale * epsilon).astype(leaf.dtype)
+        return (leaf.astype(jnp.float32) + sigma * epsilon).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(add, params)
+
+
+def perturb_member(
+    params: PyTree, key: jax.Array, member: jax.Array, noise: Noise
+) -> PyTree:
+    """The weights of one member of the generation with this generation key."""
+    direction_key, sign = noise.direction(key, member)
+    return perturb(params, direction_key, noise.sigma * sign, noise)

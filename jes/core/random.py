@@ -45,15 +45,14 @@ def places(
     start: jax.typing.ArrayLike = 0,
     partitioned: bool = False,
 ) -> Place:
-    """Positions of the entries of an array, or of a part of one.
+    """Positions of the entries of an array, or of some of a larger one.
 
     Args:
-      shape: of the array or the part.
-      part: its number among parts of equal size; may be traced, or be numbers
-        [..., 1] of several parts that have one axis. None for the whole of an array
-        of less than 2^32 entries.
+      shape: of the entries.
+      part: number of the part they are in, among parts of equal size; may be traced, or
+        [..., 1] for several parts of one axis. None for a whole array, below 2^32.
       size: entries of a part; by default those of the shape.
-      start: position of its first entry within the part.
+      start: position of the first within the part.
       partitioned: see `Noise.partitioned`.
     """
     inner = _counter(shape, partitioned)
@@ -172,15 +171,12 @@ def normal_of_bits(bits: jax.Array) -> jax.Array:
 
 @functools.cache
 def positive_values() -> np.ndarray:
-    r"""The upper half of the table, in rising order: float32 [32768], read-only.
-
-    The mean of a normal number between :math:`a` and :math:`b` is
-    :math:`(\varphi(a) - \varphi(b)) / P(a, b)`.
-    """
+    """The upper half of the table, in rising order: float32 [32768], read-only."""
     gaussian = NormalDist()
     edges = np.array([gaussian.inv_cdf(0.5 + 0.5 * k / HALF) for k in range(HALF)])
     squares = np.append(edges, np.inf) ** 2 / 2
-    # φ(a) - φ(b) as a product, which loses no digits where a and b are close.
+    # The mean of a normal number in (a, b) is (φ(a) - φ(b)) / P(a, b). The difference
+    # as a product loses no digits where a and b are close.
     density = np.exp(-squares[:-1]) / math.sqrt(2 * math.pi)
     means = 2 * HALF * density * -np.expm1(-np.diff(squares))
     values = (means / np.sqrt(np.mean(means**2))).astype(np.float32)

@@ -1,6 +1,7 @@
 """Trees of parameters in which the codes of a matrix are one leaf."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -51,23 +52,20 @@ def split(params: Any, scales: bool = False) -> tuple[Any, Any]:
     if not is_quantized(params):
         return params, jax.tree.map(lambda leaf: None, params)
 
-    def trained(path: tuple[Any, ...], leaf: Any) -> bool:
-        return is_codes(leaf) or (scales and _is_scales(path))
+    def part(path: tuple[Any, ...], leaf: Any, trained: bool) -> Any:
+        chosen = is_codes(leaf) or (scales and _is_scales(path))
+        return leaf if chosen == trained else None
 
-    return (
-        map_leaves(lambda p, leaf: leaf if trained(p, leaf) else None, params),
-        map_leaves(lambda p, leaf: None if trained(p, leaf) else leaf, params),
-    )
+    return tuple(map_leaves(partial(part, trained=x), params) for x in (True, False))
 
 
 def merge(trained: Any, frozen: Any) -> Any:
     """What `split` took apart."""
-
-    def either(first: Any, second: Any) -> Any:
-        return second if first is None else first
-
     return jax.tree.map(
-        either, trained, frozen, is_leaf=lambda node: node is None or is_codes(node)
+        lambda first, second: second if first is None else first,
+        trained,
+        frozen,
+        is_leaf=lambda node: node is None or is_codes(node),
     )
 
 
@@ -79,7 +77,8 @@ def with_dtype(params: Any, dtype: Any) -> Any:
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
         keep = is_codes(leaf) or _is_scales(path) or leaf.dtype == dtype
-        return leaf if keep or not is_float(leaf) else _cast(leaf, dtype)
+        keep = keep or not jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf if keep else _cast(leaf, dtype)
 
     return map_leaves(cast, params)
 
@@ -87,11 +86,6 @@ def with_dtype(params: Any, dtype: Any) -> Any:
 @program(static_argnums=1)
 def _cast(leaf: jax.Array, dtype: Any) -> jax.Array:
     return leaf.astype(dtype)
-
-
-def is_float(leaf: jax.Array) -> bool:
-    """Whether an array holds floating-point numbers."""
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _is_scales(path: tuple[Any, ...]) -> bool:

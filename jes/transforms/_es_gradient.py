@@ -1,7 +1,6 @@
 """The ES estimate of the gradient, by replaying seeds."""
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -102,16 +101,13 @@ def es_gradient(
         weights = noise.direction_weights(weights)
 
         def estimate(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-            shape = leaf.shape
-            if is_codes(leaf):
-                of_matrix = _of_codes
-            elif noise.rank and has_matrices(path, shape):
-                of_matrix = _of_factors
-            else:
-                return _of_floats(path, shape, key, weights, noise, part)
+            shape, sums = leaf.shape, _Sums(path, leaf.shape[-2:], key, weights, noise)
+            low_rank = noise.rank and has_matrices(path, shape)
+            if not (is_codes(leaf) or low_rank):
+                return sums.of_floats(shape, part)
             if len(shape) == 2 and part is not None:
                 raise ValueError(f"noise of rows of {path} cannot be drawn alone")
-            one = partial(of_matrix, path, shape[-2:], key, weights, noise)
+            one = sums.of_codes if is_codes(leaf) else sums.of_factors
             numbers = matrix_numbers(shape, part)
             if len(shape) == 2:
                 return one(numbers[0])
@@ -122,91 +118,78 @@ def es_gradient(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _of_floats(
-    path: tuple[Any, ...],
-    shape: tuple[int, ...],
-    key: jax.Array,
-    weights: jax.Array,
-    noise: Noise,
-    part: jax.typing.ArrayLike | None,
-) -> jax.Array:
-    """The estimate for a leaf, or a part of it, direction by direction."""
+class _Sums(NamedTuple):
+    """Sums over directions of their weights [directions] times the noise of a leaf.
 
-    def add(direction: jax.Array, total: jax.Array) -> jax.Array:
-        direction_key = jax.random.fold_in(key, direction)
-        drawn = leaf_noise(direction_key, path, shape, noise, part)
-        return total - weights[direction] * drawn
+    `shape` is that of one of its matrices, `key` the generation key.
+    """
 
-    start = jnp.zeros(shape, jnp.float32)
-    return jax.lax.fori_loop(0, weights.shape[0], add, start)
+    path: tuple[Any, ...]
+    shape: tuple[int, ...]
+    key: jax.Array
+    weights: jax.Array
+    noise: Noise
 
+    def of_floats(self, shape: tuple[int, ...], part: Any) -> jax.Array:
+        """For noise of full rank: of the leaf, or of a part of it."""
 
-def _of_factors(
-    path: tuple[Any, ...],
-    shape: tuple[int, int],
-    key: jax.Array,
-    weights: jax.Array,
-    noise: Noise,
-    matrix: jax.Array,
-) -> jax.Array:
-    """The estimate for one matrix with noise of low rank."""
-    (rows, columns), count = shape, weights.shape[0]
-    distribution = DISTRIBUTIONS[noise.distribution]
-    # Factors of so many members at a time that they take no more than the matrix.
-    entries_each = noise.rank * (rows + columns)
-    at_once = min(count, max(1, max(AT_ONCE, rows * columns) // entries_each))
+        def add(direction: jax.Array, total: jax.Array) -> jax.Array:
+            direction_key = jax.random.fold_in(self.key, direction)
+            drawn = leaf_noise(direction_key, self.path, shape, self.noise, part)
+            return total - self.weights[direction] * drawn
 
-    def draw(direction: jax.Array) -> tuple[jax.Array, jax.Array]:
-        own = leaf_key(jax.random.fold_in(key, direction), path)
-        drawn = draw_matrix(own, matrix, shape, noise.rank, distribution)
-        # Those after the last member count nothing.
-        weight = jnp.where(direction < count, weights[direction], 0)
-        return drawn.a, -weight * drawn.b
+        start = jnp.zeros(shape, jnp.float32)
+        return jax.lax.fori_loop(0, self.weights.shape[0], add, start)
 
-    def add(block: jax.Array, total: jax.Array) -> jax.Array:
-        a, b = jax.vmap(draw)(block * at_once + jnp.arange(at_once))
-        return total + jnp.matmul(
-            a.reshape(-1, rows).T,
-            b.reshape(-1, columns),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+    def of_factors(self, matrix: jax.Array) -> jax.Array:
+        """For the noise of low rank of the matrix of this number."""
+        (rows, columns), count, rank = self.shape, len(self.weights), self.noise.rank
+        distribution = DISTRIBUTIONS[self.noise.distribution]
+        # Factors of so many members at a time that they take no more than the matrix.
+        room = max(AT_ONCE, rows * columns)
+        at_once = min(count, max(1, room // (rank * (rows + columns))))
 
-    start = jnp.zeros(shape, jnp.float32)
-    return jax.lax.fori_loop(0, -(-count // at_once), add, start)
+        def draw(direction: jax.Array) -> tuple[jax.Array, jax.Array]:
+            own = leaf_key(jax.random.fold_in(self.key, direction), self.path)
+            drawn = draw_matrix(own, matrix, (rows, columns), rank, distribution)
+            # Those after the last member count nothing.
+            weight = jnp.where(direction < count, self.weights[direction], 0)
+            return drawn.a, -weight * drawn.b
 
+        def add(block: jax.Array, total: jax.Array) -> jax.Array:
+            a, b = jax.vmap(draw)(block * at_once + jnp.arange(at_once))
+            a, b = a.reshape(-1, rows), b.reshape(-1, columns)
+            return total + jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST)
 
-def _of_codes(
-    path: tuple[Any, ...],
-    shape: tuple[int, int],
-    key: jax.Array,
-    weights: jax.Array,
-    noise: Noise,
-    matrix: jax.Array,
-) -> jax.Array:
-    """The estimate for one matrix of codes; with two roundings, from the second."""
-    size, count = math.prod(shape), weights.shape[0]
+        start = jnp.zeros(self.shape, jnp.float32)
+        return jax.lax.fori_loop(0, -(-count // at_once), add, start)
 
-    def draw(direction: jax.Array) -> tuple[jax.Array | None, jax.Array]:
-        direction_key = jax.random.fold_in(key, direction)
-        positions, values = codes_noise(direction_key, path, matrix, size, noise)
-        return positions, -weights[direction] * values[-1]
+    def of_codes(self, matrix: jax.Array) -> jax.Array:
+        """For the integer noise of a matrix; with two roundings, from the second."""
+        size, count, noise = math.prod(self.shape), len(self.weights), self.noise
 
-    # A short draw costs less than its start: as many at a time as divide them all.
-    most = min(count, max(1, AT_ONCE // entries(size, noise.sigma, noise.rounds)))
-    at_once = max(n for n in range(1, most + 1) if count % n == 0)
+        def draw(direction: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+            own = jax.random.fold_in(self.key, direction)
+            positions, values = codes_noise(own, self.path, matrix, size, noise)
+            return positions, -self.weights[direction] * values[-1]
 
-    def add(batch: jax.Array, total: jax.Array) -> jax.Array:
-        positions, steps = jax.vmap(draw)(batch * at_once + jnp.arange(at_once))
-        if positions is None:
-            return total + steps.sum(0)
+        # A short draw costs less than its start: as many at a time as divide them all.
+        most = min(count, max(1, AT_ONCE // entries(size, noise.sigma, noise.rounds)))
+        at_once = max(n for n in range(1, most + 1) if count % n == 0)
 
-        # One direction has no position twice, so the order of sums is always the same.
-        def add_one(i: jax.Array, total: jax.Array) -> jax.Array:
-            return total.at[positions[i]].add(
-                steps[i], mode="drop", unique_indices=True, indices_are_sorted=True
-            )
+        def add(batch: jax.Array, total: jax.Array) -> jax.Array:
+            positions, steps = jax.vmap(draw)(batch * at_once + jnp.arange(at_once))
+            if positions is None:
+                return total + steps.sum(0)
 
-        return jax.lax.fori_loop(0, at_once, add_one, total)
+            # No direction has a position twice, so the order of sums is the same.
+            def add_one(i: jax.Array, total: jax.Array) -> jax.Array:
+                return total.at[positions[i]].add(
+                    steps[i], mode="drop", unique_indices=True, indices_are_sorted=True
+                )
 
-    start = jnp.zeros(size, jnp.float32)
-    return jax.lax.fori_loop(0, count // at_once, add, start).reshape(shape)
+            return jax.lax.fori_loop(0, at_once, add_one, total)
+
+        start = jnp.zeros(size, jnp.float32)
+        total = jax.lax.fori_loop(0, count // at_once, add, start)
+        return total.reshape(self.shape)
