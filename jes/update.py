@@ -58,13 +58,10 @@ def _scale_by_rates(rate: float, scale_rate: float) -> optax.GradientTransformat
     if not scale_rate:
         return optax.scale_by_learning_rate(rate)
 
-    def scaled(updates: PyTree, params: PyTree) -> PyTree:
-        def one(path: Any, leaf: Any, update: jax.Array) -> jax.Array:
-            return -(rate if is_codes(leaf) else scale_rate) * update
+    def one(path: Any, leaf: Any, update: jax.Array) -> jax.Array:
+        return -(rate if is_codes(leaf) else scale_rate) * update
 
-        return map_leaves(one, params, updates)
-
-    return optax.stateless(scaled)
+    return optax.stateless(lambda updates, params: map_leaves(one, params, updates))
 
 
 def _feedback(evolution: Evolution) -> dict[str, Any]:

@@ -74,9 +74,7 @@ class Distance(NamedTuple):
       relative: that over ‖θ_0‖; of little use for codes, which are not around 0.
       moved: share of the weights, or codes, that differ by more than `MOVED`.
       largest: the largest difference of one weight.
-      norms: the norm by kind of tensor: embedding, attention, mlp, norm, bias, lm_head;
-        of a quantised model attention, mlp and scales.
-      moved_shares: the share moved by kind of tensor.
+      norms, moved_shares: the norm and the share moved by `kind_of` tensor.
     """
 
     norm: float

@@ -6,8 +6,7 @@ weight decay (2605.30148) L2 makes it an Ornstein-Uhlenbeck process, and L1 a Br
 motion with a constant pull to zero. Nearly all of what ES moves is this: systematic
 motion is at most α a generation in total, and L2 ends it at 1/λ.
 
-Expected squares are what is known, so norms are root mean squares: sharp in a model of
-many weights.
+Norms are root mean squares, which are sharp in a model of many weights.
 """
 
 import math
@@ -43,12 +42,8 @@ def drift_norm(
       :math:`-\alpha\lambda`, started at 0; the limit of many small steps.
 
     Args:
-      alpha: learning rate.
-      population: N.
-      parameters: d.
+      alpha, population, parameters, kind, coefficient: α, N, d, the decay and its λ.
       generations: T; `math.inf` for the stationary norm.
-      kind: 'none', 'l2' or 'l1'.
-      coefficient: λ.
       spread: root mean square of the shaped fitness; 1 for z-scores.
 
     Raises:

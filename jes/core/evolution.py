@@ -44,9 +44,7 @@ class Evolution:
 
     @classmethod
     def from_header(cls, settings: Mapping[str, Any]) -> "Evolution":
-        """The settings in the header of a ledger, under today's names or older ones.
-
-        What an older ledger does not name has its default.
+        """The settings in the header of a ledger, also of an older one.
 
         Raises:
           TypeError: for a name that is not known, of a later version of jes.

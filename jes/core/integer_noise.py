@@ -120,11 +120,7 @@ def integer_noise(
 ) -> tuple[jax.Array | None, jax.Array]:
     """The δ of a matrix: those that are not 0 if they are few, else all of them.
 
-    Args:
-      key: typed PRNG key.
-      size: number of entries of the matrix, below 2^31.
-      sigma: σ, in codes.
-      rounds: roundings of each entry; see `outcomes`.
+    Of a matrix of `size` entries, below 2^31, rounded as in `outcomes`.
 
     Returns:
       positions int32 [K], ascending, where the last may lie beyond the matrix, and

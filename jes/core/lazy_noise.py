@@ -64,11 +64,10 @@ class MemberWeight:
 def draw_lazily(
     params: PyTree, key: jax.Array, members: jax.Array, noise: Noise, dtype: Any
 ) -> PyTree:
-    """Noise of a chunk of members for the layers to draw, as for `perturb_members`.
+    """Noise of members for the layers to draw, in the tree of the parameters.
 
-    Returns:
-      The tree of the parameters: for matrices a `LazyNoise` with a leading axis [M],
-      or of a stack [M, L]; for vectors a `MemberWeight`.
+    For matrices a `LazyNoise` with a leading axis [M], or of a stack [M, L]; for
+    vectors a `MemberWeight`.
     """
 
     def draw(member: jax.Array) -> PyTree:

@@ -50,7 +50,9 @@ def create(path: Path, header: Mapping[str, Any]) -> None:
 
 def append_generation(path: Path, generation: int, fitness: np.ndarray) -> None:
     """Commits a generation: it has happened once this returns."""
-    values = [_shortest(f) for f in fitness]
+    # The fewest digits of float32 that read back to the same bits.
+    numbers = np.asarray(fitness, np.float32)
+    values = [float(str(f)) if np.isfinite(f) else None for f in numbers]
     append_row(path, {"generation": generation, "fitness": values})
 
 
@@ -63,8 +65,7 @@ def read(path: Path) -> Ledger:
     """Reads a ledger, leaving out an incomplete last line.
 
     Raises:
-      FileNotFoundError: if there is none.
-      ValueError: if it is not a ledger, or is damaged before its last line.
+      FileNotFoundError, ValueError: where there is no ledger, or only a damaged one.
     """
     rows, size = _complete_rows(path)
     if not rows or rows[0].get("format") != FORMAT:
@@ -118,20 +119,12 @@ def _add_row(ledger: Ledger, row: Mapping[str, Any]) -> None:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Appends a line to a JSONL file; it is on disk when this returns.
-
-    Raises:
-      OSError: if it could not be written; the error names the file.
-    """
+    """Appends a line to a JSONL file; it is on disk when this returns."""
     line = json.dumps(row, allow_nan=False) + "\n"
     try:
         with path.open("a") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:  # that of a full disk has no file name
+    except OSError as error:  # that of a full disk does not name the file
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _shortest(value: float) -> float | None:
-    return float(str(np.float32(value))) if math.isfinite(value) else None

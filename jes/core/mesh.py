@@ -18,14 +18,10 @@ POPULATION, MODEL = "population", "model"
 def make_mesh(
     model_parallel: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh | None:
-    """The devices as a mesh [population, model]; None for a single one.
-
-    Args:
-      model_parallel: size of the axis 'model'; 'population' takes the rest.
-      devices: by default all of this process.
+    """The devices, by default all of this process, as a mesh; None for a single one.
 
     Raises:
-      ValueError: if `model_parallel` does not divide the number of devices.
+      ValueError: if `model_parallel`, the size of 'model', does not divide them.
     """
     devices = jax.local_devices() if devices is None else devices
     if model_parallel < 1 or len(devices) % model_parallel:

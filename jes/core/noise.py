@@ -171,12 +171,9 @@ def codes_noise(
     size: int,
     noise: Noise,
 ) -> tuple[jax.Array | None, jax.Array]:
-    """The entries that move of a matrix of `size` codes, before sign and gate.
+    """The entries that move of a matrix of `size` codes, as of `integer_noise`.
 
-    Positions and values as of `integer_noise`; `matrix` is its number in the stack.
-
-    Raises:
-      ValueError: for noise of low rank, which is of floats.
+    `matrix` is its number in the stack. Sign and gate come later.
     """
     if noise.rank:
         raise ValueError("noise of low rank is for weights of floats, not for codes")

@@ -69,20 +69,17 @@ def perturb_members(
     dtype = jnp.dtype(dtype)
     if noise is not None:
         noise = dataclasses.replace(noise, partitioned=model_is_spread(mesh))
+    drawn, variables = (params, key, members, noise), {"params": params}
     if noise is None:
-        variables = {"params": params, "noise": {}}
+        variables["noise"] = {}
     elif is_quantized(params):
-        overlays = draw_overlays(params, key, members, noise, mesh=mesh)
-        variables = {"params": params, "noise": overlays}
+        variables["noise"] = draw_overlays(*drawn, mesh=mesh)
     elif noise.rank:
-        factors = draw_factors(params, key, members, noise, dtype, mesh=mesh)
-        variables = {"params": params, "noise": factors}
+        variables["noise"] = draw_factors(*drawn, dtype, mesh=mesh)
     elif draw == "layer":
-        lazy = draw_lazily(params, key, members, noise, dtype, mesh=mesh)
-        variables = {"params": params, "noise": lazy}
+        variables["noise"] = draw_lazily(*drawn, dtype, mesh=mesh)
     else:
-        own = draw_members(params, key, members, noise, dtype, mesh=mesh)
-        variables = {"params": own}
+        variables["params"] = draw_members(*drawn, dtype, mesh=mesh)
     return Members(variables, _sampling_keys(key, members), mesh)
 
 
@@ -98,10 +95,7 @@ def _sampling_keys(key: jax.Array, members: jax.Array) -> jax.Array:
 def draw_members(
     params: PyTree, key: jax.Array, members: jax.Array, noise: Noise, dtype: Any
 ) -> PyTree:
-    """The weights of members, stacked [M, ...]; the sum is taken before the cast.
-
-    Arguments are those of `perturb_members`.
-    """
+    """The weights of members, stacked [M, ...]; the sum is taken before the cast."""
 
     def draw(member: jax.Array) -> PyTree:
         weights = perturb_member(params, key, member, noise)
@@ -131,28 +125,20 @@ def draw_overlays(
             if not is_codes(leaf):
                 drawn = leaf_noise(direction_key, path, leaf.shape, noise)
                 return noise.scale_sigma * sign * drawn
-            one = partial(_overlay, direction_key, path, sign=sign, noise=noise)
+
+            def overlay(codes: Codes, matrix: jax.typing.ArrayLike) -> Overlay:
+                size = codes.size
+                at, values = codes_noise(direction_key, path, matrix, size, noise)
+                moves = (sign * values[0]).astype(jnp.int16)
+                return Overlay(at, allowed(codes, pick(codes, at), moves))
+
             if leaf.ndim == 2:
-                return one(leaf, 0)
-            return jax.vmap(one)(leaf, jnp.arange(leaf.shape[0]))
+                return overlay(leaf, 0)
+            return jax.vmap(overlay)(leaf, jnp.arange(leaf.shape[0]))
 
         return map_leaves(difference, trained)
 
     return jax.vmap(draw)(members)
-
-
-def _overlay(
-    direction_key: jax.Array,
-    path: tuple[Any, ...],
-    codes: Codes,
-    matrix: jax.typing.ArrayLike,
-    *,
-    sign: jax.Array,
-    noise: Noise,
-) -> Overlay:
-    positions, values = codes_noise(direction_key, path, matrix, codes.size, noise)
-    moves = (sign * values[0]).astype(jnp.int16)
-    return Overlay(positions, allowed(codes, pick(codes, positions), moves))
 
 
 @program(static_argnums=(3, 4), static_argnames="mesh")
@@ -160,11 +146,10 @@ def _overlay(
 def draw_factors(
     params: PyTree, key: jax.Array, members: jax.Array, noise: Noise, dtype: Any
 ) -> PyTree:
-    """Noise of low rank; only shapes are read of the parameters.
+    """Noise σε of low rank in the tree of the parameters, of which it reads shapes.
 
-    Returns:
-      The tree of the parameters, σε: a `LowRank` of factors [M, ..., r, I] and
-      [M, ..., r, O] for matrices [..., I, O], and arrays [M, ...] for vectors.
+    A `LowRank` of factors [M, ..., r, I] and [M, ..., r, O] for matrices [..., I, O],
+    and arrays [M, ...] for vectors.
     """
 
     def draw(member: jax.Array) -> PyTree:
@@ -201,11 +186,8 @@ def evaluate(
       rollout: starts one chunk of member numbers [M] on the device and returns its
         outputs, which need not be ready.
       score: makes a tree of arrays [M] from outputs that are ready.
-      members: int [N], member numbers.
+      members: int [N], all member numbers; the result is a tree of arrays [N].
       chunk: M.
-
-    Returns:
-      The tree of arrays [N].
     """
     scores: list[Any] = []
     with ThreadPoolExecutor(1) as scorer:

@@ -1,24 +1,13 @@
 """Gradient transformations in the manner of optax, and updates in place by them."""
 
-from jes.transforms._anchored_weight_decay import (
-    AnchoredWeightDecayState,
-    anchored_weight_decay,
-)
-from jes.transforms._error_feedback import ErrorFeedbackState, error_feedback
-from jes.transforms._es_gradient import EsGradientState, es_gradient
+from jes.transforms._anchored_weight_decay import anchored_weight_decay
+from jes.transforms._error_feedback import error_feedback
+from jes.transforms._es_gradient import es_gradient
 from jes.transforms._in_place import count_parts, update_in_place
-from jes.transforms._seed_replay import SeedReplayState, seed_replay
-from jes.transforms._stochastic_rounding import (
-    StochasticRoundingState,
-    stochastic_rounding,
-)
+from jes.transforms._seed_replay import seed_replay
+from jes.transforms._stochastic_rounding import stochastic_rounding
 
 __all__ = [
-    "AnchoredWeightDecayState",
-    "ErrorFeedbackState",
-    "EsGradientState",
-    "SeedReplayState",
-    "StochasticRoundingState",
     "anchored_weight_decay",
     "count_parts",
     "error_feedback",

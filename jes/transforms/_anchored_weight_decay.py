@@ -71,7 +71,14 @@ def anchored_weight_decay(
       >>> optax.apply_updates(params, updates)['w']
       Array([0.995, 1.99 ], dtype=float32)
     """
-    check_decay(learning_rate, coefficient, kind)
+    if kind not in KINDS[1:]:
+        raise ValueError(f"kind must be 'l1' or 'l2', not {kind!r}")
+    if not callable(coefficient):
+        if not coefficient >= 0:
+            raise ValueError(f"the coefficient cannot be negative: {coefficient}")
+        product = 0 if callable(learning_rate) else learning_rate * coefficient
+        if kind == "l2" and not product < 1:
+            raise ValueError(f"learning_rate x coefficient must be below 1: {product}")
 
     def at(value: optax.ScalarOrSchedule, count: jax.Array) -> Any:
         return value(count) if callable(value) else value
@@ -121,21 +128,3 @@ def anchored_weight_decay(
         return updates, AnchoredWeightDecayState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def check_decay(
-    learning_rate: optax.ScalarOrSchedule,
-    coefficient: optax.ScalarOrSchedule,
-    kind: str,
-) -> None:
-    """Raises ValueError for a decay that cannot be; see `anchored_weight_decay`."""
-    if kind not in KINDS[1:]:
-        raise ValueError(f"kind must be 'l1' or 'l2', not {kind!r}")
-    if callable(coefficient):
-        return
-    if not coefficient >= 0:
-        raise ValueError(f"the coefficient cannot be negative: {coefficient}")
-    if kind == "l2" and not callable(learning_rate):
-        product = learning_rate * coefficient
-        if not product < 1:
-            raise ValueError(f"learning_rate x coefficient must be below 1: {product}")

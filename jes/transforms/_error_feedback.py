@@ -20,8 +20,8 @@ class ErrorFeedbackState(NamedTuple):
     Attributes:
       residual: e, a tree like the parameters of arrays in their shapes (of codes, in
         codes); None with decay 0, which needs none.
-      changed: float32 scalar, how many weights the last update changed.
-      blocked: float32 scalar, how many moves the range of the codes stopped.
+      changed, blocked: float32 scalars, how many weights the last update changed, and
+        how many moves the range of the codes stopped.
     """
 
     residual: PyTree

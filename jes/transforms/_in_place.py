@@ -51,12 +51,12 @@ def update_in_place(
     weights are the same, bit for bit.
 
     Every part is updated by the optimizer itself, for a tree in which all other leaves
-    are None. So it has to treat each weight by itself, as es_gradient,
-    anchored_weight_decay, error_feedback, seed_replay and optax's scaling by learning
-    rates do (clipping by a global norm does not). Trees like the parameters in the
-    state (a residual) and among the extra arguments (an anchor) are cut in the same
-    way. Floating-point scalars in the state are taken for sums over the weights, and
-    added up; all else in the state is what an update of no weights makes of it.
+    are None. So it has to treat each weight by itself, as the transformations of jes
+    and optax's scaling by learning rates do (clipping by a global norm does not). Trees
+    like the parameters in the state (a residual) and among the extra arguments (an
+    anchor) are cut in the same way. Floating-point scalars in the state are taken for
+    sums over the weights, and added up; all else in the state is what an update of no
+    weights makes of it.
 
     Args:
       optimizer: any chain of such transformations.
@@ -67,9 +67,8 @@ def update_in_place(
       fitness: float [N].
       parts: number of parts of a leaf. Matrices with noise of low rank, unless stacked,
         need 1.
-      share: a mesh, on all devices of which `params` is whole. Each then computes some
-        of the parts of a leaf of floats and sends them to the others, where the state
-        has nothing but counts.
+      share: a mesh, on all devices of which `params` is whole. Where the state has only
+        counts, each computes parts of a leaf of floats and sends them to the others.
       **extra_args: of the optimizer, such as `anchor`.
 
     Returns:
