@@ -174,7 +174,7 @@ def test_what_the_user_got_wrong_is_said(runs):
     *_, (_, other, few, many, negative, absent), (_, fewer) = runs
     for result, said in (
         (other, "pool: 10 there, 5 here"),
-        (few, "probe.candidates must be at least 5: 4"),
+        (few, "probe.candidates must be at least 5, not 4"),
         (many, "tiny/max has 4096 training examples"),
         (negative, "probe.sigmas: sigma must be positive"),
         (absent, "absent"),

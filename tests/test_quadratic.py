@@ -282,8 +282,8 @@ def test_where_anchored_weight_decay_settles() -> None:
     product = kept * quadratic.contraction(ascent)
     mean = (1 - kept) * ascent.start / (1 - product)
     variance = (kept * quadratic.step_noise(ascent)) ** 2 / (1 - product**2)
-    np.testing.assert_allclose(state.mean[-1], mean, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(state.variance[-1], variance, rtol=1e-9)
+    np.testing.assert_allclose(state.mean[-1], mean, rtol=1e-12)
+    np.testing.assert_allclose(state.variance[-1], variance, rtol=1e-12)
     # Without curvature it is the law of drift.
     free = ascent.eigenvalues == 0
     law = jes.drift_norm(
@@ -294,8 +294,8 @@ def test_where_anchored_weight_decay_settles() -> None:
         kind="l2",
         coefficient=0.1,
     )
-    assert state.variance[-1, free].sum() ** 0.5 == pytest.approx(law, rel=1e-9)
-    np.testing.assert_allclose(state.mean[-1, free], ascent.start[free], rtol=1e-9)
+    assert state.variance[-1, free].sum() ** 0.5 == pytest.approx(law, rel=1e-12)
+    np.testing.assert_allclose(state.mean[-1, free], ascent.start[free], rtol=1e-12)
 
 
 def test_stationary_covariance() -> None:

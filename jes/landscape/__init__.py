@@ -9,6 +9,8 @@ From 2602.00170; plain functions on numpy or jax arrays, a module a subject:
 The commands are in `jes.studies`: `probe`, `spectrum` and `rise_then_decay`.
 """
 
+# ruff: noqa: F401
+
 from jes.landscape import (
     curvature,
     double_well,
@@ -18,13 +20,3 @@ from jes.landscape import (
     quadratic,
     zscored,
 )
-
-__all__ = [
-    "curvature",
-    "double_well",
-    "lanczos",
-    "plateaus",
-    "probes",
-    "quadratic",
-    "zscored",
-]

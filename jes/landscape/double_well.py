@@ -22,16 +22,13 @@ from jes.errors import InputError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoubleWell:
-    """The wells, and the noise.
+    """The wells, and the noise; all numbers are positive.
 
     Attributes:
-      stiffness: λ of Eq. (44), positive.
-      minimum: a, positive.
+      stiffness: λ of Eq. (44).
+      minimum: a.
       alpha: learning rate.
       kappa: σ²/N of Eq. (38), or 1/N for z-scored fitness: variance of the noise.
-
-    Raises:
-      InputError: for numbers that are not positive.
     """
 
     stiffness: float
@@ -78,13 +75,9 @@ def escape_generations(well: DoubleWell) -> float:
 def passage_generations(well: DoubleWell, points: int = 4001) -> float:
     r"""Mean number of generations from -a to a, at any barrier, for short steps.
 
-    The first-passage integral of the diffusion, whose limit for high barriers is
-    `escape_generations`: :math:`\frac1{\alpha\epsilon} \int_{-a}^{a} e^{L(y)/\epsilon}
-    \int_{-\infty}^{y} e^{-L(z)/\epsilon}\,dz\,dy`.
-
-    Args:
-      well: the wells.
-      points: of the trapezoidal rule between -a and a.
+    The first-passage integral of the diffusion, with a trapezoidal rule of so many
+    points between -a and a: :math:`\frac1{\alpha\epsilon} \int_{-a}^{a}
+    e^{L(y)/\epsilon} \int_{-\infty}^{y} e^{-L(z)/\epsilon}\,dz\,dy`.
     """
     a, epsilon = well.minimum, temperature(well)
     # Beyond the left end the density is below exp(-40) of that in the well.
@@ -109,11 +102,10 @@ def simulate(
     """Runs from -a (Eq. 38): x after each generation, [runs, T + 1], float32."""
     first = jnp.full(runs, -well.minimum, jnp.float32)
 
-    def both(x: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = _step(well, x, key)
-        return x, x
+    def step(x: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (_step(well, x, key),) * 2
 
-    _, states = jax.lax.scan(both, first, jax.random.split(key, generations))
+    _, states = jax.lax.scan(step, first, jax.random.split(key, generations))
     return jnp.concatenate([first[None], states]).T
 
 
@@ -136,13 +128,9 @@ def first_passages(
 
 
 def mean_passage(times: ArrayLike, generations: int) -> tuple[float, float]:
-    """Mean of exponential times of which some are censored, and its standard error.
+    """Mean of exponential times and its standard error, by maximum likelihood.
 
-    The maximum-likelihood estimate: all generations lived over all passages.
-
-    Args:
-      times: [runs], infinite where nothing happened within `generations`.
-      generations: length of the runs.
+    Times [runs] are infinite where nothing happened within `generations`.
 
     Raises:
       InputError: if no run passed.

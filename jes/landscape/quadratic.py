@@ -56,13 +56,12 @@ class Ascent:
     start_variance: float | np.ndarray = 0.0
 
     def __post_init__(self) -> None:
-        values, start = np.asarray(self.eigenvalues), np.asarray(self.start)
-        if values.ndim != 1 or start.shape != values.shape or not values.size:
+        shapes = np.shape(self.eigenvalues), np.shape(self.start)
+        if shapes[0] != shapes[1] or len(shapes[0]) != 1 or not shapes[0][0]:
             raise InputError(
-                "eigenvalues and start must be vectors of one length, not of shapes "
-                f"{values.shape} and {start.shape}"
+                f"eigenvalues and start must be vectors of one length, not {shapes}"
             )
-        check_steps(values, self.alpha)
+        check_steps(self.eigenvalues, self.alpha)
         if not (self.sigma > 0 and self.population >= 1):
             raise InputError(
                 f"sigma must be positive and the population at least 1, not "
@@ -181,8 +180,7 @@ def peak_time(ascent: Ascent) -> float | None:
     """The time of the highest interior maximum of E J_t: a root of Eq. (23).
 
     All roots lie before the time from which the slowest mode outweighs all others
-    together. Up to there a fine grid brackets the sign changes of the slope. A mode
-    with α λ = 1 is gone after one generation and is left out.
+    together. A mode with α λ = 1 is gone after one generation and is left out.
 
     Returns:
       Generations, not rounded; None where E J_t has no interior maximum.
@@ -210,25 +208,17 @@ def peak_time(ascent: Ascent) -> float | None:
 
 
 def two_mode_peak_time(ascent: Ascent) -> float | None:
-    r"""The peak in closed form for two distinct eigenvalues (Eq. 25).
+    r"""The peak for two distinct eigenvalues, or blocks of these (Eq. 25).
 
     :math:`\log(\gamma_{hi} |A_{hi}| / (\gamma_{lo} A_{lo})) / (\gamma_{hi} -
-    \gamma_{lo})`, with amplitudes summed over equal eigenvalues; the best whole
-    generation is next to it.
-
-    Returns:
-      Generations; None unless :math:`A_{hi} < 0 < A_{lo}` and :math:`\gamma_{hi}
-      |A_{hi}| > \gamma_{lo} A_{lo}`.
+    \gamma_{lo})`; None unless the first mode rises by more than the second falls.
 
     Raises:
-      InputError: for other than two distinct positive eigenvalues, or α λ >= 1.
+      InputError: unless there are two distinct positive eigenvalues below 1 / α.
     """
     values = ascent.eigenvalues[ascent.eigenvalues > 0]
     if len(np.unique(values)) != 2 or ascent.alpha * values.max() >= 1:
-        raise InputError(
-            "the closed form needs two distinct positive eigenvalues, and alpha x "
-            "eigenvalue below 1; peak_time has no such limits"
-        )
+        raise InputError("not two distinct eigenvalues with 0 < alpha x eigenvalue < 1")
     rate, amplitude = (array[:2] for array in blocks(ascent))
     slope = rate * np.abs(amplitude)
     if not (amplitude[0] < 0 < amplitude[1] and slope[0] > slope[1]):
@@ -247,10 +237,13 @@ def path(ascent: Ascent, generations: int, **changes: ArrayLike) -> Moments:
     Args:
       ascent: the start, and the settings without a schedule.
       generations: T.
-      **changes: `alpha`, `sigma`, `population` or `decay`, see `schedules`.
+      **changes: `alpha`, `sigma`, `population` or `decay`, [T] or a number.
 
     Returns:
       Moments [T + 1, d], the start first.
+
+    Raises:
+      InputError: for a schedule of another length, or with numbers out of range.
     """
 
     def step(state: Moments, rate: float, scale: float, members: float) -> Moments:
@@ -262,7 +255,7 @@ def path(ascent: Ascent, generations: int, **changes: ArrayLike) -> Moments:
 
 
 def march(ascent: Ascent, plan: np.ndarray, step: Callable[..., Moments]) -> Moments:
-    """Moments [T + 1, d] of a step, followed by the decay to the start.
+    """Moments [T + 1, d] of a step, each followed by the decay to the start.
 
     Args:
       ascent: the start.
@@ -270,27 +263,16 @@ def march(ascent: Ascent, plan: np.ndarray, step: Callable[..., Moments]) -> Mom
       step: from `Moments` [d], α, σ and N to the `Moments` after the step.
     """
     start = np.asarray(ascent.start, float)
-    state = Moments(start, np.broadcast_to(ascent.start_variance, start.shape))
-    states = [state]
+    states = [Moments(start, np.broadcast_to(ascent.start_variance, start.shape))]
     for rate, scale, members, pull in plan.T:
-        mean, variance = step(state, rate, scale, members)
+        mean, variance = step(states[-1], rate, scale, members)
         kept = 1 - rate * pull
-        state = Moments(kept * mean + (1 - kept) * start, kept**2 * variance)
-        states.append(state)
+        states.append(Moments(kept * mean + (1 - kept) * start, kept**2 * variance))
     return Moments(*map(np.array, zip(*states, strict=True)))
 
 
 def schedules(ascent: Ascent, generations: int, **changes: ArrayLike) -> np.ndarray:
-    """α, σ, N and the decay coefficient of each generation, [4, T].
-
-    Args:
-      ascent: gives what has no schedule; its decay is 0.
-      generations: T.
-      **changes: `alpha`, `sigma`, `population` or `decay`, [T] or a number.
-
-    Raises:
-      InputError: for a schedule of another length, or with numbers out of range.
-    """
+    """α, σ, N and the decay coefficient of each generation, [4, T]: see `path`."""
     own = {"alpha": ascent.alpha, "sigma": ascent.sigma}
     own |= {"population": ascent.population, "decay": 0.0}
     if unknown := changes.keys() - own.keys():
@@ -314,8 +296,7 @@ def stationary_covariance(
     r"""Covariance of x under noise that differs by direction (App. C), exact for any α.
 
     :math:`x_{t+1} = (I - \alpha H) x_t + \alpha \eta_t` with :math:`Cov\,\eta =
-    \Sigma` (Eq. 30) leaves V of Eq. (31) unchanged; then J* - E J = tr(H V) / 2
-    (Eq. 33).
+    \Sigma` (Eq. 30) leaves it unchanged (Eq. 31); J* - E J = tr(H V) / 2 (Eq. 33).
 
     Args:
       curvature: H, [d, d], of the loss: the paper's C.
@@ -360,10 +341,10 @@ def simulate(
       method: 'linear' (2602.00170, Eq. 14, with the ascent's noise), 'es' (its Eq. 1:
         a population's rewards as they are, over σ) or 'zscore' (2509.24372, as
         `jes.es_gradient`; no 1/σ).
-      **changes: see `schedules`; only 'linear' can change its population.
+      **changes: see `path`; only 'linear' can change its population.
 
     Raises:
-      InputError: for an unknown method; see `schedules`.
+      InputError: for an unknown method, or a schedule out of range.
     """
     if method not in METHODS:
         raise InputError(f"method must be one of {METHODS}, not {method!r}")
@@ -421,13 +402,9 @@ def _runs(
 def estimates(
     ascent: Ascent, *, key: jax.Array, runs: int, method: str = "zscore"
 ) -> jax.Array:
-    """Independent single estimates at the start, the updates over α: [runs, d].
+    """Independent estimates of the update over α at the start, [runs, d].
 
-    Args:
-      ascent: where, and with which σ and N.
-      key: of all noise.
-      runs: how many.
-      method: 'es' or 'zscore', see `simulate`.
+    `method` is 'es' or 'zscore': see `simulate`.
     """
     if method not in METHODS[1:]:
         raise InputError(f"method must be one of {METHODS[1:]}, not {method!r}")

@@ -1,5 +1,6 @@
 """What a model knows of what it knows: its Yes and No against its own correctness."""
 
+# ruff: noqa: F401 (names for `jes.metacognition`)
 from jes.metacognition.masks import (
     exclude,
     keep_largest,
@@ -30,32 +31,3 @@ from jes.metacognition.signal_detection import (
     yes_failure_rate,
     yes_rate,
 )
-
-__all__ = [
-    "CORRECTIONS",
-    "Counts",
-    "accuracy",
-    "alignment",
-    "auroc2",
-    "best_threshold",
-    "bootstrap",
-    "counts",
-    "criterion",
-    "d_prime",
-    "d_prime_error",
-    "exclude",
-    "keep_largest",
-    "keep_like",
-    "keep_random",
-    "keep_random_by_tensor",
-    "keep_smallest",
-    "no_failure_rate",
-    "norm_share",
-    "random_walk",
-    "relative_meta_information",
-    "report",
-    "rescale",
-    "shrink",
-    "yes_failure_rate",
-    "yes_rate",
-]

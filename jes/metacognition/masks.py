@@ -6,11 +6,10 @@ sparsity by themselves: the largest 10 % of a random walk hold 44 % of ‖Δ‖�
 controls here have as many entries, the same norm, or both.
 
 All functions take trees of floats, in which None is an excluded tensor, and return new
-trees of float32 on the host. Extra memory is a byte an entry and a few copies of one
-leaf.
+trees of float32 on the host.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from jes.core.noise import PyTree, leaf_path
 
 PIECE = 2**22
-"""Entries of a leaf that are held as integers or in float64 at once."""
+"""Entries of a leaf that are held in float64 at once."""
 
 
 def keep_largest(delta: PyTree, share: float) -> PyTree:
@@ -58,17 +57,9 @@ def keep_random(delta: PyTree, share: float, seed: int) -> PyTree:
     2^32 numbers: a tie, which is rare, keeps one entry more.
     """
     kept = sum(int(mask.sum()) for mask in _largest(delta, share))
-    leaves = _leaves(delta)
-    size = sum(leaf.size for leaf in leaves)
-
-    def numbers() -> Iterator[np.ndarray]:
-        rng = np.random.default_rng(seed)
-        return (rng.integers(2**32, size=x.shape, dtype=np.uint32) for x in leaves)
-
-    if not kept:
-        return _masked(delta, [np.zeros(leaf.shape, bool) for leaf in leaves])
-    threshold = _ranked(numbers, size - kept + 1)
-    return _masked(delta, (drawn >= threshold for drawn in numbers()))
+    rng, leaves = np.random.default_rng(seed), _leaves(delta)
+    drawn = [rng.integers(2**32, size=x.shape, dtype=np.uint32) for x in leaves]
+    return _masked(delta, _highest(drawn, kept))
 
 
 def keep_random_by_tensor(delta: PyTree, share: float, seed: int) -> PyTree:
@@ -120,9 +111,10 @@ def norm_share(part: PyTree, whole: PyTree) -> float:
 def norm_of(delta: PyTree) -> float:
     """The Euclidean norm over all leaves, summed in float64."""
     squares = 0.0
-    for piece in _all_pieces(_leaves(delta)):
-        wide = piece.astype(np.float64)
-        squares += float(wide @ wide)
+    for leaf in map(np.ravel, _leaves(delta)):
+        for start in range(0, leaf.size, PIECE):
+            wide = leaf[start : start + PIECE].astype(np.float64)
+            squares += float(wide @ wide)
     return squares**0.5
 
 
@@ -148,40 +140,20 @@ def _largest(delta: PyTree, share: float) -> list[np.ndarray]:
     """For each leaf, the mask of `keep_largest`."""
     if not 0 <= share <= 1:
         raise ValueError(f"a share is from 0 to 1, not {share}")
-    leaves = _leaves(delta)
-    if share == 0:
-        return [np.zeros(leaf.shape, bool) for leaf in leaves]
-    size = sum(leaf.size for leaf in leaves)
-    rank = max(int(size * (1 - share)), 1)
-    threshold = _ranked(lambda: map(_magnitudes, leaves), rank)
-    return [_magnitudes(leaf) >= threshold for leaf in leaves]
+    # Bits of a float32 without its sign have the order of the magnitudes.
+    sizes = [np.abs(leaf).view(np.uint32) for leaf in _leaves(delta)]
+    total = sum(size.size for size in sizes)
+    count = total - max(int(total * (1 - share)), 1) + 1
+    return _highest(sizes, count if share else 0)
 
 
-def _magnitudes(leaf: np.ndarray) -> np.ndarray:
-    """Numbers in the order of the magnitudes: the bits of a float32 without sign."""
-    return np.abs(leaf).view(np.uint32)
-
-
-def _ranked(parts: Callable[[], Iterable[np.ndarray]], rank: int) -> np.uint32:
-    """The number of this rank, from 1 for the smallest, in uint32 arrays.
-
-    Two calls of `parts` must give the same arrays.
-    """
-    upper, rank = _digit((piece >> 16 for piece in _all_pieces(parts())), rank)
-    lower, _ = _digit(
-        (piece[piece >> 16 == upper] & 0xFFFF for piece in _all_pieces(parts())), rank
-    )
-    return np.uint32(upper << 16 | lower)
-
-
-def _digit(pieces: Iterable[np.ndarray], rank: int) -> tuple[int, int]:
-    """The number of this rank among numbers below 2^16, and its rank among equals."""
-    tally = np.zeros(2**16, np.int64)
-    for piece in pieces:
-        tally += np.bincount(piece, minlength=2**16)
-    up_to = np.cumsum(tally)
-    digit = int(np.searchsorted(up_to, rank))
-    return digit, rank - int(up_to[digit] - tally[digit])
+def _highest(numbers: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+    """Masks of the `count` highest numbers in arrays, and of those that tie."""
+    if not count:
+        return [np.zeros(part.shape, bool) for part in numbers]
+    flat = np.concatenate([part.ravel() for part in numbers])
+    flat.partition(flat.size - count)
+    return [part >= flat[flat.size - count] for part in numbers]
 
 
 def _masked(delta: PyTree, masks: Iterable[np.ndarray]) -> PyTree:
@@ -206,11 +178,3 @@ def _float32(leaf: jax.typing.ArrayLike) -> np.ndarray:
 def _shapes(delta: PyTree) -> list[tuple[str, tuple[int, ...]]]:
     leaves = jax.tree_util.tree_leaves_with_path(delta)
     return [(leaf_path(path), leaf.shape) for path, leaf in leaves]
-
-
-def _all_pieces(leaves: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The entries of leaves as vectors, none longer than `PIECE`."""
-    for leaf in leaves:
-        flat = leaf.reshape(-1)
-        for start in range(0, flat.size, PIECE):
-            yield flat[start : start + PIECE]

@@ -16,7 +16,7 @@ may be repeated with more models, σ or batches.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from ml_collections import config_flags
 
 from jes import config as run_config
 from jes.core.ledger import append_row
-from jes.core.noise import Noise, generation_key
+from jes.core.noise import Noise, PyTree, generation_key
 from jes.core.population import chunks
 from jes.core.tree import is_quantized
 from jes.errors import InputError
@@ -54,6 +54,7 @@ DEALS = 20
 PICK = 30
 """N of the table, or the largest there is: the paper's population."""
 SHAM = "sham"
+Row = dict[str, Any]
 
 
 def default() -> ml_collections.ConfigDict:
@@ -89,16 +90,10 @@ def default() -> ml_collections.ConfigDict:
 
 
 class Batch(NamedTuple):
-    """Candidates with the same settings.
+    """Candidates with the same settings."""
 
-    Attributes:
-      sigma: of the perturbation; 0 for the model itself and for the sham.
-      number: from 0; -1 for the model itself, -2 for the sham.
-      candidates: how many.
-    """
-
-    sigma: float
-    number: int
+    sigma: float  # of the perturbation; 0 for the model itself and for the sham
+    number: int  # from 0; -1 for the model itself, -2 for the sham
     candidates: int
 
     def __str__(self) -> str:
@@ -112,25 +107,26 @@ MODEL = Batch(0.0, -1, 1)
 
 def plan(probe: ml_collections.ConfigDict) -> list[Batch]:
     """The batches of a model: the model itself, every batch at every σ, the sham."""
-    batches = [
-        Batch(sigma, batch, probe.candidates)
-        for batch in range(probe.batches)
-        for sigma in probe.sigmas
-    ]
-    sham = [Batch(0.0, -2, probe.candidates)] if probe.sham_temperature else []
-    return [MODEL, *batches, *sham]
+    pairs = [(sigma, i) for i in range(probe.batches) for sigma in probe.sigmas]
+    pairs += [(0.0, -2)] if probe.sham_temperature else []
+    return [MODEL, *(Batch(*pair, probe.candidates) for pair in pairs)]
+
+
+def check_least(section: str, settings: Any, least: Mapping[str, int]) -> None:
+    """Raises InputError for a setting below its least value."""
+    for name, lowest in least.items():
+        if settings[name] < lowest:
+            raise InputError(
+                f"{section}.{name} must be at least {lowest}, not {settings[name]}"
+            )
 
 
 def check_probe(probe: ml_collections.ConfigDict) -> None:
     """Raises InputError for settings out of range."""
-    least = {"candidates": min(probes.SIZES), "batches": 1, "pool": 1}
-    for name, lowest in (least | {"fresh": 0, "pool_seed": 0}).items():
-        if probe[name] < lowest:
-            raise InputError(f"probe.{name} must be at least {lowest}: {probe[name]}")
-    if not np.isfinite(probe.sham_temperature) or probe.sham_temperature < 0:
-        raise InputError(
-            f"probe.sham_temperature must be 0 or more: {probe.sham_temperature}"
-        )
+    least = {"candidates": min(probes.SIZES), "batches": 1, "pool": 1, "fresh": 0}
+    check_least("probe", probe, least | {"pool_seed": 0, "sham_temperature": 0})
+    if not np.isfinite(probe.sham_temperature):
+        raise InputError("probe.sham_temperature must be finite")
     if not probe.sigmas or len(set(probe.sigmas)) < len(probe.sigmas):
         raise InputError(f"probe.sigmas must be distinct: {probe.sigmas}")
     try:
@@ -165,25 +161,21 @@ class Subject:
     ) -> Iterator[tuple[int, Answered]]:
         """Each candidate's number and answers, in chunks that fit the memory."""
         noise = Noise(sigma=float(batch.sigma)) if batch.sigma else None
-        evaluation = self.evaluation
+        params, evaluation = self.pretrained.params, self.evaluation
         if batch.number == -2:
             temperature = self.config.probe.sham_temperature
             sham = dataclasses.replace(evaluation.sampling, temperature=temperature)
             evaluation = dataclasses.replace(evaluation, sampling=sham)
         # Batch numbers start at -2, keys at 0.
         key = generation_key(jax.random.key(self.config.seed), batch.number + 2)
+        count = len(candidates)
         chunk = choose_chunk(
-            self.config,
-            self.pretrained,
-            evaluation,
-            self.questions,
-            noise,
-            len(candidates),
+            self.config, params, evaluation, self.questions, noise, count
         )
-        for members in chunks(np.asarray(candidates), min(chunk, len(candidates))):
+        for members in chunks(np.asarray(candidates), min(chunk, count)):
             answered = answer_each(
                 evaluation,
-                self.pretrained.params,
+                params,
                 key,
                 self.questions,
                 members,
@@ -198,7 +190,7 @@ class Subject:
 
 def choose_chunk(
     config: ml_collections.ConfigDict,
-    pretrained: Pretrained,
+    params: PyTree,
     evaluation: Evaluation,
     questions: Sequence[Question],
     noise: Noise | None,
@@ -209,8 +201,7 @@ def choose_chunk(
         return config.chunk
     size = -(-len(questions) // -(-len(questions) // config.eval_batch))
     batch = batch_of(evaluation, questions[:size])  # as `answer_each` cuts them
-    given = evaluation, pretrained.params, noise, batch, members
-    return chunk_of(*given, config.memory_gb)
+    return chunk_of(evaluation, params, noise, batch, members, config.memory_gb)
 
 
 def draw_questions(
@@ -231,35 +222,33 @@ def draw_questions(
     return prepare(evaluation, [examples[i] for i in chosen])
 
 
-def probe_model(
-    config: ml_collections.ConfigDict, name: str, path: Path, stop: StopRequest
-) -> None:
-    """Appends the missing rows of one model to candidates.jsonl."""
-    probe = config.probe
-    pretrained = load_floats(name)
-    sampling = Sampling(max_new_tokens=config.max_new_tokens)
+def make_subject(
+    config: ml_collections.ConfigDict, name: str, stop: StopRequest
+) -> Subject:
+    """Loads a model, and prepares the questions of the pool and the fresh ones."""
+    probe, pretrained = config.probe, load_floats(name)
     evaluation = task_evaluation(
         run_config.freeze(config),
         pretrained,
         config.task,
         mode=config.mode,
-        sampling=sampling,
+        sampling=Sampling(max_new_tokens=config.max_new_tokens),
     )
-    questions = draw_questions(
-        evaluation,
-        probe.pool + probe.fresh,
-        probe.pool_seed,
-        f"probe.pool={probe.pool} and probe.fresh={probe.fresh}",
-    )
-    subject = Subject(
-        config, pretrained, one_bucket(evaluation, questions), questions, stop
-    )
-    names = ("mode", "max_new_tokens", "task", "dtype", "seed")
-    depends = {key: config[key] for key in names}
-    depends |= {key: probe[key] for key in ("pool", "pool_seed", "fresh")}
-    depends |= {"sham_temperature": probe.sham_temperature}
-    print_of = {f"model {name}": fingerprint(pretrained.params)}
-    claim_results(path.parent, depends | print_of)
+    needed = f"probe.pool={probe.pool} and probe.fresh={probe.fresh}"
+    count = probe.pool + probe.fresh
+    questions = draw_questions(evaluation, count, probe.pool_seed, needed)
+    evaluation = one_bucket(evaluation, questions)
+    return Subject(config, pretrained, evaluation, questions, stop)
+
+
+def probe_model(subject: Subject, name: str, path: Path) -> None:
+    """Appends the missing rows of one model to candidates.jsonl."""
+    config, probe = subject.config, subject.config.probe
+    depends = {k: config[k] for k in ("mode", "max_new_tokens", "task", "dtype")}
+    own = ("pool", "pool_seed", "fresh", "sham_temperature")
+    depends |= {"seed": config.seed} | {key: probe[key] for key in own}
+    depends[f"model {name}"] = fingerprint(subject.pretrained.params)
+    claim_results(path.parent, depends)
     done = {
         (row["sigma"], row["batch"], row["candidate"])
         for row in read_rows(path)
@@ -271,14 +260,15 @@ def probe_model(
         key = batch.sigma, batch.number
         missing = [i for i in range(batch.candidates) if (*key, i) not in done]
         for candidate, answered in subject.answers(batch, missing) if missing else ():
-            other = (answered.tokens != itself.tokens).any(-1).mean()
             row = {
                 "model": name,
                 "sigma": batch.sigma,
                 "batch": batch.number,
                 "candidate": candidate,
                 "right": to_hex(answered.correct),
-                "other_answers": float(other),
+                "other_answers": float(
+                    (answered.tokens != itself.tokens).any(-1).mean()
+                ),
             }
             append_row(path, row)
         if missing:
@@ -299,9 +289,7 @@ def from_hex(text: str, count: int) -> np.ndarray:
 # Statistics.
 
 
-def collect(
-    config: ml_collections.ConfigDict, rows: list[dict[str, Any]]
-) -> dict[str, Any]:
+def collect(config: ml_collections.ConfigDict, rows: list[Row]) -> Row:
     """The contents of probe.json, from the rows of candidates.jsonl."""
     probe, results = config.probe, []
     named = grid.grouped(rows, "model", "sigma", "batch")
@@ -329,10 +317,8 @@ def collect(
     return {"task": config.task, **shape, "results": results}
 
 
-def statistics(
-    bits: np.ndarray, other: np.ndarray, base: np.ndarray, pool: int
-) -> dict[str, Any]:
-    """What the candidates of one model at one σ do.
+def statistics(bits: np.ndarray, other: np.ndarray, base: np.ndarray, pool: int) -> Row:
+    """What the candidates of one model at one σ do, as shares of the prompts.
 
     Args:
       bits: bool [S, M, P + F], correct answers of S batches of M candidates.
@@ -341,34 +327,21 @@ def statistics(
       pool: P.
 
     Returns:
-      Rewards and gains as shares of the prompts: `base`, `mean` with its 95 % interval
-      over candidates, `improving` with its, `other` answers; by N of the grid `best`,
-      `best_error` (standard error over batches, NaN for one), `best_spread` (standard
-      deviation of the best of one draw), `null`, and `fresh`, the gain of the same
-      winners on fresh prompts (absent without); `enough` (N_90), `q95` of the gain as a
-      share of the headroom, standard deviations `own` and `noise` of candidates and of
-      the finite pool.
+      By N of `sizes`: `best`, its standard error over batches and its deviation over
+      draws, the `null`, and the same winners on `fresh` prompts; `enough` is N_90,
+      `own` and `noise` are deviations of candidates and of the finite pool.
     """
     rng = np.random.default_rng(0)
     answers, start = bits[..., :pool], base[:pool]
-    gains = np.array([probes.gains_of(one, start) for one in answers])
-    sizes = [n for n in probes.SIZES if n <= gains.shape[1]]
-
-    def best_of(measured: np.ndarray) -> np.ndarray:
-        """Mean of `measured` for the best of N, [S, sizes]."""
-        pairs = zip(gains, measured, strict=True)
-        return np.array([[probes.best_of(*one, n)[0] for n in sizes] for one in pairs])
-
+    gains = probes.gains_of(answers, start)
     dealt = [probes.deal_out(one, rng) for one in answers for _ in range(DEALS)]
-    nulls = [probes.gains_of(one, start) for one in dealt]
-    every = gains.ravel()
+    nulls = probes.gains_of(np.array(dealt), start)
+    sizes = [n for n in probes.SIZES if n <= gains.shape[1]]
+    (best, variances), (null, _) = (best_of(x, x, sizes) for x in (gains, nulls))
     halves = [probes.halves(one, start, rng) for one in answers]
     own, noise = np.sqrt(np.maximum(0, np.mean(halves, 0))).tolist()
-    best = best_of(gains)
-    variances = [
-        np.mean([probes.best_of(one, one, n)[1] for one in gains]) for n in sizes
-    ]
-    found: dict[str, Any] = {
+    every = gains.ravel()
+    return {
         "base": float(start.mean()),
         "batches": len(gains),
         "mean": float(every.mean()),
@@ -379,23 +352,35 @@ def statistics(
         "sizes": sizes,
         "best": best.mean(0).tolist(),
         "best_error": standard_error(best),
-        "best_spread": np.sqrt(variances).tolist(),
-        "null": [
-            float(np.mean([probes.best_of(one, one, n)[0] for one in nulls]))
-            for n in sizes
-        ],
+        "best_spread": np.sqrt(variances.T.copy().mean(-1)).tolist(),
+        "null": null.T.copy().mean(-1).tolist(),
         "enough": probes.enough(best.mean(0), sizes),
         "q95": probes.headroom(float(np.quantile(every, 0.95)), float(start.mean())),
         "own": own,
         "noise": noise,
-    }
-    if len(base) > pool:
-        fresh = bits[..., pool:].mean(-1) - base[pool:].mean()
-        honest = best_of(fresh)
-        found["fresh"] = honest.mean(0).tolist()
-        found["fresh_error"] = standard_error(honest)
-        found["fresh_mean"] = float(fresh.mean())
-    return found
+    } | fresh_gains(bits[..., pool:], base[pool:], gains, sizes)
+
+
+def fresh_gains(
+    bits: np.ndarray, base: np.ndarray, gains: np.ndarray, sizes: Sequence[int]
+) -> Row:
+    """Gains on fresh prompts, of the candidates that win on the pool."""
+    if not len(base):
+        return {}
+    fresh = probes.gains_of(bits, base)
+    found, _ = best_of(gains, fresh, sizes)
+    errors, mean = standard_error(found), float(fresh.mean())
+    return {"fresh": found.mean(0).tolist(), "fresh_error": errors, "fresh_mean": mean}
+
+
+def best_of(
+    gains: np.ndarray, measured: np.ndarray, sizes: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of `measured` [S, M] for the best of N, [S, sizes] each."""
+    pairs = zip(gains, measured, strict=True)
+    found = [[probes.best_of(*one, n) for n in sizes] for one in pairs]
+    mean, variance = np.moveaxis(np.array(found), -1, 0)
+    return mean, variance
 
 
 def standard_error(values: np.ndarray) -> list[float]:
@@ -417,61 +402,54 @@ def draw(out: Path) -> str:
     return text
 
 
-HEADS = (
-    "model|sigma|reward %|other answers %|mean gain|p(gain > 0) %|best of {}|"
-    "of the null|on fresh prompts|mean on these|sd own|sd noise|N_90|"
-    "q95 of headroom %"
-)
+CAPTION = """\
+Task `{task}`: {candidates} candidates x {batches} batches, {pool} prompts. Gains in
+percentage points, ± one standard error over batches, [95 %] over candidates. The sham
+is the model sampling, and its gains are from its own mean.{interval} N_90 is 30 for
+Gaussian gains with a mean from -0.19 to 1.57 standard deviations: an N_90 of 30 says
+nothing of the landscape."""
+INTERVAL = " A 95 % interval over batches is ± {:.1f} of these errors, by Student's t."
+COLUMNS = {
+    "model": "{model}",
+    "sigma": "{sigma}",
+    "reward %": "{base:.1f}",
+    "other answers %": "{other:.1f}",
+    "mean gain": "{mean:.2f}",
+    "p(gain > 0) %": "{improving:.1f} [{low:.1f}, {high:.1f}]",
+    "best of {}": "{best}",
+    "of the null": "{null:.2f}",
+    "on fresh prompts": "{fresh}",
+    "mean on these": "{fresh_mean}",
+    "sd own": "{own:.2f}",
+    "sd noise": "{noise:.2f}",
+    "N_90": "{enough}",
+    "q95 of headroom %": "{q95:.1f}",
+}
 
 
-def markdown(data: dict[str, Any]) -> str:
+def markdown(data: Row) -> str:
     """All results, in percent."""
     lines = []
     for one in data["results"]:
-        at = one["sizes"].index(picked(one))
-        low, high = one["improving_interval"]
-        fresh = mean = "-"
+        at, sigma = one["sizes"].index(picked(one)), one["sigma"]
+        values: Row = {k: 100 * v for k, v in one.items() if isinstance(v, float)}
+        values["low"], values["high"] = (100 * v for v in one["improving_interval"])
+        values["best"] = plus_minus(one["best"][at], one["best_error"][at])
+        values |= {"fresh": "-", "fresh_mean": "-", "null": 100 * one["null"][at]}
         if "fresh" in one:
-            fresh = plus_minus(one["fresh"][at], one["fresh_error"][at])
-            mean = f"{100 * one['fresh_mean']:.2f}"
-        line = [
-            one["model"],
-            one["sigma"] if one["sigma"] == SHAM else f"{one['sigma']:g}",
-            f"{100 * one['base']:.1f}",
-            f"{100 * one['other']:.1f}",
-            f"{100 * one['mean']:.2f}",
-            f"{100 * one['improving']:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
-            plus_minus(one["best"][at], one["best_error"][at]),
-            f"{100 * one['null'][at]:.2f}",
-            fresh,
-            mean,
-            f"{100 * one['own']:.2f}",
-            f"{100 * one['noise']:.2f}",
-            str(one["enough"] or "-"),
-            f"{100 * one['q95']:.1f}",
-        ]
-        lines.append(line)
-    batches, candidates = data["batches"], data["candidates"]
-    caption = (
-        f"Task `{data['task']}`: {candidates} candidates x {batches} batches, "
-        f"{data['pool']} prompts. Gains in percentage points, ± one standard error "
-        "over batches, [95 %] over candidates. The sham is the model sampling, and "
-        "its gains are from its own mean."
-    )
-    if batches > 1:
-        caption += (
-            f" A 95 % interval over batches is ± {grid.t_factor(batches):.1f} of these "
-            "errors, by Student's t."
-        )
-    caption += (
-        " N_90 is 30 for Gaussian gains with a mean from -0.19 to 1.57 standard "
-        "deviations: an N_90 of 30 says nothing of the landscape."
-    )
-    heads = HEADS.format(picked(data["results"][0])).split("|")
+            values["fresh"] = plus_minus(one["fresh"][at], one["fresh_error"][at])
+            values["fresh_mean"] = f"{100 * one['fresh_mean']:.2f}"
+        values |= {"model": one["model"], "enough": one["enough"] or "-"}
+        values["sigma"] = sigma if sigma == SHAM else f"{sigma:g}"
+        lines.append([cell.format(**values) for cell in COLUMNS.values()])
+    batches = data["batches"]
+    interval = INTERVAL.format(grid.t_factor(batches)) if batches > 1 else ""
+    caption = CAPTION.replace("\n", " ").format(**data, interval=interval)
+    heads = [head.format(picked(data["results"][0])) for head in COLUMNS]
     return f"{caption}\n\n{grid.table(heads, lines)}"
 
 
-def picked(one: dict[str, Any]) -> int:
+def picked(one: Row) -> int:
     """N of the table."""
     return PICK if PICK in one["sizes"] else one["sizes"][-1]
 
@@ -481,49 +459,34 @@ def plus_minus(value: float, error: float | None) -> str:
     return f"{100 * value:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
 
 
-def figure(data: dict[str, Any]) -> Figure:
+def figure(data: Row) -> Figure:
     """Best of N, where it saturates, and how many perturbations improve."""
     made = Figure(figsize=(13, 7.6), layout="constrained")
-    best, relative, share, mean, honest, change = made.subplots(2, 3).ravel()
+    panels = made.subplots(2, 3).ravel()
+    best, relative, share, mean, honest, change = panels
     found = [one for one in data["results"] if one["sigma"] != SHAM]
     for number, (model, rows) in enumerate(grid.grouped(found, "model").items()):
-        color, label = f"C{number}", Path(model).name
-        curves(best, relative, rows, color, labelled=number == 0)
-        sigmas = [one["sigma"] for one in rows]
-        for axes, key in ((share, "improving"), (mean, "mean")):
-            middle = 100 * np.array([one[key] for one in rows])
-            ends = 100 * np.array([one[f"{key}_interval"] for one in rows]).T
-            bars: Any = {"color": color, "label": label, "marker": "o"}
-            axes.errorbar(sigmas, middle, abs(ends - middle), capsize=3, **bars)
-        pick = [one["sizes"].index(picked(one)) for one in rows]
-        for key, (mark, name) in MEASURED.items():
-            if key in rows[0]:
-                values = [100 * r[key][at] for r, at in zip(rows, pick, strict=True)]
-                text = {"label": name} if number == 0 else {}
-                honest.plot(sigmas, values, mark, color=color, **text)
-        other, improving = (
-            [100 * one[key] for one in rows] for key in ("other", "improving")
-        )
-        change.plot(other, improving, "o-", color=color, label=label)
-    sizes = found[0]["sizes"]
+        style = {"color": f"C{number}", "label": Path(model).name}
+        draw_best(best, relative, rows, style["color"], labelled=number == 0)
+        draw_gains(panels[2:], rows, style, labelled=number == 0)
+    sizes, n = found[0]["sizes"], picked(found[0])
     chance = np.array([probes.gaussian_best(n) for n in sizes])
-    style = {"color": "0.5", "linewidth": 4, "alpha": 0.4, "label": "any Gaussian"}
-    relative.plot(sizes, chance / chance[-1], **style)
+    gray: Any = {"color": "0.5", "linewidth": 4, "alpha": 0.4}
+    relative.plot(sizes, chance / chance[-1], **gray, label="any Gaussian")
     relative.axhline(0.9, color="0.7", linewidth=0.8)
     bottom, top = best.get_ylim()
     best.set_ylim(bottom, top + 0.15 * (top - bottom))  # for the legend
-    small: Any = {"fontsize": "x-small"}
-    gain = "gain, points"
-    title = f"best of N on the pool, {data['task']}"
     above: Any = {"loc": "upper center", "ncols": 2}
-    grid.tidy(best, title, "N", f"{gain}; bars 1.96 SE", **small, **above)
-    grid.tidy(relative, "the same, relative to the largest N", "N", "share", **small)
-    title = "perturbations that improve; bars 95 %"
-    grid.tidy(share, title, "sigma", "%", **small)
-    grid.tidy(mean, "mean gain; bars 95 %", "sigma", "points", **small)
-    grid.tidy(honest, f"best of {picked(found[0])}", "sigma", gain, **small)
-    title = "improving, at equal change of answers"
-    grid.tidy(change, title, "other answers, %", "improving, %", **small)
+    title = f"best of N on the pool, {data['task']}"
+    for axes, texts, options in (
+        (best, (title, "N", "gain, points; bars 1.96 SE"), above),
+        (relative, ("the same, relative to the largest N", "N", "share"), {}),
+        (share, ("perturbations that improve; bars 95 %", "sigma", "%"), {}),
+        (mean, ("mean gain; bars 95 %", "sigma", "points"), {}),
+        (honest, (f"best of {n}", "sigma", "gain, points"), {}),
+        (change, (EQUAL_CHANGE, "other answers, %", "improving, %"), {}),
+    ):
+        grid.tidy(axes, *texts, fontsize="x-small", **options)
     for axes in (share, mean, honest, change):
         axes.set_xscale("log")
     for axes in (mean, honest, best):
@@ -531,6 +494,7 @@ def figure(data: dict[str, Any]) -> Figure:
     return made
 
 
+EQUAL_CHANGE = "improving, at equal change of answers"
 MEASURED = {
     "best": ("o-", "on the pool"),
     "null": ("x:", "null"),
@@ -538,10 +502,36 @@ MEASURED = {
 }
 
 
-def curves(
+def draw_gains(
+    panels: Sequence[Axes],
+    rows: Sequence[Row],
+    style: Any,
+    *,
+    labelled: bool,
+) -> None:
+    """Of one model by σ: improving share, mean gain, best of N, and change."""
+    share, mean, honest, change = panels
+    sigmas = [one["sigma"] for one in rows]
+    for axes, key in ((share, "improving"), (mean, "mean")):
+        middle = 100 * np.array([one[key] for one in rows])
+        ends = 100 * np.array([one[f"{key}_interval"] for one in rows]).T
+        axes.errorbar(
+            sigmas, middle, abs(ends - middle), capsize=3, marker="o", **style
+        )
+    at = rows[0]["sizes"].index(picked(rows[0]))
+    for key, (mark, name) in MEASURED.items():
+        if key in rows[0]:
+            label: Any = {"label": name} if labelled else {}
+            values = [100 * one[key][at] for one in rows]
+            honest.plot(sigmas, values, mark, color=style["color"], **label)
+    other, improving = ([100 * one[k] for one in rows] for k in ("other", "improving"))
+    change.plot(other, improving, "o-", **style)
+
+
+def draw_best(
     best: Axes,
     relative: Axes,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Row],
     color: str,
     *,
     labelled: bool,
@@ -563,7 +553,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, stop: StopRequest) -> 
     keep_rows(path, lambda row: True)  # drops a row that a kill cut short
     try:
         for name in config.models:
-            probe_model(config, name, path, stop)
+            probe_model(make_subject(config, name, stop), name, path)
     except Stopped:
         console.print(f"stopped; the same command goes on from {workdir}")
         raise
@@ -574,10 +564,30 @@ def run(config: ml_collections.ConfigDict, workdir: Path, stop: StopRequest) -> 
 
 def main() -> None:
     """The command line."""
+
+    def study(config: ml_collections.ConfigDict, workdir: Path) -> None:
+        with stop_request() as stop:
+            run(config, workdir, stop)
+
+    start(study, lambda config: check_probe(config.probe))
+
+
+def start(
+    study: Callable[[ml_collections.ConfigDict, Path], None],
+    check: Callable[[ml_collections.ConfigDict], None],
+    kind: str = "",
+) -> None:
+    """The command line of a study of models, whose config is from `default`.
+
+    Args:
+      study: takes the config and the folder of results, which it has for itself.
+      check: of the config, before there is a folder.
+      kind: end of the default name of the folder.
+    """
     config_flag = config_flags.DEFINE_config_file(
         "config", None, "Settings: a configs/probe_*.py.", lock_config=True
     )
-    flags.DEFINE_string("workdir", "", "Of the results; by default runs/<config>.")
+    flags.DEFINE_string("workdir", "", f"Of results; by default runs/<config>{kind}.")
     flags.mark_flag_as_required("config")
 
     def command(argv: list[str]) -> None:
@@ -590,10 +600,11 @@ def main() -> None:
                 "the config has no settings of a probe: see configs/probe_*"
             )
         run_config.freeze(config)
-        check_probe(config.probe)
-        workdir = Path(flags.FLAGS.workdir or f"runs/{command_line.config_name()}")
-        with alone(workdir), stop_request() as stop:
-            run(config, workdir, stop)
+        check(config)
+        default = f"runs/{command_line.config_name()}{kind}"
+        workdir = Path(flags.FLAGS.workdir or default)
+        with alone(workdir):
+            study(config, workdir)
 
     command_line.start(command)
 

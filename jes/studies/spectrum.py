@@ -27,6 +27,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,6 @@ from absl import flags
 from jax.flatten_util import ravel_pytree
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from ml_collections import config_flags
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from jes.baselines.gradient import largest_divisor, mean_gradient
@@ -48,17 +48,15 @@ from jes.core.noise import Noise, PyTree, generation_key
 from jes.core.population import perturb_members
 from jes.errors import InputError
 from jes.experiment import one_bucket, task_evaluation
-from jes.io import command_line
 from jes.io.console import console
 from jes.io.metrics import keep_rows, read_rows, write_json
 from jes.landscape import curvature, lanczos
 from jes.landscape.curvature import Directions
 from jes.landscape.lanczos import Measures, Quadrature
-from jes.memory import give_back_freed_blocks
 from jes.models.weights import Pretrained, fingerprint
 from jes.questions import Evaluation, Question, batch_of
 from jes.rollout import answer, prepare_rollout
-from jes.run_folder import alone, claim
+from jes.run_folder import claim
 from jes.sampling.likelihood import (
     ChoiceBatch,
     choice_log_likelihoods,
@@ -68,7 +66,13 @@ from jes.sampling.likelihood import (
 from jes.sampling.prompts import encode
 from jes.scoring import answer_rewards
 from jes.studies import grid
-from jes.studies.probe import choose_chunk, draw_questions, load_floats
+from jes.studies.probe import (
+    check_least,
+    choose_chunk,
+    draw_questions,
+    load_floats,
+    start,
+)
 from jes.studies.sparsity import displacement, load_run
 from jes.tasks.task import Example, Task
 
@@ -80,17 +84,7 @@ HALVES = 5
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model, its questions, and where its results go.
-
-    Attributes:
-      name: as in the settings.
-      folder: of its results.
-      config: all settings.
-      pretrained: the model, float32.
-      evaluation: how it answers.
-      questions: the prompts.
-      references: the prompts with their reference answers.
-    """
+    """A model, its questions, and the folder of its results."""
 
     name: str
     folder: Path
@@ -98,7 +92,7 @@ class Subject:
     pretrained: Pretrained
     evaluation: Evaluation
     questions: list[Question]
-    references: ChoiceBatch
+    references: ChoiceBatch  # the prompts with their reference answers
 
     @property
     def size(self) -> int:
@@ -122,47 +116,33 @@ class Subject:
         return [row for row in rows if row["kind"] == kind]
 
     def add(self, kind: str, **row: Any) -> None:
-        """Appends a row; arrays are written with the digits of float32."""
+        """Appends a row, with the digits of float32."""
+        text = json.dumps(
+            {"kind": kind} | row, default=lambda x: np.asarray(x).tolist()
+        )
+        rounded = json.loads(text, parse_float=lambda x: float(f"{float(x):.9g}"))
+        append_row(self.folder / "results.jsonl", rounded)
 
-        def plain(value: Any) -> Any:
-            if isinstance(value, np.ndarray | list):
-                return [plain(one) for one in value]
-            if isinstance(value, float | np.floating):
-                return float(f"{value:.9g}")
-            return value
-
-        plain_row = {name: plain(value) for name, value in row.items()}
-        append_row(self.folder / "results.jsonl", {"kind": kind} | plain_row)
-
-    def top(self) -> jax.Array:
-        """The top eigenvectors of the surrogate, float32 [k, D]."""
-        return jnp.asarray(np.load(self.folder / "top.npy"))
-
-    def random_basis(self, count: int) -> jax.Array:
-        """A random subspace to compare the top with, [count, D]."""
+    def basis(self) -> jax.Array:
+        """The surrogate's k top eigenvectors and a random subspace, [2k, D]."""
+        top = jnp.asarray(np.load(self.folder / "top.npy"))
         key = jax.random.fold_in(self.key, 2)
-        return curvature.random_subspace(key, count, self.size)
+        random = curvature.random_subspace(key, len(top), self.size)
+        return jnp.concatenate([top, random])
 
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises InputError for settings out of range."""
-    freeze(config)
-    lowest = {"examples": 2, "probes": 1, "steps": 2, "top": 1, "directions": 4}
-    lowest |= {"microbatch": 0, "exact": 0, "dense": 0, "shuffles": 2}
     settings = config.curvature
-    for name, least in lowest.items():
-        if settings[name] < least:
-            raise InputError(
-                f"curvature.{name} must be at least {least}, not {settings[name]}"
-            )
+    least = {"examples": 2, "probes": 1, "steps": 2, "top": 1, "directions": 4}
+    least |= {"microbatch": 0, "exact": 0, "dense": 0, "shuffles": 2}
+    check_least("curvature", settings, least)
     if not 0 < settings.extreme <= 0.5:
         raise InputError(
             f"curvature.extreme is a share, at most 0.5: not {settings.extreme}"
         )
-    for name, values in (
-        ("curvature.sigmas", settings.sigmas),
-        ("models", config.models),
-    ):
+    lists = {"curvature.sigmas": settings.sigmas, "models": config.models}
+    for name, values in lists.items():
         if not values or len(set(values)) < len(values):
             raise InputError(f"{name} is empty, or has an entry twice")
     for sigma in settings.sigmas:
@@ -180,8 +160,7 @@ def make_subject(
         fit, or a folder with results of another model.
     """
     name, count = config.models[number], config.curvature.examples
-    pretrained = load_floats(name)
-    settings = freeze(config)
+    pretrained, settings = load_floats(name), freeze(config)
     evaluation = task_evaluation(
         settings,
         pretrained,
@@ -191,9 +170,8 @@ def make_subject(
     )
     if evaluation.task.meta is not None:
         raise InputError(f"task {config.task} asks two questions: give another")
-    questions = draw_questions(
-        evaluation, count, config.probe.pool_seed, f"curvature.examples={count}"
-    )
+    needed = f"curvature.examples={count}"
+    questions = draw_questions(evaluation, count, config.probe.pool_seed, needed)
     references = reference_batch(evaluation, questions)
     folder = workdir / f"{number}-{Path(name).name}"
     folder.mkdir(exist_ok=True)
@@ -244,16 +222,14 @@ def reference_batch(
     Raises:
       InputError: for a task without such answers, or a row that no bucket holds.
     """
-    end = list(evaluation.eos_ids[:1])
-    answers = [
-        encode(evaluation.tokenizer, reference(evaluation.task, q.example)) + end
-        for q in questions
-    ]
+    task, tokenizer, end = evaluation.task, evaluation.tokenizer, evaluation.eos_ids[:1]
+    texts = [reference(task, question.example) for question in questions]
+    answers = [[encode(tokenizer, text) + list(end)] for text in texts]
+    prompts = [question.prompt for question in questions]
     try:
-        prompts = [question.prompt for question in questions]
-        return pad_choices(prompts, [[a] for a in answers], evaluation.buckets)
+        return pad_choices(prompts, answers, evaluation.buckets)
     except ValueError as error:
-        raise InputError(f"{evaluation.task.name}: {error}") from error
+        raise InputError(f"{task.name}: {error}") from error
 
 
 def surrogate_loss(model: Any, params: PyTree, batch: ChoiceBatch) -> jax.Array:
@@ -311,15 +287,15 @@ def measure(subject: Subject) -> None:
     """Measures what has no row yet."""
     # Drops a row that a kill cut short.
     keep_rows(subject.folder / "results.jsonl", lambda row: True)
-    measure_surrogate(subject)
+    params = subject.pretrained.params
+    product = surrogate_product(subject.pretrained.model, params, subject.microbatch)
+    measure_quadrature(subject, product)
+    check_quadrature(subject, product)
     measure_pairs(subject)
     path = subject.folder / "directions.npz"
     if not path.exists():
-        top = subject.top()
-        basis = jnp.concatenate([top, subject.random_basis(len(top))])
-        params, key = subject.pretrained.params, generation_key(subject.key, 0)
-        count = subject.config.curvature.directions
-        found = curvature.directions_of(params, basis, key, count)
+        key, count = generation_key(subject.key, 0), subject.config.curvature.directions
+        found = curvature.directions_of(params, subject.basis(), key, count)
         save(np.savez, path, products=found.products, coordinates=found.coordinates)
 
 
@@ -330,16 +306,13 @@ def save(write: Any, path: Path, *arrays: Any, **named: Any) -> None:
     part.replace(path)
 
 
-def measure_surrogate(subject: Subject) -> None:
-    """The spectrum of the surrogate's Hessian: quadrature, top, and the checks."""
-    settings, size = subject.config.curvature, subject.size
-    params, batch = subject.pretrained.params, subject.references
-    product = surrogate_product(subject.pretrained.model, params, subject.microbatch)
-    key = jax.random.fold_in(subject.key, 1)
-
+def measure_quadrature(subject: Subject, product: lanczos.Product) -> None:
+    """The surrogate's spectrum by probes; from the first the top eigenvectors, too."""
+    settings, key = subject.config.curvature, jax.random.fold_in(subject.key, 1)
+    arguments = subject.pretrained.params, subject.references
     for number in range(len(subject.rows("quadrature")), settings.probes):
-        start = lanczos.probe(jax.random.fold_in(key, number), size)
-        krylov = lanczos.lanczos(product, start, settings.steps, params, batch)
+        start = lanczos.probe(jax.random.fold_in(key, number), subject.size)
+        krylov = lanczos.lanczos(product, start, settings.steps, *arguments)
         nodes, weights = lanczos.quadrature_of(krylov)
         row = {"nodes": nodes, "weights": weights}
         if number == 0:
@@ -352,20 +325,24 @@ def measure_surrogate(subject: Subject) -> None:
             f"curvature of the surrogate {nodes[-1]:.4g}, lowest {nodes[0]:.4g}"
         )
 
+
+def check_quadrature(subject: Subject, product: lanczos.Product) -> None:
+    """The largest eigenvalues by ARPACK; of a small model all of them."""
+    settings, size = subject.config.curvature, subject.size
+    arguments = subject.pretrained.params, subject.references
     compiled = jax.jit(product)
 
     def multiply(vector: np.ndarray) -> np.ndarray:
-        return np.asarray(compiled(jnp.float32(vector.ravel()), params, batch))
+        return np.asarray(compiled(jnp.float32(vector.ravel()), *arguments))
 
     if settings.exact and not subject.rows("exact"):
         operator = LinearOperator((size, size), matvec=multiply, dtype=np.float32)
         count = min(settings.exact, size - 1)
-        v0 = np.asarray(lanczos.probe(key, size))
+        v0 = np.asarray(lanczos.probe(jax.random.fold_in(subject.key, 1), size))
         values = eigsh(operator, count, v0=v0, tol=1e-3, return_eigenvectors=False)
         ordered = values[np.argsort(-np.abs(values))]
         subject.add("exact", values=ordered)
         console.print(f"{subject.name}: largest curvature by ARPACK {ordered[0]:.4g}")
-
     if size <= settings.dense and not subject.rows("dense"):
         matrix = np.array([multiply(unit) for unit in np.eye(size)], np.float64)
         subject.add("dense", values=np.linalg.eigvalsh((matrix + matrix.T) / 2))
@@ -373,22 +350,19 @@ def measure_surrogate(subject: Subject) -> None:
 
 def measure_pairs(subject: Subject) -> None:
     """Both objectives of the centre and of all members around it, for each σ."""
+    settings, params = subject.config.curvature, subject.pretrained.params
     if not subject.rows("centre"):
         subject.add("centre", **values_of(subject, np.zeros(1, int), None))
-    members = 2 * subject.config.curvature.directions
+    members = 2 * settings.directions
+    noise = Noise(sigma=1.0, antithetic=True)  # all have the same programs
     chunk = choose_chunk(
-        subject.config,
-        subject.pretrained,
-        subject.evaluation,
-        subject.questions,
-        Noise(sigma=1.0, antithetic=True),  # all have the same programs
-        members,
+        subject.config, params, subject.evaluation, subject.questions, noise, members
     )
-    for sigma in subject.config.curvature.sigmas:
+    for sigma in settings.sigmas:
         noise = Noise(sigma=sigma, antithetic=True)
         rows = [row for row in subject.rows("members") if row["sigma"] == sigma]
-        first = sum(len(row["reward"]) for row in rows)
-        while first < members:
+        start = sum(len(row["reward"]) for row in rows)
+        for first in range(start, members, chunk):
             numbers = np.arange(first, min(first + chunk, members))
             found = values_of(subject, numbers, noise)
             subject.add("members", sigma=sigma, first=first, **found)
@@ -397,7 +371,6 @@ def measure_pairs(subject: Subject) -> None:
                     f"{subject.name}: sigma {sigma:g}, {numbers[-1] + 1} of {members} "
                     f"members, reward {np.mean(found['reward']):.3f}"
                 )
-            first += len(numbers)
 
 
 def values_of(
@@ -441,11 +414,9 @@ def vectors_of(subject: Subject, run: Path | None) -> list[Row]:
         base, tuned, _, _ = load_run(run)
         if fingerprint(base.params) != fingerprint(params):
             raise InputError(f"--run: {run} does not start from {subject.name}")
-        moved = displacement(tuned.params, base.params, ())
-        vectors[f"displacement of {run.name}"] = moved
-    top = subject.top()
-    basis = jnp.concatenate([top, subject.random_basis(len(top))])
-    found = []
+        name = f"displacement of {run.name}"
+        vectors[name] = displacement(tuned.params, base.params, ())
+    basis, found = subject.basis(), []
     for name, tree in vectors.items():
         vector = jnp.asarray(ravel_pytree(tree)[0], jnp.float32)
         square = np.square(np.asarray(vector, np.float64)).sum()
@@ -458,63 +429,60 @@ def vectors_of(subject: Subject, run: Path | None) -> list[Row]:
 
 
 def report(subject: Subject, vectors: Sequence[Row]) -> Row:
-    """All that is reported of a model.
-
-    Args:
-      subject: with its measurements.
-      vectors: from `vectors_of`.
-    """
-    settings = subject.config.curvature
+    """All that is reported of a model, from its measurements and `vectors_of`."""
     with np.load(subject.folder / "directions.npz") as kept:
         directions = Directions(kept["products"], kept["coordinates"], subject.size)
-    parts = subject.rows("quadrature")
-    first = parts[0]
-    quadrature = Quadrature(
-        *(np.array([row[part] for row in parts]) for part in Quadrature._fields)
-    )
+    parts, exact = subject.rows("quadrature"), subject.rows("exact")
+    top = {key: parts[0][key] for key in ("values", "residuals")}
+    nodes, weights = (np.array([row[k] for row in parts]) for k in Quadrature._fields)
+    quadrature = Quadrature(nodes, weights)
     shapes = {"SLQ of the surrogate": shape(*lanczos.measure_quadrature(quadrature))}
     for row in subject.rows("dense"):
         found = shape(lanczos.measure(row["values"]))
         shapes["whole Hessian of the surrogate"] = found
-    indices, operators, curvatures = {}, {}, []
     every = np.arange(len(directions.products))
-    overlaps = [{"what": "all perturbations"} | pooled(directions, every)]
-    for sigma in settings.sigmas:
-        for objective in OBJECTIVES:
-            label = f"{objective}, sigma {sigma:g}"
-            values, centre = members_of(subject, sigma, objective)
-            differences = curvature.second_differences(values, centre)
-            index = curvature.cheap_index(differences, sigma)
-            indices[f"pairs, {label}"] = index._asdict()
-            weights = -differences.mean(1) / sigma**2
-            means = values.mean(1)
-            controls = {
-                "rewards": [
-                    -curvature.second_differences(one, centre.mean()) / sigma**2
-                    for one in permuted(means, subject.config)
-                ],
-                "pairs": permuted(weights, subject.config),
-            }
-            operators[label] = operator(directions, weights, controls)
-            curvatures.append(
-                {"sigma": sigma, "objective": objective}
-                | curvature_along(directions, weights, np.array(first["values"]))
-            )
-            overlaps += improving(directions, means, label, settings.extreme)
-    exact = [row["values"] for row in subject.rows("exact")]
-    return {
+    model: Row = {
         "model": subject.name,
         "parameters": directions.size,
-        "examples": settings.examples,
+        "examples": subject.config.curvature.examples,
         "shapes": shapes,
-        "indices": indices,
-        "operators": operators,
-        "curvatures": curvatures,
-        "overlaps": [*overlaps, *vectors],
-        "top": {key: first[key] for key in ("values", "residuals")},
-        "exact": exact[0] if exact else None,
-        "quadrature": {k: v.tolist() for k, v in quadrature._asdict().items()},
+        "indices": {},
+        "operators": {},
+        "curvatures": [],
+        "overlaps": [{"what": "all perturbations"} | pooled(directions, every)],
+        "top": top,
+        "exact": exact[0]["values"] if exact else None,
+        "quadrature": {"nodes": nodes.tolist(), "weights": weights.tolist()},
     }
+    for sigma in subject.config.curvature.sigmas:
+        for objective in OBJECTIVES:
+            add_pairs(model, subject, directions, sigma, objective)
+    model["overlaps"] += vectors
+    return model
+
+
+def add_pairs(
+    model: Row, subject: Subject, directions: Directions, sigma: float, objective: str
+) -> None:
+    """Adds what the pairs of one σ say of an objective to the report of a model."""
+    label = f"{objective}, sigma {sigma:g}"
+    values, centre = members_of(subject, sigma, objective)
+    differences = curvature.second_differences(values, centre)
+    index = curvature.cheap_index(differences, sigma)
+    model["indices"][f"pairs, {label}"] = index._asdict()
+    weights, means = -differences.mean(1) / sigma**2, values.mean(1)
+    controls = {
+        "rewards": [
+            -curvature.second_differences(one, centre.mean()) / sigma**2
+            for one in permuted(means, subject.config)
+        ],
+        "pairs": permuted(weights, subject.config),
+    }
+    model["operators"][label] = operator(directions, weights, controls)
+    found = curvature_along(directions, weights, np.array(model["top"]["values"]))
+    model["curvatures"].append({"sigma": sigma, "objective": objective} | found)
+    share = subject.config.curvature.extreme
+    model["overlaps"] += improving(directions, means, label, share)
 
 
 def members_of(
@@ -579,14 +547,7 @@ def curvature_along(
 def improving(
     directions: Directions, values: np.ndarray, label: str, share: float
 ) -> list[Row]:
-    """Overlaps of the best and the worst members, and of the ES update.
-
-    Args:
-      directions: n of them.
-      values: of the members, [2n].
-      label: of the objective.
-      share: of the members that are best, or worst.
-    """
+    """Overlaps of the share of best and worst members [2n], and of the ES update."""
     count = max(1, round(share * len(values)))
     order = np.argsort(values, kind="stable") // 2
     fitness = (values - values.mean()) / (values.std() + 1e-8)
@@ -690,13 +651,11 @@ def shape_line(name: str, one: Row) -> list[str]:
 
 def top_table(found: Row) -> tuple[Sequence[str], list[list[str]]]:
     """The top of the surrogate's spectrum, by two methods."""
-    values, residuals = found["top"]["values"], found["top"]["residuals"]
-    exact = [g(one) for one in found["exact"] or []] + [""] * len(values)
+    top, exact = found["top"], found["exact"] or []
+    rows = zip_longest(top["values"], top["residuals"], exact[: len(top["values"])])
     lines = [
-        [f"{number}", g(value), f"{residual:.2g}", other]
-        for number, (value, residual, other) in enumerate(
-            zip(values, residuals, exact, strict=False), 1
-        )
+        [f"{number}", g(value), f"{residual:.2g}", g(other, "")]
+        for number, (value, residual, other) in enumerate(rows, 1)
     ]
     return ["surrogate, number", "λ by Lanczos", "residual", "by ARPACK"], lines
 
@@ -722,22 +681,13 @@ def along_table(found: Row) -> tuple[Sequence[str], list[list[str]]]:
 
 def overlap_table(found: Row) -> tuple[Sequence[str], list[list[str]]]:
     """Shares in the top subspace and in a random one, in units of k/D."""
-    lines = []
+    lines, count = [], len(found["top"]["values"])
     for row in found["overlaps"]:
-        top, random = row["top"], row["random"]
-        part = top["expected"]
-        lines.append(
-            [
-                row["what"],
-                str(row["vectors"]),
-                g(top["share"] / part),
-                f"{g(top['low'] / part)} to {g(top['high'] / part)}",
-                f"{top['p_value']:.2g}",
-                g(random["share"] / part),
-            ]
-        )
-    share = f"share in the top {len(found['top']['values'])}, over "
-    share += f"{len(found['top']['values'])}/D = {part:.2g}"
+        top, part = row["top"], row["top"]["expected"]
+        low, high, share = (g(top[key] / part) for key in ("low", "high", "share"))
+        lines.append([row["what"], str(row["vectors"]), share, f"{low} to {high}"])
+        lines[-1] += [f"{top['p_value']:.2g}", g(row["random"]["share"] / part)]
+    share = f"share in the top {count}, over {count}/D = {part:.2g}"
     heads = ["perturbations", "number", share, "95 % of chance", "p"]
     return [*heads, "in a random one"], lines
 
@@ -849,6 +799,7 @@ def interval(one: Row) -> tuple[float, float, float]:
 
 def study(config: ml_collections.ConfigDict, workdir: Path, run: Path | None) -> None:
     """Measures every model, and writes the report."""
+    freeze(config)
     check(config)
     if run is not None:
         load_run(run)  # an error here costs no work
@@ -866,24 +817,13 @@ def study(config: ml_collections.ConfigDict, workdir: Path, run: Path | None) ->
 
 def main() -> None:
     """The command line."""
-    config_flag = config_flags.DEFINE_config_file(
-        "config", None, "Settings: a file in configs/.", lock_config=True
-    )
-    flags.DEFINE_string("workdir", "", "By default runs/<config>_spectrum.")
     flags.DEFINE_string("run", "", "A run of jes.train, for its displacement.")
-    flags.mark_flag_as_required("config")
 
-    def command(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise InputError(f"unexpected {' '.join(argv[1:])!r}")
-        give_back_freed_blocks()
-        values = flags.FLAGS
-        default = f"runs/{command_line.config_name()}_spectrum"
-        workdir = Path(values.workdir or default)
-        with alone(workdir):
-            study(config_flag.value, workdir, Path(values.run) if values.run else None)
+    def command(config: ml_collections.ConfigDict, workdir: Path) -> None:
+        run = flags.FLAGS.run
+        study(config, workdir, Path(run) if run else None)
 
-    command_line.start(command)
+    start(command, check, "_spectrum")
 
 
 if __name__ == "__main__":
