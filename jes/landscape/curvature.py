@@ -54,26 +54,17 @@ def hvp(loss: Callable[[PyTree], jax.Array], params: PyTree, vector: PyTree) -> 
 
 
 class Index(NamedTuple):
-    """The cheap index of curvature, with 95 % bootstrap intervals over directions.
+    """The cheap index of curvature, with 95 % bootstrap intervals over directions."""
 
-    Attributes:
-      trace, trace_low, trace_high: tr H = -2 mean(s) / σ².
-      dimension, dimension_low, dimension_high: 2 mean(s)² / var(s), which is
-        (tr H)² / tr H²; infinite where all variance of s is noise.
-      square: tr H² = 2 var(s) / σ⁴.
-      variance: of s, without the noise; the estimate may be negative.
-      noise: variance of s due to the finite number of prompts.
-    """
-
-    trace: float
+    trace: float  # tr H = -2 mean(s) / σ²
     trace_low: float
     trace_high: float
-    dimension: float
+    dimension: float  # (tr H)² / tr H²; infinite where all variance of s is noise
     dimension_low: float
     dimension_high: float
-    square: float
-    variance: float
-    noise: float
+    square: float  # tr H² = 2 var(s) / σ⁴
+    variance: float  # of s, without the noise; the estimate may be negative
+    noise: float  # variance of s due to the finite number of prompts
 
 
 def second_differences(values: np.ndarray, centre: np.ndarray) -> np.ndarray:
@@ -154,13 +145,12 @@ def _index(means: np.ndarray, noises: np.ndarray, sigma: float) -> Any:
 def smoothed_hvp(vector: PyTree, key: jax.Array, weights: jax.Array) -> PyTree:
     """The Hessian of -J_σ times a vector, by frozen antithetic pairs; see the module.
 
+    The same pairs give the same symmetric operator.
+
     Args:
       vector: v, float32 leaves; flat, or like the parameters.
       key: the generation key that the pairs were drawn from.
       weights: w, float32 [n]; pair i has direction i of that key.
-
-    Returns:
-      A tree like the vector. The same pairs give the same symmetric operator.
     """
     named = jax.tree_util.tree_leaves_with_path(vector)
     leaves = [leaf for _, leaf in named]
@@ -182,31 +172,19 @@ def smoothed_hvp(vector: PyTree, key: jax.Array, weights: jax.Array) -> PyTree:
 
 
 class Directions(NamedTuple):
-    """What is kept of n directions of noise in D dimensions.
+    """What is kept of n directions of noise in D dimensions."""
 
-    Attributes:
-      products: float64 [n, n], of any two.
-      coordinates: float64 [n, k], along given vectors.
-      size: D.
-    """
-
-    products: np.ndarray
-    coordinates: np.ndarray
-    size: int
+    products: np.ndarray  # float64 [n, n], of any two
+    coordinates: np.ndarray  # float64 [n, k], along given vectors
+    size: int  # D
 
 
 class Spectrum(NamedTuple):
-    """Of the sample operator.
+    """Of the sample operator."""
 
-    Attributes:
-      eigenvalues: float64 [r], ascending, with r the lesser of n and D.
-      bulk: the value of all others.
-      others: D - r, how many these are.
-    """
-
-    eigenvalues: np.ndarray
-    bulk: float
-    others: int
+    eigenvalues: np.ndarray  # float64 [r], ascending, with r the lesser of n and D
+    bulk: float  # the value of all others
+    others: int  # D - r, how many these are
 
     def measures(self) -> Measures:
         """See `jes.landscape.lanczos`."""
@@ -313,11 +291,8 @@ class Along(NamedTuple):
 def along(coordinates: np.ndarray, weights: np.ndarray) -> Along:
     """Curvature of J_σ in directions that these pairs did not choose, without bias.
 
-    The mean of w ((ε · u)² - 1) over pairs and vectors.
-
-    Args:
-      coordinates: of the noise along k unit vectors, float [n, k].
-      weights: w, float [n].
+    The mean of w ((ε · u)² - 1) over pairs, with weights w [n], and vectors u, along
+    which the noise has coordinates [n, k].
     """
     squares = (np.asarray(coordinates) ** 2).mean(-1)
     terms = np.asarray(weights, np.float64) * (squares - 1)
@@ -326,17 +301,11 @@ def along(coordinates: np.ndarray, weights: np.ndarray) -> Along:
 
 
 class HeldOut(NamedTuple):
-    """The top eigenvectors of one half of the pairs, measured by the other.
+    """The top eigenvectors of one half of the pairs, measured by the other."""
 
-    Attributes:
-      within: the mean of their eigenvalues, by the half that found them.
-      beyond: the mean curvature along them by the other half.
-      error: standard error of `beyond`.
-    """
-
-    within: float
-    beyond: float
-    error: float
+    within: float  # the mean of their eigenvalues, by the half that found them
+    beyond: float  # the mean curvature along them by the other half
+    error: float  # standard error of `beyond`
 
 
 def held_out(directions: Directions, weights: np.ndarray, count: int) -> HeldOut:
@@ -361,20 +330,13 @@ def held_out(directions: Directions, weights: np.ndarray, count: int) -> HeldOut
 
 
 class Overlap(NamedTuple):
-    """The share of squared norms in a subspace, and its distribution under chance.
+    """The share of squared norms in a subspace, and its distribution under chance."""
 
-    Attributes:
-      share: from 0 to 1.
-      expected: k/D.
-      low, high: 95 % interval under chance.
-      p_value: probability of a share as large or larger.
-    """
-
-    share: float
-    expected: float
-    low: float
+    share: float  # from 0 to 1
+    expected: float  # k/D
+    low: float  # 95 % interval under chance
     high: float
-    p_value: float
+    p_value: float  # probability of a share as large or larger
 
 
 def overlap(coordinates: np.ndarray, squares: np.ndarray, size: int) -> Overlap:

@@ -25,7 +25,7 @@ then the sign of such a node, and its participation ratio too small: a spectrum 
 half negative can give a count of 98 % and half the true ratio.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,47 +45,28 @@ ZERO = 1e-6
 
 
 class Krylov(NamedTuple):
-    """m steps of Lanczos: the operator A on a subspace is a tridiagonal matrix T.
+    """m steps of Lanczos: the operator A on a subspace is a tridiagonal matrix T."""
 
-    Attributes:
-      diagonal: float32 [m], of T.
-      beside: float32 [m], the elements beside it; the last one is the length of what
-        A adds to the subspace.
-      basis: float32 [m, D], orthonormal rows; rows of 0 once the subspace is closed,
-        as for a start that is a sum of few eigenvectors.
-    """
-
-    diagonal: jax.Array
-    beside: jax.Array
-    basis: jax.Array
+    diagonal: jax.Array  # float32 [m], of T
+    beside: (
+        jax.Array
+    )  # float32 [m]; the last: the length of what A adds to the subspace
+    basis: jax.Array  # float32 [m, D], orthonormal rows; 0 once the subspace is closed
 
 
 class Quadrature(NamedTuple):
-    r"""Gauss quadratures of s probes: :math:`z^T f(A) z = \sum_k w_k f(\theta_k)`.
+    r"""Gauss quadratures of s probes: :math:`z^T f(A) z = \sum_k w_k f(\theta_k)`."""
 
-    Attributes:
-      nodes: float64 [s, m], θ, Ritz values.
-      weights: float64 [s, m], w = |z|² Y_1k² (Eq. 28); a row sums to |z|², which is D
-        in the mean. 0 for nodes of a closed subspace.
-    """
-
-    nodes: np.ndarray
-    weights: np.ndarray
+    nodes: np.ndarray  # float64 [s, m], θ, Ritz values
+    weights: np.ndarray  # w = |z|² Y_1k² (Eq. 28), |z|² in all; 0 beyond the subspace
 
 
 class Ritz(NamedTuple):
-    """Approximate eigenpairs, by descending magnitude.
+    """Approximate eigenpairs, by descending magnitude."""
 
-    Attributes:
-      values: float64 [k].
-      vectors: float32 [k, D], orthonormal rows.
-      residuals: float64 [k], |A v - λ v| including float32 rounding: the distance of
-        λ to an eigenvalue is at most this.
-    """
-
-    values: np.ndarray
-    vectors: jax.Array
-    residuals: np.ndarray
+    values: np.ndarray  # float64 [k]
+    vectors: jax.Array  # float32 [k, D], orthonormal rows
+    residuals: np.ndarray  # |A v - λ v|, with rounding: λ is at most so far off
 
 
 @partial(jax.jit, static_argnums=(0, 2))
@@ -168,9 +149,7 @@ def trace(
 ) -> tuple[float, float]:
     """tr f(A), the mean over the probes, and its standard error (Eq. 29).
 
-    Args:
-      quadrature: of s probes; the error of one is NaN.
-      function: f, of arrays; it is not called for nodes of weight 0.
+    The error of one probe is NaN; f is not called for nodes of weight 0.
     """
     nodes, weights = quadrature
     used = weights > 0
@@ -182,13 +161,7 @@ def trace(
 
 
 def density(quadrature: Quadrature, grid: np.ndarray, width: float) -> np.ndarray:
-    """Spectral density at a grid [G], of integral 1: Gaussian bells at the nodes.
-
-    Args:
-      quadrature: of s probes.
-      grid: float [G].
-      width: standard deviation of a bell.
-    """
+    """Spectral density at a grid [G], of integral 1: Gaussian bells at the nodes."""
     nodes, weights = (part.ravel() for part in quadrature)
     apart = (np.asarray(grid)[:, None] - nodes) / width
     bells = np.exp(-(apart**2) / 2) / (width * np.sqrt(2 * np.pi))
@@ -210,12 +183,7 @@ class Measures(NamedTuple):
 
 
 def measure(eigenvalues: np.ndarray, weights: np.ndarray | None = None) -> Measures:
-    """The measures of a spectrum.
-
-    Args:
-      eigenvalues: float [n].
-      weights: float [n], how many eigenvalues each stands for; by default 1.
-    """
+    """The measures of a spectrum [n]; `weights` [n] count equal eigenvalues."""
     values = np.asarray(eigenvalues, np.float64)
     counts = np.ones_like(values) if weights is None else np.asarray(weights)
     values, counts = values[counts > 0], counts[counts > 0]
@@ -244,20 +212,20 @@ def measure_quadrature(quadrature: Quadrature) -> tuple[Measures, Measures]:
     """The measures of a spectrum seen by probes, and their standard errors.
 
     Each sum over the spectrum is the mean over the probes; errors are by the jackknife
-    over probes. The extreme eigenvalues are Ritz values, which lie inside the true
-    ones; their errors are NaN, as are all of one probe.
+    over probes, NaN of one. The extreme eigenvalues are Ritz values, which lie inside
+    the true ones; they have no errors.
     """
     probes = len(quadrature.nodes)
 
-    def of(rows: Sequence[int]) -> Measures:
-        nodes, weights = (part[list(rows)].ravel() for part in quadrature)
-        return measure(nodes, weights / len(rows))
+    def of(nodes: np.ndarray, weights: np.ndarray) -> Measures:
+        return measure(nodes.ravel(), weights.ravel() / len(nodes))
 
-    rows = range(probes)
-    whole = of(rows)
+    whole = of(*quadrature)
     if probes == 1:
         return whole, Measures(*[np.nan] * len(whole))
-    left_out = np.array([of([r for r in rows if r != i]) for i in rows])
+    left_out = np.array(
+        [of(*(np.delete(part, i, 0) for part in quadrature)) for i in range(probes)]
+    )
     errors = np.sqrt((probes - 1) * left_out.var(0))
     errors[-2:] = np.nan
     return whole, Measures(*map(float, errors))

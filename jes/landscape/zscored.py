@@ -68,15 +68,7 @@ def reward_deviation(
 
 
 def path(ascent: Ascent, generations: int, **changes: ArrayLike) -> Moments:
-    """The modes of z-scored ES, generation by generation, in the mean field.
-
-    Args:
-      ascent: the start, and the settings without a schedule; its `noise` is not used.
-      generations, **changes: see `quadratic.path`.
-
-    Returns:
-      Moments [T + 1, d], the start first.
-    """
+    """The modes of z-scored ES in the mean field, as `quadratic.path` has them."""
     values = ascent.eigenvalues
     plan = schedules(ascent, generations, **changes)
     _check_populations(plan[2])
@@ -101,10 +93,9 @@ def stationary(ascent: Ascent) -> Stationary:
     .. math:: 1 = \frac1N \sum_i \frac{h_i}{2 c_N - (1 - 2/N) h_i}
                   + \frac{\sigma^4}{2 S^2} \sum_i \lambda_i^2,
 
-    whose right side falls with S. For short steps (h small) the plateau gap is
+    whose right side falls with S. For short steps the plateau gap is
     :math:`\alpha d S / (4 N \sigma)`: the linear model's with :math:`S/\sigma` for its
-    :math:`\sigma^2`. It falls with σ, and while h stays small to
-    :math:`\alpha^2 d \sum\lambda / 8 N^2`.
+    :math:`\sigma^2`.
 
     Raises:
       InputError: for a population below 2, or no curvature at all.

@@ -48,17 +48,16 @@ CORRECTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "loglinear": lambda part, whole: (part + 0.5) / (whole + 1),
     "half": lambda part, whole: np.clip(part, 0.5, whole - 0.5) / whole,
 }
-"""Rates from counts: raw, of 2602.02605, of Hautus 1995 (always applied) and of
-Macmillan & Kaplan 1985 (only rates of 0 and 1 move, by 1/(2N))."""
+"""Rates from counts: raw; of 2602.02605, to 1e-4 and 1 - 1e-4; of Hautus 1995 (always
+applied); of Macmillan & Kaplan 1985 (only rates of 0 and 1 move, by 1/(2N))."""
 
 
 def counts(correct: ArrayLike, yes: ArrayLike, axis: int = -1) -> Counts:
-    """Counts of the four outcomes over the questions.
+    """Counts of the four outcomes over the questions, the given axis.
 
     Args:
       correct: [..., questions], 0 or 1: whether the direct answer is correct.
       yes: 0 or 1, broadcast with `correct`: whether the model says that it knows.
-      axis: of the questions; it is summed over.
 
     Raises:
       ValueError: for values other than 0 and 1.
@@ -73,9 +72,7 @@ def d_prime(counts: Counts, correction: str = "loglinear") -> np.ndarray:
 
     Args:
       counts: of any shape.
-      correction: a name in `CORRECTIONS`: 'none', 'clip' (to 1e-4 and 1 - 1e-4;
-        2602.02605), 'loglinear' (Hautus 1995) or 'half' (1/(2N); Macmillan & Kaplan
-        1985). All but 'none' keep it finite.
+      correction: a name in `CORRECTIONS`; all but 'none' keep it finite.
 
     Returns:
       float64 of the shape of the counts; NaN if nothing is correct, or nothing wrong.
@@ -86,10 +83,7 @@ def d_prime(counts: Counts, correction: str = "loglinear") -> np.ndarray:
 
 
 def criterion(counts: Counts, correction: str = "loglinear") -> np.ndarray:
-    """Reluctance to say Yes, c = -(z(H) + z(F))/2; positive where No is preferred.
-
-    Arguments and shape as for `d_prime`.
-    """
+    """Reluctance to say Yes, c = -(z(H) + z(F))/2; arguments as for `d_prime`."""
     hit, false_alarm = _rates(counts, correction)
     with np.errstate(invalid="ignore"):
         return -(ndtri(hit) + ndtri(false_alarm)) / 2
@@ -191,10 +185,9 @@ def report(
       confidence: [questions], graded.
 
     Returns:
-      Measures by name. 'd_prime' and 'criterion' are log-linear, 'd_prime_clip' is that
-      of 2602.02605, 'd_prime_without_other' (log-linear) leaves out the questions with
-      another answer; 'correct' and 'wrong' are numbers of questions. NaN where
-      undefined, or where `other` or `confidence` is needed and not given.
+      Measures by name, NaN where undefined or not given what they need. d' is
+      log-linear but for 'd_prime_clip'; 'd_prime_without_other' leaves out questions
+      with another answer; 'correct' and 'wrong' are numbers of questions.
 
     Raises:
       ValueError: for shapes that differ, or values other than 0 and 1.
@@ -244,11 +237,9 @@ def bootstrap(
 
     Args:
       statistic: takes the arrays with many resamples at once, [resamples, questions,
-        ...], and returns [resamples]; for example
-        `lambda correct, yes: d_prime(counts(correct, yes))`.
+        ...], and returns [resamples].
       *arrays: [questions, ...].
-      resamples: how many.
-      seed: of the draws.
+      resamples, seed: of the draws.
       level: share of the resamples within the interval.
 
     Returns:
@@ -293,9 +284,6 @@ def best_threshold(confidence: ArrayLike, correct: ArrayLike) -> float:
 
     Returns:
       One of the confidences, or -inf (always Yes); the lowest of those that tie.
-
-    Raises:
-      ValueError: without questions, for a NaN, or values of `correct` but 0 and 1.
     """
     levels, right = np.asarray(confidence), _binary(correct)
     if levels.shape != right.shape or levels.ndim != 1 or not levels.size:

@@ -29,6 +29,7 @@ it may be repeated with more shares or runs.
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,21 +92,19 @@ def parts_of(
         return masks.shrink(delta, norm_share(keep_largest(delta, share), delta))
 
     parts: dict[str, Part] = {
-        "top": lambda share: keep_largest(delta, share),
-        "top removed": lambda share: masks.keep_smallest(delta, share),
-        "random": lambda share: masks.keep_random(delta, share, seed),
+        "top": partial(keep_largest, delta),
+        "top removed": partial(masks.keep_smallest, delta),
+        "random": partial(masks.keep_random, delta, seed=seed),
         "random of equal norm": equal_norm,
-        "random by tensor": lambda share: masks.keep_random_by_tensor(
-            delta, share, seed
-        ),
+        "random by tensor": partial(masks.keep_random_by_tensor, delta, seed=seed),
         "shrunk": shrunk,
-        "top of a Gaussian": lambda share: keep_largest(gauss, share),
+        "top of a Gaussian": partial(keep_largest, gauss),
     }
     if other is not None:
-        parts["other run's mask"] = lambda share: masks.keep_like(delta, other, share)
+        parts["other run's mask"] = partial(masks.keep_like, delta, other)
     if walk is not None:
         scaled = masks.rescale(walk, norm_of(delta))
-        parts["top of a shuffled run"] = lambda share: keep_largest(scaled, share)
+        parts["top of a shuffled run"] = partial(keep_largest, scaled)
     return parts
 
 
@@ -178,11 +177,8 @@ def load_more(
 ) -> tuple[PyTree, str]:
     """Displacement and fingerprint of another run from the same base model.
 
-    Args:
-      folder: of the run.
-      base: weights of the base model.
-      prefixes: of excluded tensors.
-      shuffled: whether the run must have `shuffle_fitness`.
+    Raises:
+      InputError: for another base; or if it is to have `shuffle_fitness`, and has not.
     """
     start, tuned, config, _ = load_run(folder)
     if fingerprint(start.params) != fingerprint(base):
@@ -202,9 +198,10 @@ def row_of(answers: Answers) -> Row:
 
 def study(args: argparse.Namespace) -> None:
     """Evaluates the models without a row, and writes the report."""
-    for name in ("other", "walk"):
-        folder = getattr(args, name)
-        if folder is not None and folder.resolve() == args.run.resolve():
+    others = {name: getattr(args, name) for name in ("other", "walk")}
+    others = {name: folder for name, folder in others.items() if folder is not None}
+    for name, folder in others.items():
+        if folder.resolve() == args.run.resolve():
             raise InputError(f"--{name} is the run itself: give another")
     base, tuned, config, dtype = load_run(args.run)
     # The run's seed draws the examples, so that held-out ones are new to it.
@@ -216,59 +213,54 @@ def study(args: argparse.Namespace) -> None:
     )
     evaluation = make_evaluation(base, task, dtype=args.dtype or dtype)
     delta = displacement(tuned.params, base.params, args.exclude)
-    settings: Row = {
-        "run": fingerprint(tuned.params),
-        "task": task.name,
-        "examples": len(task.test),
-        "dtype": str(evaluation.dtype),
-        "seed": args.seed,
-        "exclude": args.exclude,
-    }
+    settings: Row = {"run": fingerprint(tuned.params), "task": task.name}
+    settings |= {"examples": len(task.test), "dtype": str(evaluation.dtype)}
+    settings |= {"seed": args.seed, "exclude": args.exclude}
     del tuned  # frees its memory
     more = {}
-    for name in ("other", "walk"):
-        folder = getattr(args, name)
-        if folder is not None:
-            more[name], settings[name] = load_more(
-                folder, base.params, args.exclude, shuffled=name == "walk"
-            )
+    for name, folder in others.items():
+        more[name], settings[name] = load_more(
+            folder, base.params, args.exclude, shuffled=name == "walk"
+        )
     claim_results(args.out, settings)
     questions = prepare(evaluation, task.test)
     if not questions:
         raise InputError(f"task {task.name} has no held-out examples")
-
-    path = args.out / "results.jsonl"
-    keep_rows(path, lambda row: True)  # drops a row that a kill cut short
-    done = {(row["part"], row["share"]) for row in read_rows(path)}
     parts = parts_of(delta, args.seed, **more)
     models = plan(list(parts), args.shares)
-    for number, (name, share) in enumerate(models, 1):
-        if (name, share) in done:
-            continue
-        part = parts[name](share)
+
+    def measure(part: PyTree) -> Row:
         weights = moved(base.params, part)
         answers = collect(evaluation, weights, questions, batch_size=args.batch_size)
-        row: Row = {"part": name, "share": share, "norm_share": norm_share(part, delta)}
-        row |= row_of(answers)
-        append_row(path, finite(row))
-        console.print(
-            f"{number} of {len(models)}: {name} {100 * share:g} %, d' "
-            f"{row['d_prime']:.2f}, accuracy {100 * row['accuracy']:.1f} %"
-        )
+        return {"norm_share": norm_share(part, delta)} | row_of(answers)
+
+    path = args.out / "results.jsonl"
+    measure_models(path, models, lambda name, share: measure(parts[name](share)))
     write_report(args.out, read_rows(path), models, settings)
+
+
+def measure_models(
+    path: Path,
+    models: Sequence[tuple[str, float]],
+    measure: Callable[[str, float], Row],
+) -> None:
+    """Appends the rows of the models that have none."""
+    keep_rows(path, lambda row: True)  # drops a row that a kill cut short
+    done = {(row["part"], row["share"]) for row in read_rows(path)}
+    for number, (name, share) in enumerate(models, 1):
+        if (name, share) not in done:
+            row: Row = {"part": name, "share": share} | measure(name, share)
+            append_row(path, finite(row))
+            console.print(
+                f"{number} of {len(models)}: {name} {100 * share:g} %, d' "
+                f"{row['d_prime']:.2f}, accuracy {100 * row['accuracy']:.1f} %"
+            )
 
 
 def write_report(
     out: Path, rows: Sequence[Row], models: Sequence[tuple[str, float]], settings: Row
 ) -> None:
-    """Writes results.json, and draws it.
-
-    Args:
-      out: folder, which exists.
-      rows: of results.jsonl.
-      models: from `plan`.
-      settings: what the rows depend on.
-    """
+    """Writes results.json from rows of results.jsonl, and draws it."""
     found = {(row["part"], row["share"]): row for row in rows}
     order = list(dict.fromkeys(part for part, _ in models))
     models = sorted(models, key=lambda model: (order.index(model[0]), model[1]))
@@ -288,8 +280,7 @@ def comparisons(table: Table) -> list[Row]:
 
     Returns:
       Rows with `share`, `d_prime`, `gain` (d' from the base on, over that of the run;
-      None where the run gained nothing) and for each control the difference of d', its
-      paired 95 % interval over questions, and whether that is above 0.
+      None where the run gained nothing) and the `difference` to each control.
     """
     start, end = (table["top", share]["d_prime"] for share in (0.0, 1.0))
     shares = [share for part, share in table if part == "top" and 0 < share < 1]
@@ -305,7 +296,8 @@ def comparisons(table: Table) -> list[Row]:
 
 
 def difference(top: Row, control: Row) -> Row:
-    """d' of two models on the same questions: the difference, and its interval."""
+    """d' of two models on the same questions: the difference, its paired 95 % interval,
+    and whether that is above 0."""
     answers = [
         np.array(list(row[key])) == "1"
         for row in (top, control)
@@ -333,25 +325,27 @@ def draw(out: Path) -> str:
     return text
 
 
+TABLE = """\
+Task `{task}`, {examples} held-out questions; norm² is the share of the squared norm of
+the run's displacement; d' is log-linear, its interval is over questions."""
+VERDICT = """\
+The top entries beat both random entries of equal norm and the shrunk displacement
+{where}, by the paired bootstrap over questions, for the one draw with seed {seed}; no
+correction for the number of shares. Shares of the gain are relative to the d' of the
+base model, {base} from {yes} yes in {examples} answers."""
+
+
 def markdown(rows: Sequence[Row], settings: Row) -> str:
     """All rows: shares in percent, d' with its interval over questions."""
-    lines = [
-        [
-            row["part"],
-            f"{100 * row['share']:g}",
-            f"{100 * row['norm_share']:.1f}",
-            f"{cell(row, 'd_prime')} [{cell(row, 'd_prime_low')}, "
-            f"{cell(row, 'd_prime_high')}]",
-            *(cell(row, k, 100, ".1f") for k in ("alignment", "accuracy", "yes_rate")),
-        ]
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        value, low, high = (cell(row, f"d_prime{end}") for end in ("", "_low", "_high"))
+        line = [row["part"], f"{100 * row['share']:g}"]
+        line += [f"{100 * row['norm_share']:.1f}", f"{value} [{low}, {high}]"]
+        rates = ("alignment", "accuracy", "yes_rate")
+        lines.append(line + [cell(row, key, 100, ".1f") for key in rates])
     heads = ["part", "share %", "norm² %", "d' [95 %]", "alignment %", "accuracy %"]
-    caption = (
-        f"Task `{settings['task']}`, {settings['examples']} held-out questions; "
-        "norm² is the share of the squared norm of the run's displacement; d' is "
-        "log-linear, its interval is over questions."
-    )
+    caption = TABLE.replace("\n", " ").format(**settings)
     return f"{caption}\n\n{grid.table([*heads, 'yes %'], lines)}"
 
 
@@ -363,24 +357,20 @@ def verdict(data: Row) -> str:
     for row in data["comparisons"]:
         cells = [f"{100 * row['share']:g}", cell(row, "d_prime")]
         cells.append(cell(row, "gain", 100, ".0f"))
-        for name in TO_BEAT:
-            one = row[name]
+        for one in (row[name] for name in TO_BEAT):
             value, low, high = (cell(one, key) for key in ("difference", "low", "high"))
             cells.append(f"{value} [{low}, {high}], {'yes' if one['beaten'] else 'no'}")
         lines.append(cells)
         if all(row[name]["beaten"] for name in TO_BEAT):
             sparse.append(f"{100 * row['share']:g} %")
-    where = f"at {', '.join(sparse)}" if sparse else "at no share"
     base, settings = data["rows"][0], data["settings"]
-    yes = round(base["yes_rate"] * settings["examples"])
-    return (
-        f"\n{grid.table(heads, lines)}\n"
-        f"The top entries beat both random entries of equal norm and the shrunk "
-        f"displacement {where}, by the paired bootstrap over questions, for the one "
-        f"draw with seed {settings['seed']}; no correction for the number of shares. "
-        f"Shares of the gain are relative to the d' of the base model, "
-        f"{cell(base, 'd_prime')} from {yes} yes in {settings['examples']} answers.\n"
+    text = VERDICT.replace("\n", " ").format(
+        **settings,
+        where=f"at {', '.join(sparse)}" if sparse else "at no share",
+        base=cell(base, "d_prime"),
+        yes=round(base["yes_rate"] * settings["examples"]),
     )
+    return f"\n{grid.table(heads, lines)}\n{text}\n"
 
 
 def cell(row: Row, key: str, times: float = 1, form: str = ".2f") -> str:
@@ -462,12 +452,8 @@ def main() -> None:
     add("--walk", type=Path, help="run of shuffled fitness")
     add("--task", default="", help="by default that of the run")
     add("--shares", type=percentages, default=SHARES, help="percent of the entries")
-    add(
-        "--exclude",
-        type=lambda text: text.split(","),
-        default=[],
-        help="prefixes of tensors that stay as they are, such as embed,layers/mlp",
-    )
+    excluded = "prefixes of tensors that stay as they are, such as embed,layers/mlp"
+    add("--exclude", type=lambda text: text.split(","), default=[], help=excluded)
     add("--examples", type=at_least(0), default=0, help="0 for all")
     add("--root", default="", help="folder of parquet files")
     add("--dtype", choices=DTYPES, help="of the weights; by default the run's")
