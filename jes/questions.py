@@ -52,10 +52,10 @@ class Evaluation:
     slice_tokens: int = 32
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise InputError(f"mode must be one of {MODES}, not {self.mode!r}")
-        if self.draw not in DRAWS:
-            raise InputError(f"draw must be one of {DRAWS}, not {self.draw!r}")
+        for name, allowed in (("mode", MODES), ("draw", DRAWS)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise InputError(f"{name} must be one of {allowed}, not {value!r}")
         if self.mode == "likelihood" and self.task.meta is not None:
             raise InputError(
                 f"task {self.task.name} asks two questions, whose answers must be "
@@ -105,7 +105,7 @@ def prepare(evaluation: Evaluation, examples: Sequence[Example]) -> list[Questio
             choices = [encode(tokenizer, choice) for choice in task.choices(example)]
         meta = () if task.meta is None else encode(tokenizer, task.meta(example))
         questions.append(Question(example, prompt, choices, meta))
-        length = longest(questions[-1:])
+        length = len(longest_text(questions[-1]))
         if length > max(evaluation.buckets):
             raise InputError(
                 f"{task.name}: the prompt of example {number} has {length} tokens, "
@@ -141,12 +141,8 @@ def batch_of(
 ) -> PromptBatch | ChoiceBatch:
     """Questions as a batch of prompts; in mode 'likelihood', of prompts with choices.
 
-    All prompts first, then, where the task has second ones, all of these.
-
-    Args:
-      evaluation: how they are asked.
-      questions: of its task.
-      size: at least this many, by repeating the last, for one shape of all batches.
+    All prompts first, then, where the task has second ones, all of these. The last
+    question is repeated up to `size`, for one shape of all batches.
     """
     filled = [*questions, *[questions[-1]] * (size - len(questions))]
     prompts = [question.prompt for question in filled]

@@ -4,9 +4,9 @@ Axis letters: M members of a chunk, N members of a generation, B prompts, R rows
 choices.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +31,7 @@ from jes.scoring import Answered, Score, answered, score
 class Rollout(NamedTuple):
     """What all chunks of a generation have in common.
 
-    Attributes:
-      evaluation: the model, its task and how to ask.
-      params: θ, float32.
-      shared: θ in the form in which members share it; `params` where they do not.
-      noise: how members differ; None for the model itself.
-      mesh: that members are spread over.
+    `shared` is θ in the form in which members share it; `params` where they do not.
     """
 
     evaluation: Evaluation
@@ -64,16 +59,10 @@ def prepare_rollout(
 
 def members_of(rollout: Rollout, key: jax.Array, numbers: np.ndarray) -> Members:
     """These members, in the form that `answer` takes."""
-    evaluation = rollout.evaluation
-    members = perturb_members(
-        rollout.params,
-        key,
-        numbers,
-        rollout.noise,
-        dtype=evaluation.dtype,
-        draw=evaluation.draw,
-        mesh=rollout.mesh,
-    )
+    evaluation, noise = rollout.evaluation, rollout.noise
+    settings = {"dtype": evaluation.dtype, "draw": evaluation.draw}
+    settings["mesh"] = rollout.mesh
+    members = perturb_members(rollout.params, key, numbers, noise, **settings)
     if members.share_params:
         members = members.replace(params=rollout.shared)
     if evaluation.mode == "generate" and not _lazy(rollout):
@@ -100,12 +89,9 @@ def answer(
     # take minutes to compile.
     model = evaluation.model if _lazy(rollout) else evaluation.model.unrolled()
     sampling = evaluation.sampling
-    if 0 < evaluation.slots < len(batch.tokens):
-        batching = Batching(
-            sampling=sampling,
-            slots=evaluation.slots,
-            slice_tokens=evaluation.slice_tokens,
-        )
+    slots, slice_tokens = evaluation.slots, evaluation.slice_tokens
+    if 0 < slots < len(batch.tokens):
+        batching = Batching(sampling=sampling, slots=slots, slice_tokens=slice_tokens)
         return decode_in_slots(model, members, batch, batching)
     return decode(model, members, batch, sampling)
 
@@ -135,12 +121,11 @@ def ask(
       evaluation: the model, its task and how to ask.
       params: θ, float32; on a mesh, its devices share the members.
       key: the generation key.
-      questions: the prompts, the same for all members.
+      questions: the same for all members.
       noise: how members differ.
       population: N.
       chunk: members held in memory at once, on each device.
-      before_chunk: called before each chunk; an exception from it stops the
-        generation with nothing changed.
+      before_chunk: called before each chunk; an exception stops the generation.
 
     Returns:
       A `Score` of float64 arrays [N].
@@ -183,20 +168,34 @@ def examine(
     rollout = prepare_rollout(evaluation, params, None)
     texts = [longest_text(question) for question in questions]
     new = evaluation.max_new_tokens if evaluation.mode == "generate" else 0
-    start, sums = 0, np.zeros(len(Score._fields))
-    tokens = np.array(Score._fields) == "tokens"
-    for numbers, size in batches(
-        texts, batch_size, new, evaluation.buckets, evaluation.parts
-    ):
-        chosen = [questions[i] for i in numbers]
-        before_batch()
-        batch = batch_of(evaluation, chosen, size)
-        batch_key = jax.random.fold_in(key, start)
-        outputs = answer(rollout, batch_key, np.zeros(1, int), batch)
-        start += len(chosen)
-        means = np.stack(score(evaluation, chosen, batch, outputs))[:, 0]
-        sums += np.where(tokens, 1, len(chosen)) * means
+    lengths = evaluation.buckets, evaluation.parts
+    plan = [
+        ([questions[i] for i in numbers], size)
+        for numbers, size in batches(texts, batch_size, new, *lengths)
+    ]
+    sums, tokens = np.zeros(len(Score._fields)), np.array(Score._fields) == "tokens"
+    for given in _answers(rollout, key, plan, np.zeros(1, int), before_batch):
+        means = np.stack(score(evaluation, *given))[:, 0]
+        sums += np.where(tokens, 1, len(given[0])) * means
     return Score(*map(float, sums / np.where(tokens, 1, len(questions))))
+
+
+def _answers(
+    rollout: Rollout,
+    key: jax.Array,
+    plan: Iterable[tuple[Sequence[Question], int]],
+    members: np.ndarray,
+    before_batch: Callable[[], None],
+) -> Iterator[tuple[Sequence[Question], PromptBatch | ChoiceBatch, Any]]:
+    """For each batch of the plan its questions, the batch and what is answered."""
+    start = 0
+    for chosen, size in plan:
+        before_batch()
+        batch = batch_of(rollout.evaluation, chosen, size)
+        # Rows sample by their number in the batch. Noise is to be the same in all.
+        batch_key = jax.random.fold_in(key, start) if rollout.noise is None else key
+        yield chosen, batch, answer(rollout, batch_key, members, batch)
+        start += len(chosen)
 
 
 def answer_each(
@@ -214,7 +213,7 @@ def answer_each(
 
     Args:
       evaluation, params, key: as for `ask`.
-      questions: B of them, asked in batches of about `batch_size`.
+      questions: B of them, asked in even batches of at most `batch_size`.
       members: int [M], held in memory at once.
       noise: how members differ; None for the model itself, which may sample.
       batch_size: prompts answered at once.
@@ -222,13 +221,10 @@ def answer_each(
     """
     rollout = prepare_rollout(evaluation, params, noise)
     size = -(-len(questions) // -(-len(questions) // batch_size))
-    parts = []
-    for start in range(0, len(questions), size):
-        chosen = questions[start : start + size]
-        before_batch()
-        batch = batch_of(evaluation, chosen, size)
-        # Rows sample by their number in the batch. Noise is to be the same in all.
-        batch_key = jax.random.fold_in(key, start) if noise is None else key
-        outputs = answer(rollout, batch_key, members, batch)
-        parts.append(answered(evaluation, chosen, batch, outputs))
+    starts = range(0, len(questions), size)
+    plan = [(questions[start : start + size], size) for start in starts]
+    parts = [
+        answered(evaluation, *given)
+        for given in _answers(rollout, key, plan, members, before_batch)
+    ]
     return Answered(*(np.concatenate(each, 1) for each in zip(*parts, strict=True)))

@@ -17,7 +17,6 @@ from jes.questions import Evaluation, Question
 from jes.sampling.generate import lengths_of, trim
 from jes.sampling.likelihood import ChoiceBatch
 from jes.sampling.prompts import PromptBatch
-from jes.tasks.task import Reward
 
 
 class Score(NamedTuple):
@@ -115,13 +114,12 @@ def answer_rewards(
         formatted, yes = np.ones_like(correct), np.full_like(correct, np.nan)
         return np.stack([correct, correct, correct, formatted, yes], -1)
     tokens = answer_tokens(evaluation, questions, outputs)
-    asked = []
+    asked: list[Any] = []
     for member in tokens:
         texts = [map(tuple, trim(each, evaluation.eos_ids)) for each in member]
-        asked += list(enumerate(zip(*texts, strict=True)))
-    return rewards_of(evaluation, questions, asked).reshape(
-        len(tokens), len(questions), -1
-    )
+        asked += enumerate(zip(*texts, strict=True))
+    earned = rewards_of(evaluation, questions, asked)
+    return earned.reshape(len(tokens), len(questions), -1)
 
 
 def answer_tokens(
@@ -141,19 +139,16 @@ def choices_taken(
 ) -> np.ndarray:
     """The choice with the highest log-likelihood per token: int [M, B]."""
     per_token = np.asarray(outputs) / batch.scored.sum(-1)
-    return np.stack(
-        [per_token[:, batch.owners == i].argmax(-1) for i in range(len(questions))], 1
-    )
+    numbers = range(len(questions))
+    return np.stack([per_token[:, batch.owners == i].argmax(-1) for i in numbers], 1)
 
 
 def mean_score(rewards: np.ndarray, truncated: Any, tokens: Any) -> Score:
     """Scores from rewards [..., B, 5], shares truncated and tokens [...]."""
     value, correct, strict, formatted, _ = np.moveaxis(rewards.mean(-2), -1, 0)
     right, yes = rewards[..., 1], rewards[..., 4]
-    hits, false_alarms = (right * yes).mean(-1), ((1 - right) * yes).mean(-1)
-    return Score(
-        value, correct, strict, formatted, truncated, tokens, hits, false_alarms
-    )
+    known = (right * yes).mean(-1), ((1 - right) * yes).mean(-1)
+    return Score(value, correct, strict, formatted, truncated, tokens, *known)
 
 
 def rewards_of(
@@ -173,14 +168,13 @@ def rewards_of(
     """
     new = list(dict.fromkeys(asked))
     texts = list(dict.fromkeys(text for _, answer in new for text in answer))
-    tokenizer = evaluation.tokenizer.backend_tokenizer
-    decoded = dict(
-        zip(texts, tokenizer.decode_batch([list(t) for t in texts]), strict=True)
-    )
-    earned: dict[Any, Reward] = {}
-    for i, answer in new:
-        written = (decoded[text] for text in answer)
-        earned[i, answer] = evaluation.task.reward(questions[i].example, *written)
+    decode = evaluation.tokenizer.backend_tokenizer.decode_batch
+    decoded = dict(zip(texts, decode(list(map(list, texts))), strict=True))
+    reward = evaluation.task.reward
+    earned = {
+        (i, answer): reward(questions[i].example, *map(decoded.__getitem__, answer))
+        for i, answer in new
+    }
     return np.array([earned[one] for one in asked], float)
 
 
@@ -195,10 +189,9 @@ def fitness_of(
 
     Args:
       scores: of all members, arrays [N].
-      objective: see `jes.metacognition.objectives.objective_fitness`.
+      objective: see `objective_fitness`.
       generation: its number, for the error and the shuffling.
-      shuffle_seed: if given, members swap their fitness at random: a control in which
-        fitness says nothing about the noise.
+      shuffle_seed: if given, members swap their fitness at random, as a control.
 
     Returns:
       float32 [N]; not finite where a member has no valid reward.

@@ -29,10 +29,8 @@ from jes.questions import Evaluation, prepare
 from jes.rollout import ask, examine
 from jes.sampling import continuous_batching
 from jes.sampling.continuous_batching import (
-    Admitted,
     Batching,
     Scheduler,
-    Stop,
     decode_in_slots,
 )
 from jes.sampling.generate import Sampling, decode, trim, unrolled
@@ -199,12 +197,12 @@ def test_the_cache_is_not_copied(members: Members) -> None:
     """A slice works in the memory that it is given."""
     model, two = MODEL.unrolled(), np.zeros((2, 2), np.int32)
     prompts = pad(PROMPTS, (8,))
-    admitted = Admitted(prompts.tokens[two], prompts.positions[two], two + LONGEST, two)
+    admitted = prompts.tokens[two], prompts.positions[two], two + LONGEST, two
     new = continuous_batching._prefill(model, members, admitted, None, SAMPLING)
     rows = continuous_batching._empty(new, slots=16, ring=4096)
     bytes_of = sum(leaf.nbytes for leaf in (*rows.cache.keys, *rows.cache.values))
     batching = Batching(sampling=SAMPLING, slots=16, slice_tokens=8)
-    stop = Stop(np.zeros(2, np.int32), np.zeros(2, np.int32))
+    stop = np.zeros(2, np.int32), np.zeros(2, np.int32)
     needed = (
         continuous_batching._decode_slice.lower(
             model, members, rows, None, stop, batching

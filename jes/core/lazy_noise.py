@@ -1,9 +1,9 @@
 """Noise that a layer draws when it uses a weight, so one layer's is held at a time.
 
-A member is then the shared weights and a key for each leaf: nothing of the size of a
-model. The numbers are those of `draw_members`, bit for bit, because a number depends on
-its leaf's key and its position alone. The price is that noise is drawn again wherever a
-weight is used: once in a scoring pass, but for every token in decoding.
+A member is then the shared weights and a key for each leaf. The numbers are those of
+`draw_members`, bit for bit, because a number depends on its leaf's key and its position
+alone. But noise is drawn again wherever a weight is used: once in a scoring pass, for
+every token in decoding.
 """
 
 import dataclasses
@@ -14,11 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jes.core.low_rank import has_matrices, is_stack
-from jes.core.members import by_member
-from jes.core.noise import DISTRIBUTIONS, Noise, PyTree, leaf_key, leaf_noise
+from jes.core.noise import DISTRIBUTIONS_AT
 from jes.core.placement import not_before
-from jes.core.programs import program
 from jes.core.random import Place, places
 
 BLOCKS = 16
@@ -57,40 +54,6 @@ class MemberWeight:
     """A member's weight in full, in place of noise: of vectors, which are small."""
 
     weight: jax.Array
-
-
-@program(static_argnums=(3, 4), static_argnames="mesh")
-@by_member(own=["members"], shared=["params", "key"])
-def draw_lazily(
-    params: PyTree, key: jax.Array, members: jax.Array, noise: Noise, dtype: Any
-) -> PyTree:
-    """Noise of members for the layers to draw, in the tree of the parameters.
-
-    For matrices a `LazyNoise` with a leading axis [M], or of a stack [M, L]; for
-    vectors a `MemberWeight`.
-    """
-
-    def draw(member: jax.Array) -> PyTree:
-        direction_key, sign = noise.direction(key, member)
-
-        def one(path: tuple[Any, ...], leaf: jax.Array) -> LazyNoise | MemberWeight:
-            scale, matrix = noise.sigma * sign, jnp.int32(0)
-            if not has_matrices(path, leaf.shape):
-                drawn = leaf_noise(direction_key, path, leaf.shape, noise)
-                weight = leaf.astype(jnp.float32) + scale * drawn
-                return MemberWeight(weight.astype(dtype))
-            data = jax.random.key_data(leaf_key(direction_key, path))
-            if is_stack(path):
-                count = leaf.shape[0]
-                matrix = jnp.arange(count)
-                data = jnp.broadcast_to(data, (count, *data.shape))
-                scale = jnp.broadcast_to(scale, count)
-            settings = noise.distribution, jnp.dtype(dtype), noise.partitioned
-            return LazyNoise(data, scale, matrix, *settings)
-
-        return jax.tree_util.tree_map_with_path(one, params)
-
-    return jax.vmap(draw)(members)
 
 
 def add(weight: jax.Array, noise: LazyNoise) -> jax.Array:

@@ -12,6 +12,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jes.core.mesh import POPULATION, model_is_spread
 from jes.core.noise import PyTree
 
+EACH, ALL = PartitionSpec(POPULATION), PartitionSpec()
+"""How devices share arrays: by member, or all of them."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +50,10 @@ class Members:
 
     def __getitem__(self, member: int) -> dict[str, PyTree]:
         """The variables of one member."""
+        variables = dict(self.variables)
         own = "noise" if self.share_params else "params"
-        return self.variables | {
-            own: jax.tree.map(lambda leaf: leaf[member], self.variables[own])
-        }
+        variables[own] = jax.tree.map(lambda leaf: leaf[member], variables[own])
+        return variables
 
     def replace(self, **collections: PyTree) -> "Members":
         """The same members with other 'params' or 'noise'."""
@@ -68,14 +71,11 @@ def by_member(own: Sequence[str] = (), shared: Sequence[str] = ()) -> Callable:
 
     The function returns arrays with a leading axis of members, and is to be jitted.
     The mesh is that of its `Members` argument, or a keyword argument `mesh` (static
-    under `jit`). Devices exchange nothing but what a model that is partitioned over
-    'model' needs.
+    under `jit`).
 
     Args:
-      own: names of arguments with a leading axis of members, of a length that the axis
-        'population' divides.
-      shared: names of arguments that are the same for all members. Arguments that are
-        neither are static.
+      own: names of arguments with a leading axis of members.
+      shared: names of arguments that are the same for all members; others are static.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -87,12 +87,12 @@ def by_member(own: Sequence[str] = (), shared: Sequence[str] = ()) -> Callable:
             arrays: dict[str, Any] = {}
             specs: dict[str, Any] = {}
             for name in list(settings):
-                if name in own or name in shared:
-                    specs[name] = _spec(0 if name in own else None)
-                elif isinstance(settings[name], Members):
+                if isinstance(settings[name], Members):
                     mesh = settings[name].mesh
                     settings[name] = dataclasses.replace(settings[name], mesh=None)
                     specs[name] = _specs_of(settings[name])
+                elif name in own or name in shared:
+                    specs[name] = EACH if name in own else ALL
                 else:
                     continue
                 arrays[name] = settings.pop(name)
@@ -105,7 +105,7 @@ def by_member(own: Sequence[str] = (), shared: Sequence[str] = ()) -> Callable:
                 lambda arrays: function(**settings, **arrays),
                 mesh=mesh,
                 in_specs=(specs,),
-                out_specs=_spec(0),
+                out_specs=EACH,
                 axis_names={POPULATION} if partitioned else set(mesh.axis_names),
                 # Every result belongs to a device's own members: there is nothing to
                 # check, and loops may carry values that become per-member later.
@@ -121,10 +121,7 @@ def by_member(own: Sequence[str] = (), shared: Sequence[str] = ()) -> Callable:
     return decorate
 
 
-def _spec(axis: int | None) -> PartitionSpec:
-    return PartitionSpec() if axis is None else PartitionSpec(POPULATION)
-
-
 def _specs_of(members: Members) -> Any:
-    variables = {name: _spec(axis) for name, axis in members.axes.items()}
-    return dataclasses.replace(members, variables=variables, keys=_spec(0))  # type: ignore
+    axes = members.axes.items()
+    variables = {name: ALL if axis is None else EACH for name, axis in axes}
+    return dataclasses.replace(members, variables=variables, keys=EACH)  # type: ignore

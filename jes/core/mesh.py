@@ -1,8 +1,6 @@
 """Several devices: a mesh with the axes 'population' and 'model'.
 
-Members are spread over 'population', and the arrays of one model over 'model'. What
-depends on the mesh takes it as an argument, or reads it from arrays (`mesh_of`);
-without one, programs are those for one device.
+Members are spread over 'population', and the arrays of one model over 'model'.
 """
 
 from collections.abc import Sequence
@@ -49,12 +47,9 @@ def replicated(tree: Any, mesh: Mesh | None) -> Any:
     if mesh is None:
         return tree
     everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def put(leaf: jax.Array) -> jax.Array:
-        there = isinstance(leaf.sharding, NamedSharding)
-        return leaf if there else jax.device_put(leaf, everywhere)
-
-    return jax.tree.map(put, tree)
+    return jax.tree.map(
+        lambda leaf: leaf if mesh_of(leaf) else jax.device_put(leaf, everywhere), tree
+    )
 
 
 def model_is_spread(mesh: Mesh | None) -> bool:

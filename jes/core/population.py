@@ -7,7 +7,7 @@ factors; noise for the layers to draw; changed codes of a quantised model; or no
 import dataclasses
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jes.core.codes import Codes, Overlay, allowed, pick
-from jes.core.lazy_noise import draw_lazily
-from jes.core.low_rank import LowRank, draw_low_rank, has_matrices
+from jes.core.lazy_noise import LazyNoise, MemberWeight
+from jes.core.low_rank import LowRank, draw_low_rank, has_matrices, is_stack
 from jes.core.members import Members, by_member
 from jes.core.mesh import model_is_spread
 from jes.core.noise import (
@@ -28,7 +28,6 @@ from jes.core.noise import (
     codes_noise,
     leaf_key,
     leaf_noise,
-    perturb_member,
 )
 from jes.core.programs import program
 from jes.core.tree import is_codes, is_quantized, map_leaves, split
@@ -66,20 +65,18 @@ def perturb_members(
         (of floats with full-rank noise).
       mesh: to spread the members over.
     """
-    dtype = jnp.dtype(dtype)
+    given = params, key, members
+    variables = {"params": params, "noise": {}}
     if noise is not None:
         noise = dataclasses.replace(noise, partitioned=model_is_spread(mesh))
-    drawn, variables = (params, key, members, noise), {"params": params}
-    if noise is None:
-        variables["noise"] = {}
-    elif is_quantized(params):
-        variables["noise"] = draw_overlays(*drawn, mesh=mesh)
-    elif noise.rank:
-        variables["noise"] = draw_factors(*drawn, dtype, mesh=mesh)
-    elif draw == "layer":
-        variables["noise"] = draw_lazily(*drawn, dtype, mesh=mesh)
-    else:
-        variables["params"] = draw_members(*drawn, dtype, mesh=mesh)
+        if is_quantized(params):
+            variables["noise"] = draw_overlays(*given, noise, mesh=mesh)
+        elif noise.rank or draw == "layer":
+            some = draw_factors if noise.rank else draw_lazily
+            variables["noise"] = some(*given, noise, jnp.dtype(dtype), mesh=mesh)
+        else:
+            own = draw_members(*given, noise, jnp.dtype(dtype), mesh=mesh)
+            variables = {"params": own}
     return Members(variables, _sampling_keys(key, members), mesh)
 
 
@@ -90,26 +87,84 @@ def _sampling_keys(key: jax.Array, members: jax.Array) -> jax.Array:
     return jax.vmap(partial(jax.random.fold_in, sampling_key))(members)
 
 
-@program(static_argnums=(3, 4), static_argnames="mesh")
-@by_member(own=["members"], shared=["params", "key"])
-def draw_members(
-    params: PyTree, key: jax.Array, members: jax.Array, noise: Noise, dtype: Any
-) -> PyTree:
-    """The weights of members, stacked [M, ...]; the sum is taken before the cast."""
+def _of_members(leaf_of_member: Callable) -> Callable:
+    """Decorator: makes trees of members, [M, ...], of a function of a leaf.
 
-    def draw(member: jax.Array) -> PyTree:
-        weights = perturb_member(params, key, member, noise)
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), weights)
+    The function takes the path, the leaf, the direction key, the sign, the `Noise` and
+    the dtype; the result the first five arguments of `perturb_members`, and `mesh`.
+    """
 
-    return jax.vmap(draw)(members)
+    def draw(
+        params: PyTree,
+        key: jax.Array,
+        members: jax.Array,
+        noise: Noise,
+        dtype: Any = jnp.float32,
+    ) -> PyTree:
+        def draw_member(member: jax.Array) -> PyTree:
+            direction = noise.direction(key, member)
+            return map_leaves(
+                lambda path, leaf: leaf_of_member(path, leaf, *direction, noise, dtype),
+                params,
+            )
+
+        return jax.vmap(draw_member)(members)
+
+    draw.__doc__, draw.__name__ = leaf_of_member.__doc__, leaf_of_member.__name__
+    spread = by_member(own=["members"], shared=["params", "key"])(draw)
+    return program(spread, static_argnames=("noise", "dtype", "mesh"))
 
 
-@program(static_argnums=3, static_argnames="mesh")
-@by_member(own=["members"], shared=["params", "key"])
+@_of_members
+def draw_members(path, leaf, key, sign, noise, dtype):
+    """The weights of members; the sum is taken in float32, before the cast."""
+    return _sum(path, leaf, key, sign, noise).astype(dtype)
+
+
+@_of_members
+def draw_factors(path, leaf, key, sign, noise, dtype):
+    """Noise of low rank, σε: a `LowRank` for matrices, arrays for vectors.
+
+    Only shapes are read of the parameters.
+    """
+    scale = noise.sigma * sign
+    if not has_matrices(path, leaf.shape):
+        return (scale * leaf_noise(key, path, leaf.shape, noise)).astype(dtype)
+    draw = DISTRIBUTIONS[noise.distribution]
+    low = draw_low_rank(leaf_key(key, path), leaf.shape, noise.rank, draw)
+    return LowRank(low.a.astype(dtype), (scale * low.b).astype(dtype))
+
+
+@_of_members
+def draw_lazily(path, leaf, key, sign, noise, dtype):
+    """Noise for the layers to draw: `LazyNoise` for matrices, else `MemberWeight`."""
+    if not has_matrices(path, leaf.shape):
+        return MemberWeight(_sum(path, leaf, key, sign, noise).astype(dtype))
+    scale, matrix = noise.sigma * sign, jnp.int32(0)
+    data = jax.random.key_data(leaf_key(key, path))
+    if is_stack(path):
+        count = leaf.shape[0]
+        matrix = jnp.arange(count)
+        data = jnp.broadcast_to(data, (count, *data.shape))
+        scale = jnp.broadcast_to(scale, count)
+    settings = noise.distribution, jnp.dtype(dtype), noise.partitioned
+    return LazyNoise(data, scale, matrix, *settings)
+
+
+def _sum(path, leaf, key, sign, noise):
+    drawn = leaf_noise(key, path, leaf.shape, noise)
+    return leaf.astype(jnp.float32) + noise.sigma * sign * drawn
+
+
 def draw_overlays(
-    params: PyTree, key: jax.Array, members: jax.Array, noise: Noise
+    params: PyTree,
+    key: jax.Array,
+    members: jax.typing.ArrayLike,
+    noise: Noise,
+    *,
+    mesh: Mesh | None = None,
 ) -> PyTree:
-    """How members of a quantised model differ from it, as noise for `perturb_members`.
+    """How members of a quantised model differ from it; see `perturb_members`.
 
     Returns:
       The tree of the parameters with an `Overlay` of arrays [M, ...] for codes (moves
@@ -117,58 +172,24 @@ def draw_overlays(
       trained, and None for all that is frozen.
     """
     trained, _ = split(params, scales=noise.scale_sigma > 0)
-
-    def draw(member: jax.Array) -> PyTree:
-        direction_key, sign = noise.direction(key, member)
-
-        def difference(path: tuple[Any, ...], leaf: Any) -> Any:
-            if not is_codes(leaf):
-                drawn = leaf_noise(direction_key, path, leaf.shape, noise)
-                return noise.scale_sigma * sign * drawn
-
-            def overlay(codes: Codes, matrix: jax.typing.ArrayLike) -> Overlay:
-                size = codes.size
-                at, values = codes_noise(direction_key, path, matrix, size, noise)
-                moves = (sign * values[0]).astype(jnp.int16)
-                return Overlay(at, allowed(codes, pick(codes, at), moves))
-
-            if leaf.ndim == 2:
-                return overlay(leaf, 0)
-            return jax.vmap(overlay)(leaf, jnp.arange(leaf.shape[0]))
-
-        return map_leaves(difference, trained)
-
-    return jax.vmap(draw)(members)
+    return _draw_overlays(trained, key, members, noise, mesh=mesh)
 
 
-@program(static_argnums=(3, 4), static_argnames="mesh")
-@by_member(own=["members"], shared=["params", "key"])
-def draw_factors(
-    params: PyTree, key: jax.Array, members: jax.Array, noise: Noise, dtype: Any
-) -> PyTree:
-    """Noise σε of low rank in the tree of the parameters, of which it reads shapes.
+@_of_members
+def _draw_overlays(path, leaf, key, sign, noise, _):
+    if not is_codes(leaf):
+        return noise.scale_sigma * sign * leaf_noise(key, path, leaf.shape, noise)
 
-    A `LowRank` of factors [M, ..., r, I] and [M, ..., r, O] for matrices [..., I, O],
-    and arrays [M, ...] for vectors.
-    """
+    def one(codes: Codes, matrix: jax.typing.ArrayLike) -> Overlay:
+        positions, values = codes_noise(key, path, matrix, codes.size, noise)
+        moves = (sign * values[0]).astype(jnp.int16)
+        return Overlay(positions, allowed(codes, pick(codes, positions), moves))
 
-    def draw(member: jax.Array) -> PyTree:
-        direction_key, sign = noise.direction(key, member)
-        scale = noise.sigma * sign
-
-        def one(path: tuple[Any, ...], leaf: Any) -> Any:
-            if not has_matrices(path, leaf.shape):
-                drawn = leaf_noise(direction_key, path, leaf.shape, noise)
-                return (scale * drawn).astype(dtype)
-            own = leaf_key(direction_key, path)
-            low = draw_low_rank(
-                own, leaf.shape, noise.rank, DISTRIBUTIONS[noise.distribution]
-            )
-            return LowRank(low.a.astype(dtype), (scale * low.b).astype(dtype))
-
-        return jax.tree_util.tree_map_with_path(one, params)
-
-    return jax.vmap(draw)(members)
+    return (
+        one(leaf, 0)
+        if leaf.ndim == 2
+        else jax.vmap(one)(leaf, jnp.arange(leaf.shape[0]))
+    )
 
 
 def evaluate(
@@ -179,25 +200,21 @@ def evaluate(
 ) -> Any:
     """Scores members; the device works on a chunk while the host scores another.
 
-    Scores are computed in a thread of their own, because a rollout may need the host
-    too, to schedule its prompts.
-
     Args:
-      rollout: starts one chunk of member numbers [M] on the device and returns its
-        outputs, which need not be ready.
-      score: makes a tree of arrays [M] from outputs that are ready.
-      members: int [N], all member numbers; the result is a tree of arrays [N].
+      rollout: computes the outputs of one chunk of member numbers [M].
+      score: makes a tree of arrays [M] from outputs that are ready. It runs in a thread
+        of its own, because a rollout may need the host too, to schedule its prompts.
+      members: int [N], member numbers.
       chunk: M.
     """
-    scores: list[Any] = []
+    pending: list[Future] = []
     with ThreadPoolExecutor(1) as scorer:
-        scoring = None
         for some in chunks(members, chunk):
             # Two chunks at once would need twice the memory.
             outputs = jax.block_until_ready(rollout(some))
-            if scoring is not None:
-                scores.append(scoring.result())
-            scoring = scorer.submit(score, outputs)
-        if scoring is not None:
-            scores.append(scoring.result())
+            if pending:
+                pending[-1].result()
+            pending.append(scorer.submit(score, outputs))
+            del outputs
+        scores = [scored.result() for scored in pending]
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(members)], *scores)

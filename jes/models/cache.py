@@ -2,12 +2,13 @@
 
 Axis letters: B batch, S slots, K key-value heads, H head dimension.
 
-Keys are kept as [B, K, H, S] and values as [B, K, S, H], the orders in which the
-two attention products read them, so that no product has to transpose the cache.
-Each layer has arrays of its own: a decoding step then writes one slot of each in
-place, where one array over all layers would be copied in and out of every layer.
+Keys are kept as [B, K, H, S] and values as [B, K, S, H], the orders in which the two
+attention products read them. Each layer has arrays of its own: a decoding step writes
+one slot of each in place; one array over all layers would be copied for every layer.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -34,60 +35,53 @@ class Cache(NamedTuple):
 
     def extended(self, slots: int) -> "Cache":
         """The same cache with room for `slots` more tokens."""
-        return self._replace(
-            keys=tuple(jnp.pad(k, [(0, 0)] * 3 + [(0, slots)]) for k in self.keys),
-            values=tuple(
-                jnp.pad(v, [(0, 0)] * 2 + [(0, slots), (0, 0)]) for v in self.values
-            ),
-            positions=jnp.pad(
-                self.positions, [(0, 0), (0, slots)], constant_values=PADDING
-            ),
-        )
+        return self._mapped(partial(_widened, more=(0, slots)))
 
     def blank(self, rows: int, slots: int) -> "Cache":
         """An empty cache of the same model, for other numbers of rows and slots."""
 
-        def shape(leaf: jax.Array, axis: int) -> tuple[int, ...]:
+        def empty(leaf: jax.Array, axis: int, padding: int = 0) -> jax.Array:
             sizes = [rows, *leaf.shape[1:]]
             sizes[axis] = slots
-            return tuple(sizes)
+            return jnp.full(sizes, padding, leaf.dtype)
 
-        return Cache(
-            tuple(jnp.zeros(shape(k, -1), k.dtype) for k in self.keys),
-            tuple(jnp.zeros(shape(v, -2), v.dtype) for v in self.values),
-            jnp.full(shape(self.positions, -1), PADDING, jnp.int32),
-            jnp.zeros_like(self.length),
-        )
+        return self._mapped(empty)._replace(length=jnp.zeros_like(self.length))
 
     def with_rows(self, new: "Cache", rows: jax.Array) -> "Cache":
         """The same ring with some rows replaced (in place where XLA can).
 
         A cache is a ring when its `length` goes back to 0 after the last slot. New
-        rows are rolled so that their last token is right before `length`, and replace
-        all slots of the old: masked values are multiplied by 0, which keeps a NaN.
-
-        Args:
-          new: F rows with no more slots than these.
-          rows: int32 [F], the rows to replace; B and above for none.
+        rows [F] are rolled so that their last token is right before `length`, and
+        replace all slots of the old: masked values are multiplied by 0, which keeps a
+        NaN. `rows`, int32 [F], are those to replace; B and above for none.
         """
 
         def rolled(leaf: jax.Array, axis: int, padding: int = 0) -> jax.Array:
-            slots = self.positions.shape[1]
-            widths = [(0, 0)] * leaf.ndim
-            widths[axis] = (slots - leaf.shape[axis], 0)
-            leaf = jnp.pad(leaf, widths, constant_values=padding)
-            return jnp.roll(leaf, self.length, axis)
+            more = self.positions.shape[1] - leaf.shape[axis]
+            return jnp.roll(_widened(leaf, axis, padding, (more, 0)), self.length, axis)
 
-        def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            return old.at[rows].set(new, mode="drop")
-
-        keys = zip(self.keys, new.keys, strict=True)
-        values = zip(self.values, new.values, strict=True)
-        return self._replace(
-            keys=tuple(put(old, rolled(k, -1)) for old, k in keys),
-            values=tuple(put(old, rolled(v, -2)) for old, v in values),
-            positions=put(self.positions, rolled(new.positions, -1, PADDING)),
+        put = jax.tree.map(
+            lambda old, new: old.at[rows].set(new, mode="drop"),
+            self[:3],
+            new._mapped(rolled)[:3],
         )
+        return Cache(*put, self.length)
+
+    def _mapped(self, function: Callable[..., jax.Array]) -> "Cache":
+        """Applies a function of an array, its axis of slots, and its padding."""
+        return self._replace(
+            keys=tuple(function(keys, -1) for keys in self.keys),
+            values=tuple(function(values, -2) for values in self.values),
+            positions=function(self.positions, -1, PADDING),
+        )
+
+
+def _widened(
+    leaf: jax.Array, axis: int, padding: int = 0, more: tuple[int, int] = (0, 0)
+) -> jax.Array:
+    widths = [(0, 0)] * leaf.ndim
+    widths[axis] = more
+    return jnp.pad(leaf, widths, constant_values=padding)
 
 
 def write(buffer: jax.Array, new: jax.Array, slot: jax.Array, axis: int) -> jax.Array:

@@ -105,17 +105,13 @@ def embed(table: jax.Array, noise: Any, tokens: jax.Array) -> jax.Array:
 def unembed(x: jax.Array, weight: jax.Array, noise: Any, *, tied: bool) -> jax.Array:
     """Logits of all tokens: [B, T, D] -> float32 [B, T, V].
 
-    Args:
-      x: the residual stream.
-      weight: the embedding [V, D] if `tied`, else a matrix [D, V].
-      noise: of it.
-      tied: the embedding comes first in its product: under vmap, XLA for the CPU
-        writes a transposed second factor out in full, half a gigabyte a token for
-        151936 tokens.
+    The weight is the embedding [V, D] if `tied`, else a matrix [D, V].
     """
     if isinstance(noise, LowRank):
         a, b = (noise.b, noise.a) if tied else (noise.a, noise.b)
         return unembed(x, weight, None, tied=tied) + thin_product(x, a, b)
+    # The embedding comes first in its product: under vmap, XLA for the CPU writes a
+    # transposed second factor out in full, half a gigabyte a token for 151936 tokens.
     equation, axis = ("vd,btd->vbt", 0) if tied else ("btd,dv->btv", -1)
 
     def product(weight: jax.Array) -> jax.Array:

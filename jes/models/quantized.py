@@ -47,11 +47,8 @@ def dequantize(
 ) -> jax.Array:
     """The matrix [I, O] in floats; computed in float32, then cast.
 
-    Args:
-      weight: one matrix.
-      noise: of a member, in the same form: an `Overlay` for the codes, what to add to
-        the scales or None, None for the rest.
-      dtype: of the result.
+    The noise of a member has the same form: an `Overlay` for the codes, what to add to
+    the scales or None, None for the rest.
     """
     codes, scales = _of_member(weight, noise)
     values = codes.astype(jnp.float32)
@@ -74,18 +71,17 @@ def _by_row(weight: Quantized, values: jax.Array) -> jax.Array:
     """Values of groups [G, O] for each row: [I, O]."""
     if weight.groups is not None:
         return values[weight.groups]
-    rows, columns = weight.shape
-    count = values.shape[0]
-    wide = jnp.broadcast_to(values[:, None], (count, rows // count, columns))
-    return wide.reshape(rows, columns)
+    count, columns = values.shape
+    rows = weight.shape[0] // count
+    wide = jnp.broadcast_to(values[:, None], (count, rows, columns))
+    return wide.reshape(weight.shape)
 
 
 def quantized_matmul(x: jax.Array, weight: Quantized, noise: Any = None) -> jax.Array:
     """x @ weight, [..., I] -> [..., O] in the dtype of x."""
     data = not_before(x, weight.codes.data)
-    weight = dataclasses.replace(
-        weight, codes=dataclasses.replace(weight.codes, data=data)
-    )
+    codes = dataclasses.replace(weight.codes, data=data)
+    weight = dataclasses.replace(weight, codes=codes)
     if not weight.int8_activations:
         return x @ dequantize(weight, noise, x.dtype)
     codes, scales = _of_member(weight, noise)

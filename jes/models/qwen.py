@@ -56,10 +56,8 @@ class Decoder(nn.Module):
           positions: int [B, T], -1 for left padding; by default 0..T-1, or what
             follows `cache.length`.
           cache: keys and values of earlier tokens, with room for T more. Without
-            it the T tokens see each other only, and the returned cache holds them
-            (`cache.extended(n)` makes room for n more).
-          last: how many of the last positions to give logits for, by default all;
-            sampling needs one. All, of 151936 tokens, are most of the memory.
+            it the T tokens see each other only, and the returned cache holds them.
+          last: how many of the last positions to give logits for; None for all.
           prefix: a cache of batch 1 with tokens that come before those of every row.
             Positions count from its first token on. It is read only.
 
@@ -74,67 +72,60 @@ class Decoder(nn.Module):
             start += 0 if prefix is None else prefix.positions.max() + 1
             positions = jnp.broadcast_to(start + jnp.arange(length), tokens.shape)
         chex.assert_equal_shape([tokens, positions])
-        if cache is None:
-            key_positions, slot = positions, jnp.int32(0)
-        else:
+        seen, slot = positions, jnp.int32(0)
+        if cache is not None:
             slot = cache.length
-            key_positions = write(cache.positions, positions, slot, 1)
-        # [B, T, S]: a token sees the tokens at or before its own position.
-        seen = key_positions
+            seen = write(cache.positions, positions, slot, 1)
+        key_positions = seen
         if prefix is not None:
             shape = (tokens.shape[0], prefix.positions.shape[1])
             before = jnp.broadcast_to(prefix.positions, shape)
             seen = jnp.concatenate([before, seen], axis=1)
-        visible = (seen[:, None, :] <= positions[:, :, None]) & (
-            seen[:, None, :] != PADDING
-        )
-        angles = rope_angles(positions, cfg)
+        # [B, T, S]: a token sees the tokens at or before its own position.
+        seen = seen[:, None, :]
+        visible = (seen <= positions[:, :, None]) & (seen != PADDING)
+        given = visible, rope_angles(positions, cfg), slot
 
         table, noise = Embedding(cfg.vocab_size, cfg.hidden_size, name="embed")()
         x = embed(table, noise, tokens)
         run = self._scanned if self.scan_layers else self._unrolled
-        x, keys, values = run(x, visible, angles, cache, slot, prefix)
+        x, keys, values = run(x, cache and cache[:2], prefix and prefix[:2], given)
         if last is not None:
             x = x[:, -last:]
         x = RMSNorm(cfg.rms_norm_eps, name="final_norm")(x)
-        if cfg.tie_word_embeddings:
-            logits = unembed(x, table, noise, tied=True)
-        else:
+        head = table
+        if not cfg.tie_word_embeddings:
             shape = (cfg.hidden_size, cfg.vocab_size)
             head = self.param("lm_head", nn.initializers.normal(0.02), shape)
             noise = self.get_variable("noise", "lm_head")
-            logits = unembed(x, head, noise, tied=False)
+        logits = unembed(x, head, noise, tied=cfg.tie_word_embeddings)
         return logits, Cache(keys, values, key_positions, slot + length)
 
-    def _scanned(self, x, visible, angles, cache, slot, prefix):
+    def _scanned(self, x, cache, prefix, given):
         """Layers on a leading axis: one compiled layer, whatever their number."""
         layers = nn.scan(
             Layer,
             variable_axes={"params": 0, "noise": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast),
             out_axes=0,
             length=self.config.num_hidden_layers,
         )(self.config, name="layers")
-        keys = None if cache is None else jnp.stack(cache.keys)
-        values = None if cache is None else jnp.stack(cache.values)
-        shared = None
-        if prefix is not None:
-            shared = jnp.stack(prefix.keys), jnp.stack(prefix.values)
-        x, (keys, values) = layers(x, keys, values, shared, visible, angles, slot)
+        cache, prefix = (
+            part and tuple(map(jnp.stack, part)) for part in (cache, prefix)
+        )
+        x, (keys, values) = layers(x, cache, prefix, given)
         return x, tuple(keys), tuple(values)
 
-    def _unrolled(self, x, visible, angles, cache, slot, prefix):
-        keys, values = [], []
+    def _unrolled(self, x, cache, prefix, given):
+        pairs = []
         for i in range(self.config.num_hidden_layers):
-            key = None if cache is None else cache.keys[i]
-            value = None if cache is None else cache.values[i]
-            shared = None if prefix is None else (prefix.keys[i], prefix.values[i])
-            layer = Layer(self.config, name=f"layers_{i}")
-            x, (key, value) = layer(x, key, value, shared, visible, angles, slot)
-            keys.append(key)
-            values.append(value)
-        return x, tuple(keys), tuple(values)
+            own, shared = (
+                part and (part[0][i], part[1][i]) for part in (cache, prefix)
+            )
+            x, pair = Layer(self.config, name=f"layers_{i}")(x, own, shared, given)
+            pairs.append(pair)
+        return x, *zip(*pairs, strict=True)
 
     def unrolled(self) -> "Decoder":
         """The same model over `unrolled_params`."""
@@ -146,9 +137,7 @@ class Decoder(nn.Module):
     ) -> dict[str, Any]:
         """Stacked parameters as one subtree a layer (`layers_0`, `layers_1`, ...).
 
-        Args:
-          params: with stacked layers.
-          first: a traced 0, to slice the layers by a number that XLA does not know.
+        `first` is a traced 0, to slice layers by a number that XLA does not know.
         """
 
         def pick(leaf: jax.Array, i: int) -> jax.Array:
@@ -183,16 +172,14 @@ class Layer(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, keys, values, prefix, visible, angles, slot):
+    def __call__(self, x, cache, prefix, given):
         eps = self.config.rms_norm_eps
         normed = RMSNorm(eps, name="attention_norm")(x)
-        attended, kv = Attention(self.config, name="attention")(
-            normed, keys, values, prefix, visible, angles, slot
-        )
+        attend = Attention(self.config, name="attention")
+        attended, cache = attend(normed, cache, prefix, *given)
         x = x + attended
-        return x + FeedForward(self.config, name="mlp")(
-            RMSNorm(eps, name="mlp_norm")(x)
-        ), kv
+        normed = RMSNorm(eps, name="mlp_norm")(x)
+        return x + FeedForward(self.config, name="mlp")(normed), cache
 
 
 class Attention(nn.Module):
@@ -201,14 +188,11 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, keys, values, prefix, visible, angles, slot):
+    def __call__(self, x, cache, prefix, visible, angles, slot):
         cfg = self.config
         batch, length, _ = x.shape
-        heads, kv_heads, dim = (
-            cfg.num_attention_heads,
-            cfg.num_key_value_heads,
-            cfg.head_dim,
-        )
+        heads, kv_heads = cfg.num_attention_heads, cfg.num_key_value_heads
+        dim = cfg.head_dim
 
         def project(name: str, count: int) -> jax.Array:
             out = Dense(count * dim, cfg.qkv_bias, name=name)(x)
@@ -219,13 +203,11 @@ class Attention(nn.Module):
             q = RMSNorm(cfg.rms_norm_eps, name="q_norm")(q)
             k = RMSNorm(cfg.rms_norm_eps, name="k_norm")(k)
         q = rotate(q, angles).reshape(batch, length, kv_heads, heads // kv_heads, dim)
-        new_keys = rotate(k, angles).transpose(0, 2, 3, 1)  # [B, K, H, T]
-        new_values = v.transpose(0, 2, 1, 3)  # [B, K, T, H]
-        if keys is None:
-            keys, values = new_keys, new_values
-        else:
-            keys = write(keys, new_keys, slot, 3)
-            values = write(values, new_values, slot, 2)
+        keys = rotate(k, angles).transpose(0, 2, 3, 1)  # [B, K, H, T]
+        values = v.transpose(0, 2, 1, 3)  # [B, K, T, H]
+        if cache is not None:
+            keys = write(cache[0], keys, slot, 3)
+            values = write(cache[1], values, slot, 2)
         out = attend(q * dim**-0.5, keys, values, visible, prefix)
         out = out.reshape(batch, length, heads * dim).astype(x.dtype)
         return Dense(cfg.hidden_size, name="o")(out), (keys, values)
@@ -238,8 +220,8 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        gate = Dense(self.config.intermediate_size, name="gate")(x)
-        up = Dense(self.config.intermediate_size, name="up")(x)
+        width = self.config.intermediate_size
+        gate, up = Dense(width, name="gate")(x), Dense(width, name="up")(x)
         return Dense(self.config.hidden_size, name="down")(nn.silu(gate) * up)
 
 
@@ -335,12 +317,9 @@ def _attend_products(q, keys, values, visible):
     f32 = jnp.float32
     scores = jnp.einsum("btkgh,bkhs->bkgts", q, keys, preferred_element_type=f32)
     weights, log_sum = _softmax(scores, visible[:, None, None])
-    out = jnp.einsum(
-        "bkgts,bksh->btkgh",
-        weights.astype(values.dtype),
-        values,
-        preferred_element_type=f32,
-    )
+    weights = weights.astype(values.dtype)
+    equation = "bkgts,bksh->btkgh"
+    out = jnp.einsum(equation, weights, values, preferred_element_type=f32)
     return out, log_sum.transpose(0, 3, 1, 2)
 
 
@@ -372,10 +351,7 @@ def rope_angles(positions: jax.Array, config: ModelConfig) -> jax.Array:
 
 
 def scaled_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Llama 3.1: long wavelengths stretched by `factor`, short kept, smooth between.
-
-    `frequencies` in radians per position, [H/2].
-    """
+    """Llama 3.1: long wavelengths stretched by `factor`, short kept, smooth between."""
     turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)

@@ -1,15 +1,12 @@
 """Continuous batching: finished sequences free their slot for prompts that wait.
 
-Answers differ in length, and a few are far longer than most. `decode` keeps the rows of
-all prompts until the last has ended. Here a member decodes in a fixed number of slots,
-in slices of a few tokens; between slices the host admits waiting prompts to free slots.
-When none waits, the remaining rows move to fewer slots, so that the last long answer
-does not cost the steps of all.
+A member decodes in a fixed number of slots, in slices of a few tokens; between slices
+the host admits waiting prompts to free slots. When none waits, the remaining rows move
+to fewer slots, so that the last long answer does not cost the steps of all.
 
 Shapes are fixed, so nothing is compiled again: the cache is a ring. All rows write to
 the same ring slot, which moves on by one a token; the cache of an admitted prompt is
-rolled so that it ends right before that slot. The positions in a row's cache say what
-it sees; the rest is padding.
+rolled so that it ends right before that slot.
 
 Axis letters: M members, B prompts, S slots, F prompts admitted at once, T prompt
 tokens, R ring slots of the cache, N new tokens.
@@ -87,27 +84,6 @@ class Rows(NamedTuple):
     done: jax.Array
 
 
-class Admitted(NamedTuple):
-    """Prompts to read: tokens and positions [M, F, T], limits and numbers [M, F]."""
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    limits: np.ndarray
-    numbers: np.ndarray
-
-
-class Stop(NamedTuple):
-    """When to end a slice early, by numbers of active rows, int32 [M].
-
-    Attributes:
-      any: as soon as one member has no more than this: a prompt can be admitted.
-      all: when all members have no more than this: fewer slots will do.
-    """
-
-    any: np.ndarray
-    all: np.ndarray
-
-
 def decode_in_slots(
     model: Any,
     members: Members,
@@ -117,36 +93,22 @@ def decode_in_slots(
 ) -> np.ndarray:
     """The answers of `decode`, with a cache of `batching.slots` rows a member.
 
-    The host drives it and waits for each slice. Prompts are answered in their order;
-    the draws of a row are those of `decode`.
-
-    Args:
-      model, members, prompts, limits: as for `decode`.
-      batching: slots, and how prompts are answered.
-
     Returns:
       int32 [M, B, N], as `decode`.
     """
     sampling, mesh = batching.sampling, members.mesh
     total, width = prompts.tokens.shape
-    shape = members.count, total
-    new = sampling.max_new_tokens
+    shape, new = (members.count, total), sampling.max_new_tokens
     limits = np.minimum(np.full(shape, new) if limits is None else limits, new)
-    prefix = None
-    if prompts.prefix is not None:
-        prefix = _read_prefix(model, members, prompts.prefix)
+    prefix = prompts.prefix and _read_prefix(model, members, prompts.prefix)
     answers = np.full((*shape, new), sampling.fill, np.int32)
-    scheduler = Scheduler(*shape, min(batching.slots, total))
-    rows = None
+    scheduler, rows = Scheduler(*shape, min(batching.slots, total)), None
     while True:
         if scheduler.can_admit():
             slots, numbers = scheduler.admit()
-            admitted = Admitted(
-                prompts.tokens[numbers],
-                prompts.positions[numbers],
-                np.take_along_axis(limits, numbers, 1).astype(np.int32),
-                numbers,
-            )
+            most = np.take_along_axis(limits, numbers, 1).astype(np.int32)
+            texts = prompts.tokens[numbers], prompts.positions[numbers]
+            admitted = (*texts, most, numbers)
             read = _prefill(model, members, admitted, prefix, sampling)
             if rows is None:
                 ring = width + new - 1
@@ -157,9 +119,8 @@ def decode_in_slots(
             return answers
         if scheduler.enough < scheduler.slots:
             rows = _take(rows, scheduler.shrink(), mesh=mesh)
-        rows, report = _decode_slice(
-            model, members, rows, prefix, scheduler.stop(), batching
-        )
+        given = rows, prefix, scheduler.stop()
+        rows, report = _decode_slice(model, members, *given, batching)
         if isinstance(report, Abstract):  # analysed, not run
             for fewer in scheduler.sizes[1:2]:
                 _take(rows, np.zeros((shape[0], fewer), np.int32), mesh=mesh)
@@ -208,16 +169,20 @@ class Scheduler:
             return self.slots
         return min(n for n in self.sizes if n >= self.active.max())
 
-    def stop(self) -> Stop:
-        """When the next slice ends early; -1 for never."""
+    def stop(self) -> tuple[np.ndarray, np.ndarray]:
+        """When a slice ends early, by numbers of active rows, int32 [M]; -1 for never.
+
+        First as soon as one member has no more: a prompt can be admitted; then when all
+        members have no more: fewer slots will do.
+        """
         wanted = np.minimum(self.waiting, self.group)
         some = np.where(wanted > 0, self.slots - wanted, -1).astype(np.int32)
         smaller = max((n for n in self.sizes if n < self.slots), default=0)
-        return Stop(some, np.full_like(some, 0 if self.waiting.any() else smaller))
+        return some, np.full_like(some, 0 if self.waiting.any() else smaller)
 
     def can_admit(self) -> bool:
         """Whether some member has a group of free slots for prompts that wait."""
-        return bool((self.active <= self.stop().any).any())
+        return bool((self.active <= self.stop()[0]).any())
 
     def admit(self) -> tuple[np.ndarray, np.ndarray]:
         """Gives free slots to the next prompts.
@@ -243,12 +208,7 @@ class Scheduler:
         return order.astype(np.int32)
 
     def collect(self, report: np.ndarray, answers: np.ndarray) -> None:
-        """Writes a slice's tokens to the answers [M, B, N] and frees finished slots.
-
-        Args:
-          report: of `_decode_slice`.
-          answers: is written to.
-        """
+        """Writes the tokens of `_decode_slice` to the answers and frees its slots."""
         tokens, lengths, done = report[..., :-2], report[..., -2], report[..., -1]
         member, slot = np.nonzero(self.numbers >= 0)
         # The slice begins with the last token before it.
@@ -269,19 +229,21 @@ def _read_prefix(model: Any, members: Members, prefix: PromptBatch) -> Any:
     """Each member's keys and values of the prefix of all prompts."""
 
     def read(variables: Any) -> Any:
-        return next_logits(model, variables, *map(jnp.asarray, prefix[:2]))[1]
+        return next_logits(model, variables, *prefix[:2])[1]
 
-    return jax.vmap(read, in_axes=(members.axes,), axis_size=members.count)(
-        members.variables
-    )
+    read = jax.vmap(read, in_axes=(members.axes,), axis_size=members.count)
+    return read(members.variables)
 
 
 @program(static_argnames=("model", "sampling"))
 @by_member(own=["admitted", "prefix"])
 def _prefill(
-    model: Any, members: Members, admitted: Admitted, prefix: Any, sampling: Sampling
+    model: Any, members: Members, admitted: Any, prefix: Any, sampling: Sampling
 ) -> Rows:
-    """Reads prompts [M, F, T] and chooses their first tokens."""
+    """Reads prompts and chooses their first tokens.
+
+    Of those admitted, tokens and positions [M, F, T], limits and numbers [M, F].
+    """
     tokens, positions, limits, numbers = map(jnp.asarray, admitted)
     forward = jax.vmap(
         partial(next_logits, model), in_axes=(members.axes, 0, 0, None, 0)
@@ -314,17 +276,10 @@ def _insert(rows: Rows, new: Rows, slots: jax.Array) -> Rows:
     def put(old: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
         return old.at[slots].set(new, mode="drop")
 
-    def put_cache(cache: Any, new: Any, slots: jax.Array) -> Any:
-        return cache.with_rows(new, slots)
-
-    cache = jax.vmap(put_cache, in_axes=(axes, 0, 0), out_axes=axes)(
-        cache, new.cache, slots
-    )
+    put_cache = jax.vmap(type(cache).with_rows, in_axes=(axes, 0, 0), out_axes=axes)
+    cache = put_cache(cache, new.cache, slots)._replace(length=lengths)
     rest = zip(rows[1:], new[1:], strict=True)
-    return Rows(
-        cache._replace(length=lengths),
-        *(jax.vmap(put)(old, leaf, slots) for old, leaf in rest),
-    )
+    return Rows(cache, *(jax.vmap(put)(old, leaf, slots) for old, leaf in rest))
 
 
 @program(static_argnames="mesh")
@@ -345,7 +300,7 @@ def _decode_slice(
     members: Members,
     rows: Rows,
     prefix: Any,
-    stop: Stop,
+    stop: tuple[jax.Array, jax.Array],
     batching: Batching,
 ) -> tuple[Rows, jax.Array]:
     """Decodes `batching.slice_tokens` tokens, or fewer as `stop` says.
@@ -369,19 +324,14 @@ def _decode_slice(
     def running(state: Any) -> jax.Array:
         index, rows, _ = state
         active = (~rows.done).sum(-1)
-        ends = (active <= stop.any).any() | (active <= stop.all).all()
+        ends = (active <= stop[0]).any() | (active <= stop[1]).all()
         return (index < most) & ~ends
 
     def advance(state: Any) -> Any:
         index, rows, tokens = state
         position = rows.position + rows.length - 1
-        logits, cache = step(
-            members.variables,
-            rows.token[..., None],
-            position[..., None],
-            rows.cache,
-            prefix,
-        )
+        given = rows.token[..., None], position[..., None], rows.cache, prefix
+        logits, cache = step(members.variables, *given)
         chosen = choose_tokens(logits, row_keys, rows.length, sampling)
         token = jnp.where(rows.done, rows.token, chosen)
         length = rows.length + ~rows.done

@@ -57,9 +57,6 @@ def decode(
 ) -> jax.Array:
     """Every member answers every prompt; stops when all rows have ended.
 
-    The step is vmapped inside the loop, not the loop itself: a vmapped `while_loop`
-    would copy the whole cache at each step to keep the rows of finished members.
-
     Args:
       model: a decoder, unrolled but where the layers draw their noise.
       members: from `unrolled`. A row's draws depend on its member's key and the row's
@@ -79,13 +76,13 @@ def decode(
     def prefill(variables: Any) -> Any:
         shared = None
         if prefix is not None:
-            _, shared = forward(variables, *map(jnp.asarray, prefix[:2]))
-        tokens, positions = map(jnp.asarray, prompts[:2])
-        logits, cache = forward(variables, tokens, positions, prefix=shared)
+            _, shared = forward(variables, *prefix[:2])
+        logits, cache = forward(variables, *prompts[:2], prefix=shared)
         return logits, cache.extended(new - 1), shared
 
-    # Arrays of the cache are per member; its length is one scalar for all, so that a
-    # step writes one slot in place instead of scattering to a slot per member.
+    # A vmapped loop would copy the whole cache at each step to keep the rows of
+    # finished members, so the step is vmapped. The length of the cache is one scalar
+    # for all members, so that a step writes one slot in place and does not scatter.
     shapes = jax.eval_shape(lambda members: prefill(members[0]), members)
     axes = jax.tree.map(lambda leaf: 0 if leaf.ndim else None, shapes)
     step = jax.vmap(
@@ -136,6 +133,7 @@ def next_logits(
     prefix: Any = None,
 ) -> tuple[jax.Array, Any]:
     """Logits [R, V] after the last of a member's tokens [R, T], and the cache."""
+    tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
     params = variables["params"]
     if "layers" in params and not model.scan_layers:
         # Always 0, but opaque to XLA, so that the slices are not hoisted: it would
@@ -157,19 +155,17 @@ def keys_of_rows(keys: jax.Array, numbers: jax.Array) -> jax.Array:
 def choose_tokens(
     logits: jax.Array, row_keys: jax.Array, indices: jax.Array, sampling: Sampling
 ) -> jax.Array:
-    """Next tokens, int32 [M, R].
+    """Next tokens, int32 [M, R], from logits [M, R, V].
 
-    Args:
-      logits: [M, R, V].
-      row_keys: see `keys_of_rows`.
-      indices: int32 [M, R], how many tokens of the answer come before.
-      sampling: how they are chosen.
+    `indices`, int32 [M, R], are how many tokens of each answer come before.
     """
     if not sampling.temperature:
         return logits.argmax(-1).astype(jnp.int32)
-    fold = jax.vmap(jax.vmap(jax.random.fold_in))
-    draw = jax.vmap(jax.vmap(jax.random.categorical))
-    drawn = draw(fold(row_keys, indices), restrict(logits, sampling))
+
+    def draw(key: jax.Array, index: jax.Array, logits: jax.Array) -> jax.Array:
+        return jax.random.categorical(jax.random.fold_in(key, index), logits)
+
+    drawn = jax.vmap(jax.vmap(draw))(row_keys, indices, restrict(logits, sampling))
     return drawn.astype(jnp.int32)
 
 
@@ -214,9 +210,9 @@ def unrolled(model: Any, members: Members) -> Members:
     or of drawing the members, both forms would be held while it runs.
     """
     own = "noise" if members.share_params else "params"
-    if not members.variables[own]:
-        return members
-    tree = _unrolled_by_member(model, members.variables[own], mesh=members.mesh)
+    tree = members.variables[own]
+    if tree:
+        tree = _unrolled_by_member(model, tree, mesh=members.mesh)
     return members.replace(**{own: tree})
 
 
@@ -250,9 +246,7 @@ def generate(
 ) -> list[list[int]]:
     """Answers prompts of any lengths, in their order.
 
-    Prompts of similar length share a batch, padded to one of a few lengths, so that
-    repeated calls compile each shape once. What all of a batch begin with is computed
-    once.
+    Prompts of similar length share a batch, padded to one of a few lengths.
 
     Args:
       model: a decoder, as `jes.load` gives it.
@@ -282,7 +276,7 @@ def generate(
         return []
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
-        eos_ids=tuple(int(i) for i in eos_ids),
+        eos_ids=tuple(map(int, eos_ids)),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -291,15 +285,12 @@ def generate(
     parts = None if share_prefix else ()
     if not is_quantized(params):
         params = unrolled_params(model, params)
-    start = 0
-    answers: list[list[int]] = [[] for _ in prompts]
+    answers: dict[int, list[int]] = {}
     for chosen, size in batches(prompts, batch_size, max_new_tokens, buckets, parts):
         filled = chosen + chosen[-1:] * (size - len(chosen))
         batch = share([prompts[i] for i in filled], buckets, parts=parts)
-        itself = unperturbed(params, jax.random.fold_in(key, start))
+        itself = unperturbed(params, jax.random.fold_in(key, len(answers)))
         out = decode(model.unrolled(), itself, batch, sampling)
-        start += len(chosen)
         rows = trim(np.asarray(out[0]), eos_ids, keep_end=keep_end)
-        for i, answer in zip(chosen, rows, strict=False):
-            answers[i] = answer
-    return answers
+        answers |= zip(chosen, rows, strict=False)
+    return [answers[i] for i in range(len(prompts))]

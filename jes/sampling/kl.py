@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jes.core.placement import on_device
+from jes.core.population import chunks
 from jes.core.tree import with_dtype
 from jes.sampling.generate import generate
 from jes.sampling.prompts import BUCKETS, pad
 
 
 class Answers(NamedTuple):
-    """Sampled answers, as token ids, each with its end token if it came to one."""
+    """Sampled answers as token ids, each with its end token if it came to one."""
 
     prompts: list[list[int]]
     answers: list[list[int]]
@@ -50,25 +51,11 @@ def sample_answers(
     params: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    *,
-    key: jax.Array,
-    eos_ids: Sequence[int],
-    batch_size: int = 32,
-    buckets: Sequence[int] = BUCKETS,
+    **settings: Any,
 ) -> Answers:
-    """Answers of the base model at temperature 1; arguments as in `generate`."""
-    answers = generate(
-        model,
-        params,
-        prompts,
-        max_new_tokens,
-        temperature=1.0,
-        key=key,
-        eos_ids=eos_ids,
-        keep_end=True,
-        batch_size=batch_size,
-        buckets=buckets,
-    )
+    """Answers of the base model at temperature 1; settings as for `generate`."""
+    settings = {"batch_size": 32, **settings, "temperature": 1.0, "keep_end": True}
+    answers = generate(model, params, prompts, max_new_tokens, **settings)
     return Answers([list(prompt) for prompt in prompts], answers)
 
 
@@ -93,46 +80,28 @@ def divergence(
       buckets: lengths of prompt and answer to pad to; the longest of all is one too.
       dtype: of the weights that are compared; the log-softmax is in float32.
     """
-    rows = [
-        [*prompt, *answer]
-        for prompt, answer in zip(answers.prompts, answers.answers, strict=True)
-    ]
+    rows = [[*prompt, *answer] for prompt, answer in zip(*answers, strict=True)]
     lengths = np.array([len(answer) for answer in answers.answers])
     order = np.argsort([len(row) for row in rows], kind="stable")
     sums = np.zeros((len(rows), 2))
     size = min(batch_size, len(rows))
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        filled = np.concatenate([chosen, chosen[-1:].repeat(size - len(chosen))])
-        batch = pad([rows[i] for i in filled], (*buckets, max(map(len, rows))))
+    for chosen in chunks(order, size):
+        batch = pad([rows[i] for i in chosen], (*buckets, max(map(len, rows))))
         # One length for all batches of a bucket; the first token is never an answer's.
         longest = min(int(lengths.max()), batch.tokens.shape[1] - 1)
-        counted = np.arange(longest) >= longest - lengths[filled][:, None]
-        out = _log_ratios(model, base, params, *batch[:2], counted, jnp.dtype(dtype))
-        sums[chosen] = np.asarray(out)[: len(chosen)]
+        counted = np.arange(longest) >= longest - lengths[chosen][:, None]
+        given = base, params, *batch[:2], counted
+        sums[chosen] = _log_ratios(model, jnp.dtype(dtype), *given)
     tokens = int(lengths.sum())
     sampled, full = sums.sum(0) / tokens
     # Of a ratio of means, to first order.
     spread = np.std(sums[:, 1] - full * lengths, ddof=min(1, len(rows) - 1))
-    return KL(
-        sampled=float(sampled),
-        by_prompt=float((sums[:, 0] / lengths).mean()),
-        full=float(full),
-        error=float(spread * len(rows) ** 0.5 / tokens),
-        tokens=tokens,
-    )
+    by_prompt, error = (sums[:, 0] / lengths).mean(), spread * len(rows) ** 0.5 / tokens
+    return KL(*map(float, (sampled, by_prompt, full, error)), tokens)
 
 
-@partial(jax.jit, static_argnums=(0, 6))
-def _log_ratios(
-    model: Any,
-    base: Any,
-    params: Any,
-    tokens: jax.Array,
-    positions: jax.Array,
-    counted: jax.Array,
-    dtype: jnp.dtype,
-) -> jax.Array:
+@partial(jax.jit, static_argnums=(0, 1))
+def _log_ratios(model, dtype, base, params, tokens, positions, counted):
     """Sums over an answer of the log ratio and of the full KL: float32 [B, 2]."""
     longest = counted.shape[1]
     targets = tokens[:, -longest:, None]

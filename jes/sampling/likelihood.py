@@ -60,17 +60,13 @@ def pad_choices(
 def choice_log_likelihoods(model: Any, variables: Any, batch: ChoiceBatch) -> jax.Array:
     """Summed log-probability in nats of every row's choice: float32 [R].
 
-    Args:
-      model: a decoder.
-      variables: of it, layers stacked.
-      batch: prompts and choices.
+    The layers of the model and its variables are stacked.
     """
     tokens, positions = map(jnp.asarray, batch.rows[:2])
     longest = batch.scored.shape[1]
-    prefix = None
-    if batch.rows.prefix is not None:
-        row = map(jnp.asarray, batch.rows.prefix[:2])
-        _, prefix = model.apply(variables, *row, last=1)
+    prefix = batch.rows.prefix
+    if prefix is not None:
+        _, prefix = model.apply(variables, *map(jnp.asarray, prefix[:2]), last=1)
     logits, _ = model.apply(
         variables, tokens, positions, last=longest + 1, prefix=prefix
     )

@@ -4,8 +4,9 @@ What all prompts of a batch begin with (a system text, worked examples) need not
 computed for each: `share` takes it out, and `batches` puts prompts together that share.
 """
 
+import operator
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,10 +48,9 @@ class PromptBatch(NamedTuple):
 def encode(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
     """Token ids of a prompt.
 
-    A string is fed as it stands; messages go through the tokenizer's chat template,
-    with the header of an answer added, or the last message continued where it is the
-    assistant's (a prefill). Thinking is turned off in templates that offer it
-    (Qwen3's), as in 2602.02605: short answers have no room for it.
+    A string is fed as it stands; messages go through the tokenizer's chat template, and
+    a last one of the assistant's is continued (a prefill). Thinking is turned off in
+    templates that offer it (Qwen3's), as in 2602.02605: short answers have no room.
     """
     if isinstance(prompt, str):
         return list(tokenizer.encode(prompt, add_special_tokens=False))
@@ -90,9 +90,7 @@ def pad(
             f"the longest bucket ({max(buckets)}); add a longer one to `buckets`"
         )
     width = bucket(max(lengths), buckets)
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[width - len(prompt) :] = prompt
+    tokens = np.array([[0] * (width - len(p)) + list(p) for p in prompts], np.int32)
     numbers = np.arange(width) - (width - np.array(lengths)[:, None])
     positions = np.where(numbers < 0, -1, numbers + first)
     return PromptBatch(tokens, positions.astype(np.int32))
@@ -124,6 +122,7 @@ def share(
     """
     parts = buckets if parts is None else parts
     whole, lengths = pad(prompts, buckets), [len(prompt) for prompt in prompts]
+    # What the least and the greatest in the order of lists agree in, all do.
     common = agreement(min(prompts, key=tuple), max(prompts, key=tuple))
     common = min(common, min(lengths) - own)
     count, _ = prefix_to_share(lengths, common, len(prompts), buckets, parts)
@@ -142,11 +141,7 @@ def prefix_to_share(
 ) -> tuple[int, int]:
     """How many common tokens a batch shares, and its size in padded tokens.
 
-    Args:
-      lengths: of the prompts.
-      common: tokens that all begin with and can spare.
-      rows: of the batch.
-      buckets, parts: as for `share`.
+    Prompts of these lengths all begin with, and can spare, `common` tokens.
     """
     longest = max(lengths)
     whole = rows * bucket(longest, buckets)
@@ -159,14 +154,8 @@ def prefix_to_share(
 
 
 def agreement(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the common beginning of two prompts.
-
-    Of the least and the greatest of some prompts in the order of lists it is that of
-    all of them.
-    """
-    pairs = enumerate(zip(first, second, strict=False))
-    shorter = min(len(first), len(second))
-    return next((i for i, (a, b) in pairs if a != b), shorter)
+    """Length of the common beginning of two prompts."""
+    return sum(takewhile(bool, map(operator.eq, first, second)))
 
 
 def batches(
