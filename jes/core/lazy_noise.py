@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jes.core.noise import DISTRIBUTIONS_AT
+from jes.core.noise import DISTRIBUTIONS
 from jes.core.placement import not_before
 from jes.core.random import Place, places
 
