@@ -27,12 +27,10 @@ class Evaluation:
         where it sets none.
       mode: 'generate' rewards the generated text; 'likelihood' takes the choice with
         the highest log-likelihood per token as the answer.
-      dtype: of the weights that answer. The weights that are trained stay in float32,
-        because an ES step is smaller than half a bfloat16 ulp of a typical weight.
+      dtype: of the weights that answer; those that are trained stay in float32.
       buckets: prompt lengths to pad to.
       draw: when noise of full rank is drawn: 'member', all of it before a member
-        answers; 'layer', again in every pass through a layer, so that only one layer
-        of each member's weights is in memory. The numbers are the same.
+        answers; 'layer', again in every pass through a layer, to hold one layer only.
       parts: lengths to pad a common prefix and the rest of the prompts to: None for
         `buckets`, () to compute every prompt in full.
       slots: prompts that a member answers at a time by continuous batching; 0 for all.
@@ -56,15 +54,12 @@ class Evaluation:
             value = getattr(self, name)
             if value not in allowed:
                 raise InputError(f"{name} must be one of {allowed}, not {value!r}")
+        task = f"task {self.task.name}"
         if self.mode == "likelihood" and self.task.meta is not None:
-            raise InputError(
-                f"task {self.task.name} asks two questions, whose answers must be "
-                "generated: use mode 'generate'"
-            )
+            both = "asks two questions, whose answers must be generated"
+            raise InputError(f"{task} {both}: use mode 'generate'")
         if self.mode == "likelihood" and self.task.choices is None:
-            raise InputError(
-                f"task {self.task.name} has no choices: use mode 'generate'"
-            )
+            raise InputError(f"{task} has no choices: use mode 'generate'")
         if not self.max_new_tokens:
             new = self.task.max_new_tokens
             sampling = dataclasses.replace(self.sampling, max_new_tokens=new)

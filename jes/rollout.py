@@ -76,17 +76,12 @@ def answer(
     numbers: np.ndarray,
     batch: PromptBatch | ChoiceBatch,
 ) -> jax.Array | np.ndarray:
-    """Lets members answer a batch.
-
-    Returns:
-      Tokens int32 [M, B, max_new_tokens], or log-likelihoods of choices [M, R].
-    """
+    """Answers int32 [M, B, max_new_tokens], or log-likelihoods of choices [M, R]."""
     evaluation = rollout.evaluation
     members = members_of(rollout, key, numbers)
     if isinstance(batch, ChoiceBatch):
         return log_likelihoods(evaluation.model, members, batch)
-    # Layers that draw their noise stay one program in a loop: one by one, they would
-    # take minutes to compile.
+    # Layers that draw their noise stay in a loop: unrolled, they compile for minutes.
     model = evaluation.model if _lazy(rollout) else evaluation.model.unrolled()
     sampling = evaluation.sampling
     slots, slice_tokens = evaluation.slots, evaluation.slice_tokens
@@ -157,11 +152,7 @@ def examine(
     key: jax.Array | None = None,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Evaluates the model itself on any number of questions.
-
-    Returns:
-      A `Score` of floats over all questions.
-    """
+    """Evaluates the model itself on any number of questions: a `Score` of floats."""
     if not questions:
         raise InputError(f"task {evaluation.task.name} has no examples to evaluate on")
     key = jax.random.key(0) if key is None else key
@@ -209,15 +200,10 @@ def answer_each(
     batch_size: int = 256,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Answered:
-    """What each of some members answers to each of any number of questions.
+    """What members [M], in memory at once, answer to any number of questions.
 
-    Args:
-      evaluation, params, key: as for `ask`.
-      questions: B of them, asked in even batches of at most `batch_size`.
-      members: int [M], held in memory at once.
-      noise: how members differ; None for the model itself, which may sample.
-      batch_size: prompts answered at once.
-      before_batch: called before each batch.
+    They are asked in even batches of at most `batch_size`. Without noise the model
+    itself answers, and may sample. Other arguments are those of `ask`.
     """
     rollout = prepare_rollout(evaluation, params, noise)
     size = -(-len(questions) // -(-len(questions) // batch_size))

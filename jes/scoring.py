@@ -44,11 +44,9 @@ class Score(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """Single answers of members.
+    """Single answers of members: whether each is right, bool [M, B], and its tokens.
 
-    Attributes:
-      correct: bool [M, B], whether the leniently extracted answer is right.
-      tokens: integers [M, B, T] as generated; or with T = 1 the chosen choice.
+    `tokens` are integers [M, B, T] as generated; or with T = 1 the chosen choice.
     """
 
     correct: np.ndarray

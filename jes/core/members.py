@@ -98,8 +98,7 @@ def by_member(own: Sequence[str] = (), shared: Sequence[str] = ()) -> Callable:
                 arrays[name] = settings.pop(name)
             if mesh is None:
                 return function(*args, **kwargs)
-            # With an axis of size 1 left to the compiler, it makes another program of
-            # the same function, which rounds differently.
+            # Leaving an axis of size 1 to the compiler changes how it rounds.
             partitioned = model_is_spread(mesh)
             return jax.shard_map(
                 lambda arrays: function(**settings, **arrays),
@@ -107,8 +106,7 @@ def by_member(own: Sequence[str] = (), shared: Sequence[str] = ()) -> Callable:
                 in_specs=(specs,),
                 out_specs=EACH,
                 axis_names={POPULATION} if partitioned else set(mesh.axis_names),
-                # Every result belongs to a device's own members: there is nothing to
-                # check, and loops may carry values that become per-member later.
+                # Loops may carry values that become per-member later.
                 check_vma=partitioned,
             )(arrays)
 

@@ -18,13 +18,8 @@ def on_device(leaf: jax.Array) -> jax.Array:
 def not_before(x: jax.Array, bits: jax.Array) -> jax.Array:
     """The same integers, but XLA cannot use them before `x` is computed.
 
-    For weights that each layer computes from them and drops. XLA would hoist that out
-    of the loop over tokens and keep the weights of all layers. (An optimization barrier
-    does not help: the CPU compiler removes it too early.)
-
-    Args:
-      x: floats [...], at least one.
-      bits: integers [...].
+    XLA would hoist weights that layers compute from them out of the loop over tokens,
+    and keep those of all layers. (The CPU compiler removes an optimization barrier.)
     """
     impossible = x[(0,) * x.ndim] < -jnp.inf
     return bits ^ impossible.astype(bits.dtype)

@@ -118,7 +118,7 @@ def _of_members(leaf_of_member: Callable) -> Callable:
 @_of_members
 def draw_members(path, leaf, key, sign, noise, dtype):
     """The weights of members; the sum is taken in float32, before the cast."""
-    return _sum(path, leaf, key, sign, noise).astype(dtype)
+    return _sum(path, leaf, key, sign, noise).astype(leaf.dtype).astype(dtype)
 
 
 @_of_members

@@ -60,12 +60,12 @@ class Cache(NamedTuple):
             more = self.positions.shape[1] - leaf.shape[axis]
             return jnp.roll(_widened(leaf, axis, padding, (more, 0)), self.length, axis)
 
-        put = jax.tree.map(
+        keys, values, positions = jax.tree.map(
             lambda old, new: old.at[rows].set(new, mode="drop"),
             self[:3],
             new._mapped(rolled)[:3],
         )
-        return Cache(*put, self.length)
+        return Cache(keys, values, positions, self.length)
 
     def _mapped(self, function: Callable[..., jax.Array]) -> "Cache":
         """Applies a function of an array, its axis of slots, and its padding."""

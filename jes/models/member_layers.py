@@ -6,8 +6,7 @@ member has the shared weight. Noise of a weight is
 - an array of its shape, which is added to it;
 - `LazyNoise`, such an array that is drawn where the weight is used;
 - `MemberWeight`, the member's weight itself;
-- `LowRank`, for a matrix: the product with the shared weight is one for all members,
-  and each adds a thin product of its own;
+- `LowRank`, for a matrix: members share its product and add thin products;
 - what `jes.models.quantized` takes, for quantised weights.
 
 Axis letters: B batch, T tokens, I inputs, O outputs, r rank, V vocabulary, D hidden.
@@ -24,7 +23,7 @@ from jes.core.low_rank import LowRank
 from jes.models.quantized import Quantized, quantized_matmul
 
 FEW = 8
-"""Ranks up to which a weighted sum of rows is written out."""
+"""Ranks up to which a weighted sum of rows is written out, to fuse with its use."""
 LANES = 16
 """Numbers that a CPU adds at once, at most."""
 
@@ -68,10 +67,9 @@ def _inner(x, a):
 
 
 def _inner_halved(x, a):
-    """`_inner` for one vector, summed by halves: vectorised over several lanes.
+    """`_inner` for one vector, summed by halves.
 
-    For a product with one vector, XLA for CPUs calls a library that is slow for it
-    (15 us, this 0.5, for 32 members and 128 inputs).
+    The library that XLA for CPUs calls takes 15 us, this 0.5, for 32 members of 128.
     """
     products = x.astype(jnp.float32) * a.astype(jnp.float32)[None]
     while products.shape[-1] > LANES and products.shape[-1] % 2 == 0:
@@ -81,10 +79,7 @@ def _inner_halved(x, a):
 
 
 def sum_rows(weights: jax.Array, rows: jax.Array) -> jax.Array:
-    """Weighted sums of rows [r, O]: weights [B, T, r] -> float32 [B, T, O].
-
-    A few rows are added one by one, which fuses with what uses the sum.
-    """
+    """Weighted sums of rows [r, O]: weights [B, T, r] -> float32 [B, T, O]."""
     weights, rows = weights.astype(jnp.float32), rows.astype(jnp.float32)
     if len(rows) > FEW:
         return jnp.einsum("btk,ko->bto", weights, rows)

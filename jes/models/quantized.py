@@ -80,8 +80,8 @@ def _by_row(weight: Quantized, values: jax.Array) -> jax.Array:
 def quantized_matmul(x: jax.Array, weight: Quantized, noise: Any = None) -> jax.Array:
     """x @ weight, [..., I] -> [..., O] in the dtype of x."""
     data = not_before(x, weight.codes.data)
-    codes = dataclasses.replace(weight.codes, data=data)
-    weight = dataclasses.replace(weight, codes=codes)
+    guarded = dataclasses.replace(weight.codes, data=data)
+    weight = dataclasses.replace(weight, codes=guarded)
     if not weight.int8_activations:
         return x @ dequantize(weight, noise, x.dtype)
     codes, scales = _of_member(weight, noise)

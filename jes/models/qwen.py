@@ -1,13 +1,12 @@
 """One decoder for Qwen2/2.5, Qwen3 and Llama-3.x, in Flax Linen.
 
-`model.apply({'params': params}, tokens)` is a pure function of nested-dict
-parameters. Two layouts of the same parameters are understood:
+Two layouts of the same parameters are understood:
 
 - stacked (the canonical one: files, noise, updates): `params['layers']` holds every
   layer's arrays on a leading axis, and the layers run under `nn.scan`;
 - unrolled (`model.unrolled().apply({'params': model.unrolled_params(params)}, ...)`):
-  one subtree a layer. Decoding uses it: a scan would copy each layer's weights out
-  of the stack again for every generated token.
+  one subtree a layer. Decoding uses it: a scan would copy each layer's weights out of
+  the stack for every token.
 
 Axis letters: B batch, T tokens, D hidden, F feed-forward, N query heads, K key-value
 heads, G query heads per key-value head, H head dimension, S cache slots, V vocabulary.
@@ -29,8 +28,7 @@ from jes.models.member_layers import embed, matmul, parameter, unembed
 from jes.models.quantized import Quantized
 
 MASKED = -1e30
-"""Score of a masked slot: finite, so that a row of padding, which sees nothing, gives
-numbers and not NaN."""
+"""Score of a masked slot: finite, so that a row of padding gives no NaN."""
 
 
 class Decoder(nn.Module):
@@ -221,7 +219,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = self.config.intermediate_size
-        gate, up = Dense(width, name="gate")(x), Dense(width, name="up")(x)
+        gate, up = (Dense(width, name=name)(x) for name in ("gate", "up"))
         return Dense(self.config.hidden_size, name="down")(nn.silu(gate) * up)
 
 
@@ -289,8 +287,8 @@ def attend(
     """
     if prefix is None:
         return _attend(q, keys, values, visible)[0]
-    # The queries of all rows attend to the prefix as one long row: it is read once. A
-    # softmax over both parts is the mean of theirs, weighted by their sums.
+    # All queries attend to the prefix as one long row: it is read once. A softmax over
+    # both parts is the mean of theirs, weighted by their sums.
     batch, length = q.shape[:2]
     slots = prefix[0].shape[-1]
     before = visible[..., :slots].reshape(1, batch * length, slots)
@@ -305,8 +303,7 @@ def attend(
 def _attend(q, keys, values, visible):
     """Attention [B, T, K, G, H] and the logsumexp of its scores [B, T, K, G]."""
     if q.shape[1] == 1:
-        # One query a row: 2BK matrix-vector products, which a CPU runs faster as one
-        # fused multiply-and-sum over the cache; accelerators prefer matrix products.
+        # CPUs run matrix-vector products faster as one fused multiply-and-sum.
         return jax.lax.platform_dependent(
             q, keys, values, visible, cpu=_attend_fused, default=_attend_products
         )

@@ -32,23 +32,14 @@ from jes.sampling.generate import (
 from jes.sampling.prompts import PromptBatch
 
 ADMIT = 4
-"""A member admits S / ADMIT prompts at once, when so many slots are free. Fewer at once
-are more launches, more are more idle slots."""
-
+"""A member admits S / ADMIT prompts at once: fewer launch more, more idle longer."""
 SHRINK = 4
-"""When none waits, slots become fewer by this factor: each number of them has a program
-of its own."""
+"""When none waits, slots become fewer by this factor."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batching:
-    """How `decode_in_slots` decodes.
-
-    Attributes:
-      sampling: how prompts are answered.
-      slots: S, rows that a member decodes at a time.
-      slice_tokens: most tokens between two looks of the host at finished rows.
-    """
+    """S slots of a member, and most tokens between two looks of the host at them."""
 
     sampling: Sampling
     slots: int
@@ -91,11 +82,7 @@ def decode_in_slots(
     batching: Batching,
     limits: Any = None,
 ) -> np.ndarray:
-    """The answers of `decode`, with a cache of `batching.slots` rows a member.
-
-    Returns:
-      int32 [M, B, N], as `decode`.
-    """
+    """The answers of `decode`, with a cache of `batching.slots` rows a member."""
     sampling, mesh = batching.sampling, members.mesh
     total, width = prompts.tokens.shape
     shape, new = (members.count, total), sampling.max_new_tokens
@@ -185,11 +172,7 @@ class Scheduler:
         return bool((self.active <= self.stop()[0]).any())
 
     def admit(self) -> tuple[np.ndarray, np.ndarray]:
-        """Gives free slots to the next prompts.
-
-        Returns:
-          int32 [M, F] slots, S for none, and [M, F] prompts for them.
-        """
+        """Gives free slots, int32 [M, F], S for none, to the next prompts [M, F]."""
         slots = np.full((len(self.started), self.group), self.slots, np.int32)
         numbers = np.zeros_like(slots)
         for member, waiting in enumerate(self.waiting):
@@ -216,9 +199,8 @@ class Scheduler:
         new = (lengths[member, slot] - first)[:, None] > np.arange(tokens.shape[-1])
         row, step = np.nonzero(new)
         number = self.numbers[member, slot]
-        answers[member[row], number[row], first[row] + step] = tokens[
-            member[row], slot[row], step
-        ]
+        chosen = tokens[member[row], slot[row], step]
+        answers[member[row], number[row], first[row] + step] = chosen
         self.lengths = lengths.astype(int)
         self.numbers[done == 1] = -1
 
@@ -305,9 +287,8 @@ def _decode_slice(
 ) -> tuple[Rows, jax.Array]:
     """Decodes `batching.slice_tokens` tokens, or fewer as `stop` says.
 
-    Returns:
-      The rows, and int32 [M, S, slice_tokens + 3]: the last token before and those of
-      the slice, the number of tokens of each answer, and whether it has ended.
+    Returns the rows and int32 [M, S, slice_tokens + 3]: the last token before and those
+    of the slice, the number of tokens of each answer, and whether it has ended.
     """
     sampling, most = batching.sampling, batching.slice_tokens
     ring = rows.cache.positions.shape[-1]
@@ -352,11 +333,7 @@ def _decode_slice(
 
 
 def _one_length(cache: Any) -> tuple[Any, Any, jax.Array]:
-    """Members' cache with one length for all, the axes to vmap over, and all lengths.
-
-    With one length for all, a step writes one slot in place; with one a member, it
-    would scatter.
-    """
+    """Members' cache with one length for all, the axes to vmap over, all lengths."""
     one = cache._replace(length=cache.length[0])
     axes = jax.tree.map(lambda leaf: 0 if leaf.ndim else None, one)
     return one, axes, cache.length

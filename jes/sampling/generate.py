@@ -206,8 +206,7 @@ def trim(
 def unrolled(model: Any, members: Members) -> Members:
     """Members with one subtree a layer in all that is each member's own.
 
-    A program of its own, after which the stack can be dropped: as a part of `decode`,
-    or of drawing the members, both forms would be held while it runs.
+    A program of its own, after which the stack can be dropped.
     """
     own = "noise" if members.share_params else "params"
     tree = members.variables[own]

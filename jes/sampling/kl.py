@@ -96,8 +96,9 @@ def divergence(
     sampled, full = sums.sum(0) / tokens
     # Of a ratio of means, to first order.
     spread = np.std(sums[:, 1] - full * lengths, ddof=min(1, len(rows) - 1))
-    by_prompt, error = (sums[:, 0] / lengths).mean(), spread * len(rows) ** 0.5 / tokens
-    return KL(*map(float, (sampled, by_prompt, full, error)), tokens)
+    error = spread * len(rows) ** 0.5 / tokens
+    by_prompt = (sums[:, 0] / lengths).mean()
+    return KL(float(sampled), float(by_prompt), float(full), float(error), tokens)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

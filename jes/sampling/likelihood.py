@@ -81,10 +81,7 @@ def choice_log_likelihoods(model: Any, variables: Any, batch: ChoiceBatch) -> ja
 def log_likelihoods(model: Any, members: Members, batch: ChoiceBatch) -> jax.Array:
     """`choice_log_likelihoods` under every member: float32 [M, R]."""
     score = partial(choice_log_likelihoods, model, batch=batch)
-    if members.count == 1:
-        # One member's layers are taken from its stack one by one. With several, the
-        # whole stack would be transposed first, to scan over layers of all of them.
+    if members.count == 1:  # vmap would transpose the stack of layers to scan it
         return score(members[0])[None]
-    return jax.vmap(score, in_axes=(members.axes,), axis_size=members.count)(
-        members.variables
-    )
+    scores = jax.vmap(score, in_axes=(members.axes,), axis_size=members.count)
+    return scores(members.variables)

@@ -1,7 +1,7 @@
 """Prompts as arrays: rendered by the tokenizer, left-padded to a few fixed lengths.
 
-What all prompts of a batch begin with (a system text, worked examples) need not be
-computed for each: `share` takes it out, and `batches` puts prompts together that share.
+`share` takes out what all prompts of a batch begin with (a system text, worked
+examples), and `batches` puts prompts together that share.
 """
 
 import operator
@@ -12,19 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
-"""Default prompt lengths: few enough to compile each once, close enough to waste
-little (padding costs as much as text)."""
-
+"""Default prompt lengths: few to compile, close enough to waste little on padding."""
 SHORTEST = 16
 """Fewest tokens that are worth sharing."""
-
 MOST = 0.75
-"""Sharing must leave at most this part of the tokens, to pay for a second pass through
-the weights."""
-
+"""Sharing must leave at most this part of the tokens, to pay for a second pass."""
 STEP = 8
 """Shared tokens, and rows of a family, are multiples of this: few shapes to compile."""
-
 IDLE_ROWS = 64
 """A step of fewer rows takes as long as one of so many: it is bound by the weights."""
 
@@ -73,10 +67,7 @@ def pad(
 ) -> PromptBatch:
     """Pads prompts on the left to the shortest bucket that holds them all.
 
-    Args:
-      prompts: token ids.
-      buckets: lengths to pad to.
-      first: position of their first tokens.
+    `first` is the position of their first tokens.
 
     Raises:
       ValueError: if a prompt is empty, or longer than the longest bucket.
@@ -167,9 +158,8 @@ def batches(
 ) -> list[tuple[list[int], int]]:
     """Which prompts to answer together, so that the fewest tokens are computed.
 
-    Prompts of similar length; or, where that is less, those of one family: with worked
-    examples for each subject, say, those of a subject. Families are found by cutting
-    the prompts in the order of lists wherever two neighbours share less than a bucket.
+    Prompts of similar length; or, where that is less, those of one family, found by
+    cutting the prompts in the order of lists where neighbours share less than a bucket.
 
     Args:
       prompts: token ids.
@@ -178,8 +168,7 @@ def batches(
       buckets, parts: lengths to pad to, as for `share`.
 
     Returns:
-      For each batch the numbers of its prompts, by length, and the number of rows to
-      fill it up to, so that few shapes are compiled.
+      For each batch the numbers of its prompts, by length, and of rows to fill up to.
     """
     parts = buckets if parts is None else parts
     ordered = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
