@@ -336,24 +336,19 @@ def model_of(folder: Path, base: dict[str, Any], tied: bool) -> Pretrained:
     return jes.load(folder)
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
-def pretrained(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Pretrained:
-    tied = request.param == "tied"
-    folder = tmp_path_factory.mktemp("model")
-    return model_of(folder, QWEN2 if tied else QWEN3, tied)
-
-
 COMMON = list(range(3, 51))
 PROMPTS = [[*COMMON, 8, 9, 10], [*COMMON, 11], [*COMMON, 12, 13]]
 
 
-@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize(
+    ("base", "tied", "rank"),
+    [(QWEN2, True, 1), pytest.param(QWEN3, False, 3, marks=pytest.mark.slow)],
+)
 def test_members_of_the_model_are_the_materialised_ones(
-    pretrained: Pretrained, rank: int
+    base: dict[str, Any], tied: bool, rank: int, tmp_path: Path
 ) -> None:
     """Logits of whole texts and of cached tokens, answers and likelihoods."""
+    pretrained = model_of(tmp_path, base, tied)
     model, params = pretrained.model, pretrained.params
     noise, numbers = jes.Noise(sigma=0.05, rank=rank), jnp.arange(3)
     thin = perturb_members(params, KEY, numbers, noise)
@@ -395,8 +390,9 @@ def test_members_of_the_model_are_the_materialised_ones(
     np.testing.assert_allclose(low, dense, rtol=1e-4, atol=1e-4)
 
 
-def test_members_answer_in_bfloat16(pretrained: Pretrained) -> None:
+def test_members_answer_in_bfloat16(tmp_path: Path) -> None:
     """The thin products too, with sums in float32."""
+    pretrained = model_of(tmp_path, QWEN2, tied=True)
     noise = jes.Noise(sigma=0.05, rank=2)
     own = draw_factors(pretrained.params, KEY, jnp.arange(2), noise, jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(own)} == {jnp.dtype("bfloat16")}

@@ -887,7 +887,7 @@ def test_weights_that_cannot_be_rounded():
     [
         (("--bits=4", "--group_size=32"), 5.8, 9.7),
         (("--bits=8", "--group-size=32", "--asymmetric"), 3.3, 0.5),
-        (("--w8a8",), 3.6, 0.7),
+        pytest.param(("--w8a8",), 3.6, 0.7, marks=pytest.mark.slow),
     ],
 )
 def test_command_line(arguments, smaller, error, tmp_path, monkeypatch, capsys):

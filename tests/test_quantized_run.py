@@ -88,7 +88,15 @@ def test_the_ledger_is_enough(quantized_run: Path) -> None:
     assert fingerprint(rebuilt.params) == outcome(quantized_run).fingerprint
 
 
-@pytest.mark.parametrize(("bits", "sigma"), [(4, 0.05), (4, 0.6), (8, 0.05), (8, 60.0)])
+@pytest.mark.parametrize(
+    ("bits", "sigma"),
+    [
+        (4, 0.6),
+        (8, 60.0),
+        pytest.param(4, 0.05, marks=pytest.mark.slow),
+        pytest.param(8, 0.05, marks=pytest.mark.slow),
+    ],
+)
 def test_members_answer_as_their_own_models(
     bits: int, sigma: float, small_model: Path
 ) -> None:
