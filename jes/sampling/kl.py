@@ -90,7 +90,7 @@ def divergence(
         # One length for all batches of a bucket; the first token is never an answer's.
         longest = min(int(lengths.max()), batch.tokens.shape[1] - 1)
         counted = np.arange(longest) >= longest - lengths[chosen][:, None]
-        given = base, params, *batch[:2], counted
+        given = base, params, batch[:2], counted
         sums[chosen] = _log_ratios(model, jnp.dtype(dtype), *given)
     tokens = int(lengths.sum())
     sampled, full = sums.sum(0) / tokens
@@ -102,8 +102,9 @@ def divergence(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _log_ratios(model, dtype, base, params, tokens, positions, counted):
+def _log_ratios(model, dtype, base, params, text, counted):
     """Sums over an answer of the log ratio and of the full KL: float32 [B, 2]."""
+    tokens, positions = text
     longest = counted.shape[1]
     targets = tokens[:, -longest:, None]
 
