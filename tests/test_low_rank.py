@@ -466,6 +466,7 @@ def test_a_run_trains_and_replays(
     assert evolution_of(ledger).noise.rank == 0
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path: Path) -> None:
     """Twelve generations of the embedded model on `tiny/min`, from 18 %."""
     config = tiny_min()

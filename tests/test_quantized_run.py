@@ -138,6 +138,7 @@ def test_members_answer_as_their_own_models(
     assert len(set(alone)) > 1 or sigma / 2**bits < 0.01
 
 
+@pytest.mark.slow
 def test_scales_are_trained_if_asked(tmp_path: Path, small_model: Path) -> None:
     config = config_of(small_model, scale_sigma=1e-4, scale_alpha=1e-3)
     train.run(config, tmp_path / "run")
