@@ -262,7 +262,6 @@ def results(runs: Path) -> Path:
     return out
 
 
-@pytest.mark.slow
 def test_the_command_goes_on_after_a_kill(results: Path, runs: Path) -> None:
     text = (results / "results.jsonl").read_text()
     assert text.startswith((runs / "killed.jsonl").read_text())
