@@ -33,26 +33,26 @@ from jes.update import first_state
 SHARE = {"cpu": 0.6}
 """Of the free memory to plan with, 0.9 elsewhere: allocators leave gaps, and on a CPU
 the machine has other work and compiling takes memory too."""
-
 CPU_ROWS = 64
 """Prompts that keep a CPU busy. More members at once overflow its caches (measured:
 16 members of 64 prompts each take 1.4 times as long at once as one after the other).
 The same holds for noise of low rank, whose products with the weights members share: of
 64 prompts each, eight members at once take 1.4 times as long as one."""
-
 LONG_ANSWERS = 256
 """New tokens from which answers are expected to differ much in length."""
-
 MMAP_THRESHOLD = 4 * 2**20
 """Bytes of a block above which glibc returns it to the system when it is freed."""
+CGROUPS = (
+    ("/sys/fs/cgroup/", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory/", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+"""Folder, limit and use of a container's memory, in version 2 and in version 1."""
 
 
 class Held(NamedTuple):
-    """What is held at once.
+    """Members held at once on each device, and prompts that each answers at a time.
 
-    Attributes:
-      chunk: members, on each device.
-      slots: prompts of each that are answered at a time; 0 for all.
+    No slots are all prompts.
     """
 
     chunk: int
@@ -85,7 +85,7 @@ def choose(experiment: Experiment) -> Held:
         return Held(chunk, *sizes)
 
     budget = budget_for_members(experiment)
-    most = useful_members(members, sizes[0] or rows)
+    useful = useful_members(members, sizes[0] or rows)
     for slots in sizes:
         in_slots = dataclasses.replace(evaluation, slots=slots)
         peak = partial(peak_of, in_slots, params, noise, batch, budget)
@@ -93,11 +93,17 @@ def choose(experiment: Experiment) -> Held:
             least = peak(chunk)
             fitting = chunk if least.bytes <= budget else 0
         else:
-            fitting, least = most_that_fit(peak, members, most, budget)
-            most = 1  # fewer prompts are for memory that does not hold one member
+            fitting, least = most_that_fit(peak, members, useful, budget)
+            useful = 1  # fewer slots are for memory that does not hold one member
         if fitting:
             return Held(fitting, slots)
     raise too_large(chunk or 1, slots or rows, least, budget)
+
+
+def with_slots(experiment: Experiment, slots: int) -> Experiment:
+    """The experiment with so many slots for members that are trained."""
+    evaluation = dataclasses.replace(experiment.evaluation, slots=slots)
+    return experiment._replace(evaluation=evaluation)
 
 
 def chunk_of(
@@ -108,7 +114,7 @@ def chunk_of(
     members: int,
     memory_gb: float,
 ) -> int:
-    """How many of some members to hold at once while they answer one batch.
+    """How many of so many members to hold at once while they answer a batch.
 
     Args:
       evaluation, params, noise, batch: as for `peak_of`.
@@ -120,8 +126,8 @@ def chunk_of(
     """
     budget, rows = int(memory_gb * 1e9) or free_bytes(), rows_of(batch)
     peak = partial(peak_of, evaluation, params, noise, batch, budget)
-    most = useful_members(members, rows)
-    chunk, least = most_that_fit(peak, members, most, budget)
+    useful = useful_members(members, rows)
+    chunk, least = most_that_fit(peak, members, useful, budget)
     if not chunk:
         raise too_large(1, rows, least, budget)
     return chunk
@@ -137,12 +143,6 @@ def too_large(members: int, rows: int, least: Peak, budget: int) -> InputError:
     )
 
 
-def with_slots(experiment: Experiment, slots: int) -> Experiment:
-    """The experiment with so many slots for members that are trained."""
-    evaluation = dataclasses.replace(experiment.evaluation, slots=slots)
-    return experiment._replace(evaluation=evaluation)
-
-
 def peak_of(
     evaluation: Evaluation,
     params: PyTree,
@@ -151,19 +151,15 @@ def peak_of(
     budget: int,
     members: int,
 ) -> Peak:
-    """Analyses how members answer, beside the arrays that are there.
+    """Analyses how so many members on each device answer a batch, beside θ.
 
-    Args:
-      evaluation, params, noise: as for `jes.rollout.ask`.
-      batch: what is answered.
-      budget: where more is needed, the programs that come later are not compiled.
-      members: held at once on each device.
+    Nothing more is compiled as soon as more than the budget, in bytes, is needed.
     """
-    analysis, mesh = Analysis(budget), mesh_of(params)
+    analysis = Analysis(budget)
     numbers: Any = analysis.stand_in(jnp.zeros(members * devices_of(params), int))
     abstract = jax.tree.map(analysis.stand_in, params)
     try:
-        rollout = prepare_rollout(evaluation, abstract, noise, mesh)
+        rollout = prepare_rollout(evaluation, abstract, noise, mesh_of(params))
         answer(rollout, jax.random.key(0), numbers, batch)
     except TooLargeError:
         return Peak(analysis.peak, complete=False)
@@ -171,23 +167,17 @@ def peak_of(
 
 
 def most_that_fit(
-    peak: Callable[[int], Peak], members: int, most: int, budget: int
+    peak: Callable[[int], Peak], members: int, useful: int, budget: int
 ) -> tuple[int, Peak]:
-    """How many members to hold at once, in chunks of about the same size.
+    """How many of all members to hold at once, in chunks of about the same size.
 
     The peak grows about linearly with the members: a line through two analyses says
     what to analyse next. What is chosen has been analysed.
 
-    Args:
-      peak: of so many members.
-      members: there are in all.
-      most: members that are worth holding at once.
-      budget: bytes to use.
-
     Returns:
       The members, 0 if not even one fits; and the peak of the fewest that were tried.
     """
-    chunk = evenly(members, most)
+    chunk = evenly(members, useful)
     found = peak(chunk)
     one = peak(1) if found.bytes > budget else found
     while found.bytes > budget and chunk > 1 and one.bytes <= budget:
@@ -229,8 +219,7 @@ def slot_choices(rows: int, new: int) -> list[int]:
 
 def rows_of(batch: PromptBatch | ChoiceBatch) -> int:
     """How many rows of tokens each member computes."""
-    rows = batch.rows if isinstance(batch, ChoiceBatch) else batch
-    return len(rows.tokens)
+    return len((batch.rows if isinstance(batch, ChoiceBatch) else batch).tokens)
 
 
 def devices_of(params: PyTree) -> int:
@@ -251,7 +240,7 @@ def budget_for_members(experiment: Experiment) -> int:
     later = [jax.eval_shape(partial(first_state, evolution), params)]
     if evolution.anchor in ("device", "bfloat16"):
         later.append(params)  # at most
-    return free_bytes() - sum(map(bytes_of, jax.tree.leaves(later)))
+    return free_bytes() - bytes_of(later)
 
 
 def free_bytes() -> int:
@@ -260,37 +249,23 @@ def free_bytes() -> int:
     if "bytes_limit" in stats:
         free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     else:
-        free = min([_free_in_machine(), *_free_in_container()])
+        found = re.search(r"MemAvailable: *(\d+) kB", _text("/proc/meminfo"))
+        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = min([1024 * int(found[1]) if found else pages, *_free_in_container()])
         free //= jax.local_device_count()  # which share it
     return int(SHARE.get(jax.default_backend(), 0.9) * free)
 
 
-def _free_in_machine() -> int:
-    found = re.search(r"MemAvailable: *(\d+) kB", _text("/proc/meminfo"))
-    if found:
-        return 1024 * int(found[1])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-CGROUPS = (
-    ("/sys/fs/cgroup/", "memory.max", "memory.current"),
-    ("/sys/fs/cgroup/memory/", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-)
-"""Folder, limit and use of a container's memory, in version 2 and in version 1."""
-
-
 def _free_in_container() -> list[int]:
-    """What such limits leave: nothing where there are none."""
-    found = []
+    """What the limits of a container leave; empty where there are none."""
+    free = []
     for folder, limit, used in CGROUPS:
         most, now = _text(folder + limit).strip(), _text(folder + used).strip()
+        # Files that are only cached can be dropped.
+        cached = re.search(r"^inactive_file (\d+)", _text(f"{folder}memory.stat"), re.M)
         if most.isdigit() and now.isdigit():
-            # Files that are only cached can be dropped.
-            cache = re.search(
-                r"^inactive_file (\d+)", _text(folder + "memory.stat"), re.M
-            )
-            found.append(int(most) - int(now) + (int(cache[1]) if cache else 0))
-    return found
+            free.append(int(most) - int(now) + (int(cached[1]) if cached else 0))
+    return free
 
 
 def _text(path: str) -> str:
@@ -303,16 +278,11 @@ def _text(path: str) -> str:
 def rows_of_gradient(
     config: Any, parameters: int, prompt: int, new: int, *, budget: int
 ) -> int:
-    """How many answers to take a gradient of at once; at least 1.
+    """How many answers to take a gradient of at once; at least 1. An estimate.
 
-    An estimate: the activations of every layer are kept for the backward pass, and
-    four arrays of logits.
-
-    Args:
-      config: `ModelConfig`.
-      parameters: number of weights; a gradient and two moments of them come on top.
-      prompt, new: tokens of a padded prompt, new tokens.
-      budget: bytes to use.
+    The activations of every layer are kept for the backward pass, and four arrays of
+    logits; a gradient of all `parameters` and two moments come on top. For a
+    `ModelConfig`, tokens of a padded prompt, new tokens, and bytes to use.
     """
     tokens = prompt + new
     hidden = tokens * (3 * config.intermediate_size + 8 * config.hidden_size) * 4

@@ -76,12 +76,7 @@ def generation(
 ) -> Callable[[], Any]:
     """A function that runs one generation, on a copy of the weights.
 
-    Args:
-      case: the model and its prompts.
-      evolution: settings.
-      update: whether it is ask and tell, or `ask` alone.
-      chunk: members held at once; 0 for as many as are useful.
-      mode, draw: see `Evaluation`.
+    With or without the update; `chunk` members at once, 0 for as many as are useful.
     """
     evaluation, questions = evaluation_of(case, mode, draw)
     params = jax.tree.map(jnp.array, case.model.params)
@@ -126,28 +121,23 @@ def random_model(like: Pretrained, **shape: int) -> Pretrained:
     )
 
 
-SHAPES: dict[str, dict[str, int]] = {
-    "4.5M": {"hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 704},
-    "80M": {
-        "vocab_size": 16384,
-        "hidden_size": 640,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 10,
-        "intermediate_size": 2560,
-    },
-    "0.5B shape": {  # Qwen2.5-0.5B
-        "vocab_size": 151936,
-        "hidden_size": 896,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "intermediate_size": 4864,
-    },
+SHAPES = {
+    "4.5M": (102, 256, 6, 4, 2, 704),
+    "80M": (16384, 640, 12, 10, 2, 2560),
+    "0.5B shape": (151936, 896, 24, 14, 2, 4864),  # Qwen2.5-0.5B
 }
-"""Random models by name, all with the embedded model's tokenizer."""
+"""Sizes of random models, all with the embedded model's tokenizer."""
+SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "intermediate_size"),
+)
 
 
 def model_of(name: str) -> Pretrained:
     """'tiny', the embedded model, or one of `SHAPES`."""
     tiny = load("tiny")
-    return tiny if name == "tiny" else random_model(tiny, **SHAPES[name])
+    return (
+        tiny
+        if name == "tiny"
+        else random_model(tiny, **dict(zip(SIZES, SHAPES[name], strict=True)))
+    )

@@ -78,9 +78,8 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
     give_back_freed_blocks()
     if args.quantize and not args.model:
         raise InputError("--quantize needs a --model")
-    base = model_of("80M")
-    if args.model:
-        base = load_base(args.model, args.quantize, dtype=args.dtype)
+    model, quantize = args.model, args.quantize
+    base = load_base(model, quantize, dtype=args.dtype) if model else model_of("80M")
     case = Case(base, args.prompts, args.prompt, args.new)
     if args.only == "answer":
         run = inference(case, args.mode)
@@ -119,17 +118,12 @@ def growth(run: Run) -> int:
 
 def resident(field: str) -> int:
     """Bytes of this process in memory: 'VmRSS' now, 'VmHWM' at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = dict(line.split(":", 1) for line in lines)
-    return int(found[field].split()[0]) * 1024
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])
 
 
 def largest_program(arrays: int) -> int:
-    """Bytes while the largest program runs, by the analysis of its compiler.
-
-    Args:
-      arrays: bytes that are there all the time, given to the program or not.
-    """
+    """Bytes while the largest program runs, by the compiler, of which so many stay."""
     client: Any = jax.local_devices()[0].client
     sizes = []
     for program in client.live_executables():
@@ -142,20 +136,14 @@ def largest_program(arrays: int) -> int:
 
 def report(flags: list[str]) -> None:
     """Measures both and prints the ratios."""
-    found = {what: in_its_own_process(what, *flags) for what in ("answer", "train")}
-    for what, sizes in found.items():
-        arrays, grown, together, compiled = (size / 1e6 for size in sizes.values())
-        console.print(
-            f"{what}: arrays {arrays:.0f} MB, grown by {grown:.0f} MB, together "
-            f"{together:.0f} MB; by the compiler's analysis {compiled:.0f} MB"
-        )
-    ratio, analysed = (
-        found["train"][field] / found["answer"][field]
-        for field in ("together", "compiled")
-    )
+    answer, train = (in_its_own_process(what, *flags) for what in ("answer", "train"))
+    for what, sizes in (("answer", answer), ("train", train)):
+        figures = (f"{name} {size / 1e6:.0f} MB" for name, size in sizes.items())
+        console.print(f"{what}: {', '.join(figures)}")
+    ratios = (train[field] / answer[field] for field in ("together", "compiled"))
     console.print(
-        f"training takes {ratio:.3f} times the memory of answering, {analysed:.3f} by "
-        "that analysis"
+        "training takes {:.3f} times the memory of answering, {:.3f} by the "
+        "compiler's analysis".format(*ratios)
     )
 
 

@@ -77,11 +77,7 @@ def in_chunks(
 def long_tailed(count: int, median: float, longest: float, seed: int = 0) -> np.ndarray:
     """Log-normal lengths in tokens, int32 [count]: quantiles in random order.
 
-    Args:
-      count: how many.
-      median: in tokens.
-      longest: the greatest, in medians.
-      seed: of the order.
+    The longest is given in medians.
     """
     ranks = (np.arange(count) + 0.5) / count
     normal = np.array([NormalDist().inv_cdf(rank) for rank in ranks])

@@ -46,7 +46,7 @@ def compare(
 
 
 def row_of(
-    what: str, goal: str, ratios: np.ndarray, sides: Sequence[float], unit: str = "ms"
+    what: str, goal: str, ratios: np.ndarray, sides: Any, unit: str = "ms"
 ) -> Row:
     """A row from the ratios of the repeats, and the medians of their two sides."""
     low, middle, high = np.percentile(ratios, [25, 50, 75])

@@ -7,8 +7,8 @@
     decode(model, jax.tree.map(analysis.stand_in, members), prompts)
     analysis.peak  # bytes
 
-The compiled program is JAX's own and kept by it: the same function called with arrays
-of these shapes runs it, and nothing is compiled twice.
+JAX keeps the compiled program: the same function called with arrays of these shapes
+runs it, and nothing is compiled twice.
 """
 
 import functools
@@ -34,13 +34,13 @@ class Abstract(jax.ShapeDtypeStruct):
 
 
 class Analysis:
-    """Notes the memory of each device that programs take, by the compiler's analysis.
+    """Adds up the memory of each device that programs take, as the compiler says.
 
-    Python drops the abstract arrays when it would drop the arrays, so what is held
-    while a program runs is known too.
+    Python drops abstract arrays when it would drop the arrays, which says what is held
+    while a program runs.
 
     Attributes:
-      budget: raise `TooLargeError` as soon as more bytes are needed.
+      budget: bytes; `TooLargeError` is raised as soon as more are needed.
       peak: most bytes at a time so far, without what `stand_in` stands for.
     """
 
@@ -54,29 +54,28 @@ class Analysis:
     def run(self, jitted: Any, args: Any, settings: Any) -> Any:
         """The results of a program as abstract arrays."""
         lowered = jitted.lower(*args, **settings)
-        given = [arg for arg in jax.tree.leaves(lowered.args_info) if arg.donated]
-        least = _total(lowered.out_info) - _total(given)
-        self._note(max(0, least))  # do not compile what cannot fit
+        donated = [arg for arg in jax.tree.leaves(lowered.args_info) if arg.donated]
+        # Raises before compiling where the results alone are too large.
+        self._need(max(0, bytes_of(lowered.out_info) - bytes_of(donated)))
         compiled = lowered.compile()
         found = compiled.memory_analysis()
         new = found.output_size_in_bytes - found.alias_size_in_bytes
-        self._note(new + found.temp_size_in_bytes)
+        self._need(new + found.temp_size_in_bytes)
         return jax.tree.map(self._hold, lowered.out_info, compiled.output_shardings)
 
-    def _note(self, new: int) -> None:
+    def _need(self, new: int) -> None:
         self.peak = max(self.peak, self._held + new)
         if self.peak > self.budget:
             raise TooLargeError
 
     def _hold(self, like: Any, sharding: Any) -> Abstract:
         array = Abstract(self, like, sharding)
-        size = bytes_of(array)
-        self._held += size
-        weakref.finalize(array, self._drop, size)
+        self._change(bytes_of(array))
+        weakref.finalize(array, self._change, -bytes_of(array))
         return array
 
-    def _drop(self, size: int) -> None:
-        self._held -= size
+    def _change(self, size: int) -> None:
+        self._held += size
 
 
 def program(function: Callable | None = None, **settings: Any) -> Any:
@@ -96,13 +95,12 @@ def program(function: Callable | None = None, **settings: Any) -> Any:
     return call
 
 
-def _total(tree: Any) -> int:
-    return sum(map(bytes_of, jax.tree.leaves(tree)))
-
-
-def bytes_of(array: Any) -> int:
-    """Size of an array, or of its part on each device."""
-    shape, sharding = array.shape, getattr(array, "sharding", None)
-    if isinstance(sharding, jax.NamedSharding):
-        shape = sharding.shard_shape(shape)
-    return math.prod(shape) * array.dtype.itemsize
+def bytes_of(tree: Any) -> int:
+    """Size of the arrays of a tree, or of their parts on each device."""
+    size = 0
+    for leaf in jax.tree.leaves(tree):
+        shape, sharding = leaf.shape, getattr(leaf, "sharding", None)
+        if isinstance(sharding, jax.NamedSharding):
+            shape = sharding.shard_shape(shape)
+        size += math.prod(shape) * leaf.dtype.itemsize
+    return size
