@@ -6,10 +6,9 @@
 Population, sigma, alpha, prompts a generation and greedy answers are the paper's, which
 uses one setting for all models of 0.5B to 8B (and 500 generations; 300 is our guess at
 what a task this short needs). The task is not: its ARC results are on ARC-AGI. So there
-is no published number for this run, and we have none either: it was not run with a
-real model (this was built without a network). What is known nearby:
-Qwen2.5-3B-Instruct, asked to reason first, answers 85.1 % of the test questions before
-any training (2605.30148).
+is no published number for this run, and we have none either. Not run by us. What is
+known nearby: Qwen2.5-3B-Instruct, asked to reason first, answers 85.1 % of the test
+questions before any training (2605.30148).
 
 Needs: `allenai/ai2_arc` (1119 questions to train on, 1172 to evaluate on; from the hub,
 or as `FOLDER/ai2_arc/ARC-Challenge/{train,test}.parquet`), the model (from the hub,

@@ -5,7 +5,8 @@
 
 Four sizes of Qwen2.5 with the settings of the paper: 320 training prompts, 240
 candidates a batch, σ from 1e-4 to 1e-2, greedy answers of at most 512 tokens. New
-here are 320 fresh prompts and the sham (`:published` is without them). `:tiny` is
+here are 320 fresh prompts and the sham, the model's own sampled answers (`:published`
+is without them). Not run by us, but for `:tiny`, which is
 `tiny/countdown` on the embedded model; other sizes of it are made by
 `python -m jes.pretrain --size=SIZE --out=FOLDER` and added with
 `--config.models="('FOLDER', 'tiny')"`.

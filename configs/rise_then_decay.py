@@ -6,7 +6,8 @@
 One hundred training questions, the same every generation, on which the reward is
 looked at too. `:tiny` is the embedded model on `tiny/countdown`; without it, it is
 Qwen2.5-1.5B on GSM8K as in the paper, which does not say σ, α or the settings of GRPO:
-those here are of 2509.24372. `:quick` is a short form of `:tiny`.
+those here are of 2509.24372. Not run by us, but for `:tiny` and `:quick`, its short
+form.
 """
 
 from ml_collections import ConfigDict
