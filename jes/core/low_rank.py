@@ -35,8 +35,8 @@ STACK = "layers"
 class LowRank:
     """A matrix, or a stack [..., I, O], by its factors: the sum over k of a_k b_k^T.
 
-    Of shapes [..., r, I] and, with all scales, [..., r, O]: each column of a factor is
-    contiguous, and products with it run along that.
+    `a` is [..., r, I] and `b`, which all scale factors are in, [..., r, O]: each column
+    of a factor is contiguous, and products with it run along that.
     """
 
     a: jax.Array

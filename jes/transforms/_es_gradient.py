@@ -152,7 +152,7 @@ class _Sums(NamedTuple):
         def draw(direction: jax.Array) -> tuple[jax.Array, jax.Array]:
             own = leaf_key(jax.random.fold_in(self.key, direction), self.path)
             drawn = draw_matrix(own, matrix, (rows, columns), rank, distribution)
-            # Those after the last member count nothing.
+            # The last block is filled up with directions of weight 0.
             weight = jnp.where(direction < count, self.weights[direction], 0)
             return drawn.a, -weight * drawn.b
 
@@ -165,7 +165,7 @@ class _Sums(NamedTuple):
         return jax.lax.fori_loop(0, -(-count // at_once), add, start)
 
     def of_codes(self, matrix: jax.Array) -> jax.Array:
-        """For the integer noise of a matrix; with two roundings, from the second."""
+        """For the integer noise of a matrix; of two roundings, by the second."""
         size, count, noise = math.prod(self.shape), len(self.weights), self.noise
 
         def draw(direction: jax.Array) -> tuple[jax.Array | None, jax.Array]:
@@ -173,7 +173,8 @@ class _Sums(NamedTuple):
             positions, values = codes_noise(own, self.path, matrix, size, noise)
             return positions, -self.weights[direction] * values[-1]
 
-        # A short draw costs less than its start: as many at a time as divide them all.
+        # Starting a short draw costs more than the draw, so many are made at a time: a
+        # divisor of their number, for whole batches.
         most = min(count, max(1, AT_ONCE // entries(size, noise.sigma, noise.rounds)))
         at_once = max(n for n in range(1, most + 1) if count % n == 0)
 
@@ -182,7 +183,7 @@ class _Sums(NamedTuple):
             if positions is None:
                 return total + steps.sum(0)
 
-            # No direction has a position twice, so the order of sums is the same.
+            # One after the other: the order of sums does not depend on the batch.
             def add_one(i: jax.Array, total: jax.Array) -> jax.Array:
                 return total.at[positions[i]].add(
                     steps[i], mode="drop", unique_indices=True, indices_are_sorted=True

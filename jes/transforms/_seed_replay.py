@@ -112,7 +112,7 @@ def seed_replay(
         if data.shape != state.keys.shape[1:]:
             raise ValueError("seed_replay takes keys of the default kind alone")
         leaves = leaves_with_path(params)
-        # Codes stay bytes here: half of what a step of the replay reads.
+        # As bytes, not floats: every step of the replay reads codes and residual.
         values = [unpack(x) if is_codes(x) else values_of(x) for _, x in leaves]
 
         def step(key: jax.Array, fitness: jax.Array, residuals: Any) -> Any:
