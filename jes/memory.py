@@ -52,7 +52,7 @@ CGROUPS = (
 class Held(NamedTuple):
     """Members held at once on each device, and prompts that each answers at a time.
 
-    No slots are all prompts.
+    `slots` is 0 where it answers all of them at once.
     """
 
     chunk: int
@@ -281,8 +281,8 @@ def rows_of_gradient(
     """How many answers to take a gradient of at once; at least 1. An estimate.
 
     The activations of every layer are kept for the backward pass, and four arrays of
-    logits; a gradient of all `parameters` and two moments come on top. For a
-    `ModelConfig`, tokens of a padded prompt, new tokens, and bytes to use.
+    logits; a gradient of all `parameters` and two moments come on top. `config` is a
+    `ModelConfig`; `prompt` and `new` are tokens, `budget` is in bytes.
     """
     tokens = prompt + new
     hidden = tokens * (3 * config.intermediate_size + 8 * config.hidden_size) * 4
