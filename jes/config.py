@@ -209,7 +209,11 @@ def freeze(config: Mapping[str, Any]) -> Settings:
     """
     nested = {"data": Data, "grpo": GrpoSettings, "sft": SftSettings}
     values = {field.name: config[field.name] for field in dataclasses.fields(Settings)}
-    values |= {name: kind(**values[name]) for name, kind in nested.items()}
+    for group, kind in nested.items():
+        known = {field.name for field in dataclasses.fields(kind)}
+        for name in sorted(set(values[group]) - known):
+            raise InputError(f"there is no setting {group}.{name}")
+        values[group] = kind(**values[group])
     values |= {name: tuple(values[name]) for name in ("buckets", "eval_tasks")}
     settings = Settings(**values)
     _check_values(settings)

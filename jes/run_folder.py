@@ -69,7 +69,7 @@ class RunFolder:
     def open(
         self, experiment: Experiment, resolve: Callable[[Experiment], dict[str, int]]
     ) -> tuple[dict[str, int], list[np.ndarray]]:
-        """Claims the folder for the run and deletes what no run needs.
+        """Claims the folder; deletes partial checkpoints and those beyond the ledger.
 
         Returns:
           What `resolve` chose where the settings leave something open, now or before,

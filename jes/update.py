@@ -162,7 +162,7 @@ def _tell(
 
 
 def moves_of(state: Any) -> tuple[float, float] | None:
-    """How many codes the last update changed, and moves it blocked; None of floats."""
+    """How many codes the last update changed, and moves it blocked; None: no codes."""
     counted = optax.tree.get(state, "changed"), optax.tree.get(state, "blocked")
     return None if counted[0] is None else (float(counted[0]), float(counted[1]))
 

@@ -11,6 +11,7 @@ import pytest
 from small_run import get_config, run_jobs, train_command
 
 from jes import train
+from jes.config import default, freeze
 from jes.errors import InputError
 from jes.models import safetensors_files
 from jes.tasks.rows import read_rows
@@ -120,6 +121,13 @@ def test_a_wrong_setting_is_named(
         train.run(config, tmp_path / "run")
     assert SETTINGS[setting] in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_setting_that_a_config_file_makes_up_is_named() -> None:
+    config = default()
+    config.grpo.clip = 0.3  # as an earlier version had it
+    with pytest.raises(InputError, match=r"there is no setting grpo\.clip"):
+        freeze(config)
 
 
 @pytest.fixture(scope="module")

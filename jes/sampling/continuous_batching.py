@@ -32,7 +32,8 @@ from jes.sampling.generate import (
 from jes.sampling.prompts import PromptBatch
 
 ADMIT = 4
-"""A member admits S / ADMIT prompts at once: fewer launch more, more idle longer."""
+"""A member admits S / ADMIT prompts at once. With fewer at once more programs are
+launched; with more, free slots wait longer for a full group."""
 SHRINK = 4
 """When none waits, slots become fewer by this factor."""
 
@@ -157,10 +158,11 @@ class Scheduler:
         return min(n for n in self.sizes if n >= self.active.max())
 
     def stop(self) -> tuple[np.ndarray, np.ndarray]:
-        """When a slice ends early, by numbers of active rows, int32 [M]; -1 for never.
+        """At what numbers of active rows a slice ends early: two arrays, int32 [M].
 
-        First as soon as one member has no more: a prompt can be admitted; then when all
-        members have no more: fewer slots will do.
+        At the first as soon as one member has no more than its number, because it can
+        admit prompts then (-1 for never); at the second when all members have no more,
+        because fewer slots will do then.
         """
         wanted = np.minimum(self.waiting, self.group)
         some = np.where(wanted > 0, self.slots - wanted, -1).astype(np.int32)
