@@ -53,6 +53,7 @@ SETTINGS = {
     "mode=likelihood": "task tiny/reverse has no choices: use mode 'generate'",
     "task=tiny/divide": "there is no task 'tiny/divide'; there are arc_c, arc_c_cot",
     "eval_tasks=('tiny/divide',)": "there is no task 'tiny/divide'",
+    "task=tiny/mim": "no task 'tiny/mim'; did you mean 'tiny/min'? There are arc_c",
     "model=/no/such/folder": "there is no folder '/no/such/folder'",
     "model=qwen": "there is no folder 'qwen'",
     "model=Qwen/Qwen2.5-0.5B-Instruct": "it could not be downloaded from the",
@@ -82,7 +83,7 @@ SETTINGS = {
 
 
 COMMANDS = {
-    "{run} --config.sgma=1": "there is no setting 'sgma'; Did you mean",
+    "{run} --config.sgma=1": "there is no setting 'sgma'. Did you mean \"sigma\"?",
     "{run} --config.data.rot=x": "there is no setting 'rot'",
     "{run} --config.population=many": "population=many: invalid literal for int()",
     "{run} --config.population=2.5": "config.population=2.5: invalid literal for int()",

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -53,8 +54,10 @@ def reason(error: Exception) -> str:
     """One line that says what is wrong with the flags or the config file."""
     inner = error.args[0] if error.args else None
     if isinstance(error, AttributeError) and isinstance(inner, KeyError):
-        # From ml_collections: the name, perhaps a suggestion on a second line.
-        return "there is no setting " + "; ".join(str(inner.args[0]).splitlines())
+        # From ml_collections: the name; perhaps 'Did you mean "X" instead of "Y"?'.
+        text = "; ".join(str(inner.args[0]).splitlines())
+        text = re.sub('; (Did you mean ".*") instead of ".*"', r". \1", text)
+        return f"there is no setting {text}"
     text = str(error).strip()
     if isinstance(error, flags.Error) and "Traceback" not in text:
         return text.replace("\n", " ")

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import partial
 
 from jes.errors import InputError
@@ -43,7 +44,9 @@ def load_task(
       InputError: for an unknown name or data that cannot be read.
     """
     if name not in TASKS:
-        raise InputError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
+        close = get_close_matches(name, TASKS, n=1, cutoff=0.8)
+        hint = f"did you mean {close[0]!r}? There" if close else "there"
+        raise InputError(f"there is no task {name!r}; {hint} are {', '.join(TASKS)}")
     task = TASKS[name](seed) if name in TINY_TASKS else TASKS[name](root)
     return dataclasses.replace(
         task, train=task.train[: train or None], test=task.test[: test or None]
