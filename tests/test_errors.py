@@ -94,7 +94,7 @@ COMMANDS = {
     "{run} more": "unexpected 'more'",
     "--config=/no/such.py": "No such file or directory: '/no/such.py'",
     "--config={folder}/broken.py": "division by zero",
-    "--config={configs}/tiny.py:huge": "get_config() takes 0 positional arguments",
+    "--config={configs}/tiny.py:huge": "this file has no variants: nothing may follow",
     "--config={configs}/arc_c.py:huge": "there is no variant 'huge', only 'tiny'",
     "{run} --config.model={folder}/empty": "is not a model folder: it holds no config.",
     "{run} --config.task=arc_c --config.data.root=/no": (

@@ -62,7 +62,10 @@ def reason(error: Exception) -> str:
     if isinstance(error, flags.Error) and "Traceback" not in text:
         return text.replace("\n", " ")
     # The last line says what went wrong, those before it where.
-    return f"--config: {text.splitlines()[-1].strip()}"
+    text = text.splitlines()[-1].strip()
+    if "get_config() takes 0 positional arguments" in text:
+        text = "this file has no variants: nothing may follow its name"
+    return f"--config: {text}"
 
 
 def guarded(command: Callable[[], None], after_os_error: str = "") -> None:
