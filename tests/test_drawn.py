@@ -216,5 +216,5 @@ def test_settings_that_no_run_can_have(tmp_path: Path, small_model: Path) -> Non
     with pytest.raises(InputError, match="draw must be one of"):
         train.run(config, tmp_path / "one")
     config.update({"draw": "layer", "quantize": "w8a8", "rounding": "residual"})
-    with pytest.raises(InputError, match="floats with noise of full rank"):
+    with pytest.raises(InputError, match="float models with noise of full rank"):
         train.run(config, tmp_path / "two")

@@ -91,7 +91,8 @@ def program(function: Callable | None = None, **settings: Any) -> Any:
                 return leaf.analysis.run(jitted, args, kwargs)
         return jitted(*args, **kwargs)
 
-    call.lower, call._cache_size = jitted.lower, jitted._cache_size  # type: ignore
+    for name in ("lower", "clear_cache", "_cache_size"):
+        setattr(call, name, getattr(jitted, name))
     return call
 
 
