@@ -20,6 +20,7 @@ from jes.core.fitness import METHODS as SHAPINGS
 from jes.core.noise import DISTRIBUTIONS
 from jes.errors import InputError
 from jes.metacognition.objectives import OBJECTIVES
+from jes.questions import DRAWS, MODES
 from jes.sampling.generate import Sampling
 from jes.update import ROUNDINGS, make_optimizer
 
@@ -177,9 +178,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("es", "grpo", "sft"),
     "quantize": ("", "int4", "int8", "w8a8"),
     "dtype": DTYPES,
-    "mode": ("generate", "likelihood"),
+    "mode": MODES,
     "noise": tuple(DISTRIBUTIONS),
-    "draw": ("member", "layer"),
+    "draw": DRAWS,
     "shaping": tuple(SHAPINGS),
     "objective": ("reward", *OBJECTIVES),
     "decay": ("none", "l2", "l1"),

@@ -179,7 +179,7 @@ def most_that_fit(
     """
     chunk = evenly(members, useful)
     found = peak(chunk)
-    one = peak(1) if found.bytes > budget else found
+    one = peak(1) if found.bytes > budget and chunk > 1 else found
     while found.bytes > budget and chunk > 1 and one.bytes <= budget:
         fitting = budget // one.bytes  # where nothing better is known
         if found.complete:
