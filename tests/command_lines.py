@@ -78,6 +78,8 @@ class Child:
         self.files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
         self.pid = os.fork()
         if not self.pid:
+            # Ignored in processes that were started in the background.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             for number, file in enumerate(self.files, 1):
                 os.dup2(file.fileno(), number)
             os._exit(run_main(job))

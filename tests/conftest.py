@@ -13,6 +13,10 @@ import jax
 import pytest
 import small_run
 
+# Compiling takes more than half of the time of the tests, and what the compiler leaves
+# out a quarter of that. Processes that tests start do as this one.
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true") == "true":
+    jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from jes.bench.cases import Case, generation, inference, random_model
 from jes.bench.timing import Row, compare, row_of, table
 from jes.core.evolution import Evolution
 from jes.core.noise import DISTRIBUTIONS
+from jes.io.compiled import keep_compiled
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
 SMALL: dict[Any, dict[str, Any]] = {
@@ -220,30 +220,26 @@ def test_the_time_to_a_generation_is_that_of_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["tpu", "cpu"])
 def test_compiled_programs_are_kept_for_accelerators(
-    backend: str, tmp_path: Path
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = f"""
-import jax
-jax.default_backend = lambda: {backend!r}
-from jes.io.compiled import keep_compiled
-keep_compiled()
-print(jax.config.jax_compilation_cache_dir)
-"""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    name = "jax_compilation_cache_dir"
 
-    def folder(**environment: str) -> str:
-        given = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMP")}
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env=given | environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return done.stdout.strip()
+    def folder(cache: Path) -> str | None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        known = jax.config.values[name]
+        jax.config.update(name, None)
+        try:
+            keep_compiled()
+            return jax.config.values[name]
+        finally:
+            jax.config.update(name, known)
 
-    assert folder(JAX_COMPILATION_CACHE_DIR="/elsewhere") == "/elsewhere"
-    kept = str(tmp_path / "jes" / "compiled") if backend == "tpu" else "None"
-    assert folder(XDG_CACHE_HOME=str(tmp_path)) == kept
+    monkeypatch.setenv(name.upper(), "/elsewhere")
+    assert folder(tmp_path) is None  # JAX has read it itself, when it was imported
+    monkeypatch.delenv(name.upper())
+    kept = str(tmp_path / "jes" / "compiled") if backend == "tpu" else None
+    assert folder(tmp_path) == kept
     # A file is where the folder would be: nothing is kept, and nothing fails.
     (tmp_path / "file").touch()
-    assert folder(XDG_CACHE_HOME=str(tmp_path / "file")) == "None"
+    assert folder(tmp_path / "file") is None

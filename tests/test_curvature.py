@@ -328,6 +328,7 @@ def nano() -> tuple[Any, Any, Any, Any, Any]:
     return model, drawn, evaluation, questions, reference_batch(evaluation, questions)
 
 
+@pytest.mark.slow
 def test_a_nano_models_hessian_is_the_same_by_all_ways(nano: Any) -> None:
     """Gradients of gradients, column by column (all columns at once, as jax.hessian
     has them, take minutes on a CPU); products over microbatches; and Lanczos."""
@@ -371,6 +372,7 @@ def test_a_nano_models_hessian_is_the_same_by_all_ways(nano: Any) -> None:
     assert abs(square - (eigenvalues**2).sum()) < 4 * error
 
 
+@pytest.mark.slow
 def test_perturbations_find_the_curvature_of_a_nano_model(nano: Any) -> None:
     """With many small pairs: trace, and curvature along the top, as the Hessian has."""
     model, params, _, _, batch = nano
@@ -451,6 +453,7 @@ def test_the_top_is_that_of_arpack(tiny: Any) -> None:
     np.testing.assert_allclose(top.values, expected, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_members_get_what_asking_gives_them() -> None:
     """Prompt by prompt; the mean is the fitness that `ask` has."""
     tiny = jes.load("tiny")

@@ -97,6 +97,7 @@ def test_against_a_plain_reading(base: jes.Pretrained, answers: Answers) -> None
         assert found.tokens == sum(lengths)
 
 
+@pytest.mark.slow
 def test_answers_as_long_as_a_bucket(base: jes.Pretrained) -> None:
     """A batch of short rows is narrower than the longest answer; its sums are whole."""
     tuned = noisy(base.params, 0.05)

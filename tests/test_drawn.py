@@ -1,12 +1,14 @@
 """Noise drawn in the layers: the same members, one layer of them at a time."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import all_but
 from small_decoder import decoder, weights_of
 from small_run import get_config, outcome
 
@@ -82,8 +84,13 @@ def test_other_generators_have_no_places() -> None:
         bits_at(jax.random.key(0, impl="rbg"), places((3,)))
 
 
-@pytest.mark.parametrize("law", DISTRIBUTIONS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("law", "dtype"),
+    all_but(
+        {("normal", "float32"), ("table", "bfloat16")},
+        itertools.product(DISTRIBUTIONS, ["float32", "bfloat16"]),
+    ),
+)
 def test_members_are_those_of_the_default(law: str, dtype: str) -> None:
     """Bit for bit, of the embedded model."""
     params = jes.load("tiny").params
@@ -114,12 +121,15 @@ def test_members_are_those_of_the_default(law: str, dtype: str) -> None:
     jax.tree.map(np.testing.assert_array_equal, found, members.variables["params"])
 
 
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16, "vocab_size": 47}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {},
-        {"tie_word_embeddings": False},
-        {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16, "vocab_size": 47},
+        pytest.param({"tie_word_embeddings": False}, marks=pytest.mark.slow),
+        pytest.param(QWEN3, marks=pytest.mark.slow),
     ],
     ids=["tied", "untied", "qwen3"],
 )
@@ -135,6 +145,7 @@ def test_likelihoods_are_those_of_members(changes: dict) -> None:
     )
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_members() -> None:
     model, params = decoder_of(num_hidden_layers=2)
     members, lazy = both(params, Noise(sigma=0.1))
@@ -163,7 +174,12 @@ def evaluations() -> dict[str, Evaluation]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "devices"), [("generate", 1), ("likelihood", 1), ("likelihood", 2)]
+    ("mode", "devices"),
+    [
+        pytest.param("generate", 1, marks=pytest.mark.slow),
+        ("likelihood", 1),
+        pytest.param("likelihood", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_members_earn_the_same(
     mode: str, devices: int, evaluations: dict[str, Evaluation]
@@ -182,6 +198,7 @@ def test_members_earn_the_same(
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_one_layer_is_there_at_a_time() -> None:
     """What the compiler sets aside, over what it does for the centre alone."""
     model, params = decoder_of(

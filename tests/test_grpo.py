@@ -393,6 +393,7 @@ def test_nothing_is_learned_from_groups_that_tie(
     chex.assert_trees_all_equal(got, params)
 
 
+@pytest.mark.slow
 def test_reward_rises() -> None:
     pretrained = jes.load("tiny")
     evaluation = make_evaluation(pretrained, "tiny/min")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import all_but
 from random_checkpoint import QWEN2, QWEN3, write_checkpoint
 from small_run import SHAPE, get_config, outcome, rows
 
@@ -340,38 +341,54 @@ COMMON = list(range(3, 51))
 PROMPTS = [[*COMMON, 8, 9, 10], [*COMMON, 11], [*COMMON, 12, 13]]
 
 
-@pytest.mark.parametrize(
-    ("base", "tied", "rank"),
-    [(QWEN2, True, 1), pytest.param(QWEN3, False, 3, marks=pytest.mark.slow)],
+Materialised = tuple[Pretrained, Members, Members]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(QWEN2, True, 1), pytest.param((QWEN3, False, 3), marks=pytest.mark.slow)],
+    ids=["qwen2", "qwen3"],
 )
-def test_members_of_the_model_are_the_materialised_ones(
-    base: dict[str, Any], tied: bool, rank: int, tmp_path: Path
-) -> None:
-    """Logits of whole texts and of cached tokens, answers and likelihoods."""
-    pretrained = model_of(tmp_path, base, tied)
-    model, params = pretrained.model, pretrained.params
+def materialised(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Materialised:
+    """A model, members with factors, and the same members with weights of their own."""
+    base, tied, rank = request.param
+    pretrained = model_of(tmp_path_factory.mktemp("model"), base, tied)
     noise, numbers = jes.Noise(sigma=0.05, rank=rank), jnp.arange(3)
-    thin = perturb_members(params, KEY, numbers, noise)
-    weights = draw_members(params, KEY, numbers, noise, "float32")
-    full = Members({"params": weights}, thin.keys)
+    thin = perturb_members(pretrained.params, KEY, numbers, noise)
+    weights = draw_members(pretrained.params, KEY, numbers, noise, "float32")
+    return pretrained, thin, Members({"params": weights}, thin.keys)
+
+
+@pytest.mark.parametrize("cached", all_but({False}, [False, True]))
+def test_logits_of_members_are_the_materialised_ones(
+    cached: bool, materialised: Materialised
+) -> None:
+    pretrained, thin, full = materialised
+    model = pretrained.model
     tokens = jax.random.randint(KEY, (2, 7), 0, 64)
 
-    def whole(variables: PyTree) -> jax.Array:
-        return model.apply(variables, tokens)[0]
-
-    def cached(variables: PyTree) -> jax.Array:
+    def apply(variables: PyTree) -> jax.Array:
+        if not cached:
+            return model.apply(variables, tokens)[0]
         _, cache = model.apply(variables, tokens[:, :6])
         return model.apply(variables, tokens[:, 6:], cache=cache.extended(1))[0]
 
-    for apply in (whole, cached):
-        low, dense = (
-            np.asarray(jax.jit(jax.vmap(apply, (each.axes,)))(each.variables))
-            for each in (thin, full)
-        )
-        centre = np.asarray(apply({"params": params}))
-        assert np.abs(dense - centre).max() > 0.3
-        np.testing.assert_allclose(low, dense, rtol=1e-4, atol=2e-5)
+    low, dense = (
+        np.asarray(jax.jit(jax.vmap(apply, (each.axes,)))(each.variables))
+        for each in (thin, full)
+    )
+    centre = np.asarray(apply({"params": pretrained.params}))
+    assert np.abs(dense - centre).max() > 0.3
+    np.testing.assert_allclose(low, dense, rtol=1e-4, atol=2e-5)
 
+
+def test_answers_of_members_are_the_materialised_ones(
+    materialised: Materialised,
+) -> None:
+    pretrained, thin, full = materialised
+    model, params = pretrained.model, pretrained.params
     batch = share(PROMPTS, (64,), parts=(4, 48))
     assert batch.prefix is not None
     shared = thin.replace(params=unrolled_params(model, params))
@@ -384,12 +401,21 @@ def test_members_of_the_model_are_the_materialised_ones(
     np.testing.assert_array_equal(low, dense)
     assert len(np.unique(np.asarray(low).reshape(3, -1), axis=0)) == 3
 
+
+@pytest.mark.slow
+def test_likelihoods_of_members_are_the_materialised_ones(
+    materialised: Materialised,
+) -> None:
+    pretrained, thin, full = materialised
     choices = pad_choices(PROMPTS, [[[3], [4, 5]]] * 3, (64,), (16, 48))
     assert choices.rows.prefix is not None
-    low, dense = (log_likelihoods(model, each, choices) for each in (thin, full))
+    low, dense = (
+        log_likelihoods(pretrained.model, each, choices) for each in (thin, full)
+    )
     np.testing.assert_allclose(low, dense, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_members_answer_in_bfloat16(tmp_path: Path) -> None:
     """The thin products too, with sums in float32."""
     pretrained = model_of(tmp_path, QWEN2, tied=True)

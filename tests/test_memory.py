@@ -196,7 +196,7 @@ def test_what_is_analysed_is_what_runs(
 CHOICES = {"task": "tiny/rules", "mode": "likelihood", "buckets": (96,)}
 
 
-@pytest.mark.parametrize("changes", [{}, CHOICES])
+@pytest.mark.parametrize("changes", [{}, pytest.param(CHOICES, marks=pytest.mark.slow)])
 def test_what_is_chosen_fits(changes: dict[str, Any], small_model: Path) -> None:
     experiment = make(small_model, **changes)
     evaluation, params = experiment.evaluation, experiment.pretrained.params
@@ -273,6 +273,7 @@ def test_a_run_chooses_once(
     assert len(machine.analysed) > count
 
 
+@pytest.mark.slow
 def test_a_run_holds_what_is_chosen(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import all_but
 from small_decoder import decoder, weights_of
 
 import jes
 from jes.core.noise import Noise
 from jes.core.population import perturb_members
 from jes.quantize import quantize
-from jes.questions import Evaluation, padded_lengths, prepare
+from jes.questions import MODES, Evaluation, padded_lengths, prepare
 from jes.rollout import answer_each, ask, examine
 from jes.sampling.generate import Sampling, decode, unrolled
 from jes.sampling.likelihood import log_likelihoods, pad_choices
@@ -67,6 +68,7 @@ def test_share_leaves_what_does_not_pay() -> None:
     assert (rest.positions >= 0).sum(1).tolist() == [8] * 4
 
 
+@pytest.mark.slow
 def test_logits_after_a_prefix_are_those_of_the_whole(params: dict) -> None:
     for model, weights in (
         (MODEL, params),
@@ -103,7 +105,7 @@ def test_greedy_answers_are_the_same(params: dict) -> None:
     assert len({tuple(row) for row in answer()}) == len(PROMPTS)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("quantized", all_but({False}, [False, True]))
 def test_members_read_a_prefix_each(params: dict, quantized: bool) -> None:
     if quantized:
         params = quantize(params, bits=4, group_size=16)
@@ -173,7 +175,7 @@ def shots(mode: str) -> Evaluation:
     )
 
 
-@pytest.mark.parametrize("mode", ["generate", "likelihood"])
+@pytest.mark.parametrize("mode", all_but({"likelihood"}, MODES))
 def test_scores_are_the_same(mode: str) -> None:
     evaluation = shots(mode)
     whole = dataclasses.replace(evaluation, parts=())

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import all_but
 from ml_collections import ConfigDict
 from small_run import rows, run_jobs, write_model
 
@@ -15,7 +16,7 @@ import jes
 from jes.core.noise import Noise
 from jes.io.interrupts import StopRequest
 from jes.landscape.probes import best_of
-from jes.questions import Evaluation, prepare
+from jes.questions import MODES, Evaluation, prepare
 from jes.rollout import answer_each, ask
 from jes.sampling.generate import Sampling
 from jes.studies import probe
@@ -81,9 +82,9 @@ def runs(tmp_path_factory):
         {"argv": command(model, folder / "parts")},
         {"argv": command(model, folder / "parts", "probe.batches=1")},
     ]
-    first, killed = run_jobs(jobs, folder / "cache")
-    rest = run_jobs(more, folder / "cache")
-    end = run_jobs(last, folder / "cache")
+    first, killed = run_jobs(jobs)
+    rest = run_jobs(more)
+    end = run_jobs(last)
     return folder, first, killed, rest, end
 
 
@@ -191,7 +192,7 @@ def test_bits_come_back():
     np.testing.assert_array_equal(from_hex(to_hex(bits), 33), bits)
 
 
-@pytest.mark.parametrize("mode", ["generate", "likelihood"])
+@pytest.mark.parametrize("mode", all_but({"likelihood"}, MODES))
 def test_single_answers_are_those_that_a_score_is_of(mode):
     pretrained = jes.load("tiny")
     task = load_task("tiny/rules")

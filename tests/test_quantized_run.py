@@ -93,7 +93,7 @@ def test_the_ledger_is_enough(quantized_run: Path) -> None:
     ("bits", "sigma"),
     [
         (4, 0.6),
-        (8, 60.0),
+        pytest.param(8, 60.0, marks=pytest.mark.slow),
         pytest.param(4, 0.05, marks=pytest.mark.slow),
         pytest.param(8, 0.05, marks=pytest.mark.slow),
     ],
@@ -171,6 +171,7 @@ def test_likelihood_and_kl_of_a_quantised_model(
 
 
 @pytest.mark.parametrize("rounding", ["replay", "residual"])
+@pytest.mark.slow
 def test_decay_keeps_codes_nearer(
     rounding: str, tmp_path: Path, small_model: Path
 ) -> None:

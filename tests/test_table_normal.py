@@ -272,6 +272,7 @@ def test_settings_that_no_run_can_have(small_model: Path) -> None:
         freeze(config)
 
 
+@pytest.mark.slow
 def test_a_run_with_the_table_trains_and_replays(
     tmp_path: Path, small_model: Path, finished_run: Path
 ) -> None:

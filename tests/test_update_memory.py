@@ -1,5 +1,6 @@
 """Updates in place: the bits of the whole update, with little memory."""
 
+import itertools
 import re
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh
+from marks import all_but
 
 import jes.config
 from jes.config import freeze
@@ -47,8 +49,8 @@ def model(seed: int, scales: bool) -> PyTree:
     "changes",
     [
         REPLAY | {"initial_residual": "uniform", "residual_clip": 1.5},
-        REPLAY | DECAY,
-        REPLAY | SCALES,
+        pytest.param(REPLAY | DECAY, marks=pytest.mark.slow),
+        pytest.param(REPLAY | SCALES, marks=pytest.mark.slow),
         {"rounding": "residual"} | DECAY,
         {"rounding": "naive"} | SCALES,
     ],
@@ -134,8 +136,15 @@ def small_floats(seed: int) -> PyTree:
     }
 
 
-@pytest.mark.parametrize("law", ["normal", "table"])
-@pytest.mark.parametrize("decay", [{}, DECAY])
+@pytest.mark.parametrize(
+    ("law", "decay"),
+    [
+        ("normal", DECAY),
+        ("table", {}),
+        pytest.param("normal", {}, marks=pytest.mark.slow),
+        pytest.param("table", DECAY, marks=pytest.mark.slow),
+    ],
+)
 def test_floats_that_move_in_parts_are_those_that_move_at_once(
     law: str, decay: dict[str, Any]
 ) -> None:
@@ -159,8 +168,12 @@ def test_floats_that_move_in_parts_are_those_that_move_at_once(
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("place", ["device", "host"])
+@pytest.mark.parametrize(
+    ("place", "rank"),
+    all_but(
+        {("device", 0), ("host", 1)}, itertools.product(["device", "host"], [0, 1])
+    ),
+)
 def test_what_devices_share_is_what_each_would_compute(
     rank: int, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
