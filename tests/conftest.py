@@ -5,18 +5,24 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+from importlib.metadata import version
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+# Compiling takes most of the time of the tests. So programs are optimised little, which
+# takes half of the time, here and in processes that tests start: with what JAX's own
+# tests do, and an older way to emit code, as one module for LLVM.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+if "XLA_FLAGS" not in os.environ and version("jaxlib").startswith(("0.10.", "0.12.")):
+    os.environ["XLA_FLAGS"] = (
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    )
 
 import jax
 import pytest
 import small_run
 
-# Compiling takes more than half of the time of the tests, and what the compiler leaves
-# out a quarter of that. Processes that tests start do as this one.
-if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true") == "true":
-    jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)
 
@@ -58,6 +64,18 @@ def few_programs() -> Iterator[None]:
     maps = pathlib.Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") > 10_000:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def optimised() -> Iterator[None]:
+    """Programs are optimised as a user's are: for what computes long, or exact bits."""
+    name = "jax_disable_most_optimizations"
+    known = jax.config.values[name]
+    jax.config.update(name, False)
+    jax.clear_caches()
+    yield
+    jax.config.update(name, known)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

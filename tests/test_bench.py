@@ -178,6 +178,7 @@ def test_rows_by_name(
     assert "no such rows: sped; there are generation," in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_growth_is_what_a_program_takes() -> None:
     if not Path("/proc/self/clear_refs").exists() or jax.devices()[0].memory_stats():
         pytest.skip("for a CPU, on Linux")

@@ -433,6 +433,7 @@ def test_products_are_differences_of_gradients(tiny: Any) -> None:
     assert apart < 0.01
 
 
+@pytest.mark.slow
 def test_the_top_is_that_of_arpack(tiny: Any) -> None:
     pretrained, batch = tiny
     product = surrogate_product(pretrained.model, pretrained.params)

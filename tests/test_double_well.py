@@ -12,6 +12,8 @@ from jes.errors import InputError
 from jes.landscape import double_well
 from jes.landscape.double_well import DoubleWell
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 WELL = DoubleWell(stiffness=1.0, minimum=1.0, alpha=0.05, kappa=2.0)
 COLD = dataclasses.replace(WELL, kappa=1.0)
 

@@ -218,6 +218,7 @@ def test_one_layer_is_there_at_a_time() -> None:
     assert found < alone + 2 * 3 * layer
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same(
     tmp_path: Path, small_model: Path, finished_run: Path
 ) -> None:

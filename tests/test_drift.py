@@ -10,6 +10,8 @@ import pytest
 import jes
 from jes.core.fitness import METHODS, shape_fitness, typical_spread
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 PAPER = {"alpha": 5e-4, "parameters": 3.086e9, "generations": 500}
 """Of 2605.30148, Qwen2.5-3B."""
 

@@ -36,6 +36,7 @@ def studied(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.mark.slow
 def test_the_table_has_the_base_and_every_method(studied: Path) -> None:
     with (studied / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -55,6 +56,7 @@ def test_the_table_has_the_base_and_every_method(studied: Path) -> None:
     assert (studied / "metacognition.png").is_file()
 
 
+@pytest.mark.slow
 def test_models_are_asked_once(
     studied: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

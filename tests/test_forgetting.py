@@ -56,7 +56,7 @@ def small_config(model: Path) -> ConfigDict:
     return config
 
 
-METHODS = ["es", "l2:5", "l1:0.05", "answers:8", "shuffled", "grpo:1e-3"]
+METHODS = ["es", "l2:5", "l1:0.05", "shuffled", "grpo:1e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_tables_say_what_the_runs_say(studied: tuple[Path, ConfigDict]) -> None:
             assert float(row["prior"]) == pytest.approx(mean, rel=1e-5)
             assert float(row["norm"]) == pytest.approx(one["displacement_norm"], 1e-5)
             assert float(row["answers"]) == pytest.approx(one["answers"] / 1000)
-    assert {float(table[m, 0]["answers"]) for m in ("es", "answers:8")} == {0.768}
+    assert float(table["es", 0]["answers"]) == 0.768
     text = (workdir / "results.md").read_text()
     target = mean_error([float(table["es", seed]["target"]) for seed in (0, 1)], ".1f")
     assert f"| es | 2 | {target} |" in text
@@ -319,6 +319,7 @@ def test_unknown_variants_are_named() -> None:
         freeze(forgetting_config("gsm8k", variant))
 
 
+@pytest.mark.slow
 def test_command_lines(small_model: Path, tmp_path: Path) -> None:
     small = str(Path(__file__).with_name("small_run.py"))
     config = [f"--config={small}:{small_model}", "--config.generations=2"]

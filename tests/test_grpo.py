@@ -355,6 +355,7 @@ def test_improve_takes_the_steps_that_it_says(
     assert metrics["kl"] > 0
 
 
+@pytest.mark.slow
 def test_microbatches_add_up_to_the_minibatch(
     evaluation: Evaluation, params: dict, batch: Batch
 ) -> None:

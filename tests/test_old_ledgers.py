@@ -4,28 +4,14 @@ The fingerprints hold on processors with fused multiply-add (AVX2 and AVX-512 gi
 same bits; without it, at SSE 4.2, they differ).
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
 
 from jes import export
 from jes.models.weights import fingerprint
 
-
-@pytest.fixture(scope="module", autouse=True)
-def optimised() -> Iterator[None]:
-    """Programs as a user's run compiles them, not as most tests do."""
-    name = "jax_disable_most_optimizations"
-    known = jax.config.values[name]
-    jax.config.update(name, False)
-    jax.clear_caches()
-    yield
-    jax.config.update(name, known)
-    jax.clear_caches()
-
-
+pytestmark = pytest.mark.usefixtures("optimised")
 LEDGERS = sorted((Path(__file__).parent / "ledgers").glob("*.jsonl"))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -151,9 +152,8 @@ def test_prompts_of_a_family_are_answered_together() -> None:
         assert counts == sorted(counts)
 
 
-def shots(mode: str) -> Evaluation:
-    """Sums after worked examples of one of two kinds, asked of the embedded model."""
-    tiny = jes.load("tiny")
+def shots(pretrained: jes.Pretrained, mode: str) -> Evaluation:
+    """Sums after worked examples of one of two kinds."""
     kinds = ["".join(f"{i}+{j}={i + j} " for i in range(9)) for j in (1, 2)]
     examples = tuple({"kind": n % 2, "a": n, "b": 3 * n + 1} for n in range(3, 17))
     task = Task(
@@ -167,19 +167,19 @@ def shots(mode: str) -> Evaluation:
         max_new_tokens=5,
     )
     return Evaluation(
-        model=tiny.model,
-        tokenizer=tiny.tokenizer,
+        model=pretrained.model,
+        tokenizer=pretrained.tokenizer,
         task=task,
-        sampling=Sampling(eos_ids=tiny.eos_ids),
+        sampling=Sampling(eos_ids=pretrained.eos_ids),
         mode=mode,
     )
 
 
 @pytest.mark.parametrize("mode", all_but({"likelihood"}, MODES))
-def test_scores_are_the_same(mode: str) -> None:
-    evaluation = shots(mode)
+def test_scores_are_the_same(mode: str, small_model: Path) -> None:
+    pretrained = jes.load(small_model)
+    evaluation, params = shots(pretrained, mode), pretrained.params
     whole = dataclasses.replace(evaluation, parts=())
-    params = jes.load("tiny").params
     questions = prepare(evaluation, evaluation.task.test)
     assert padded_lengths(whole, questions)[0] == 0
     odd = questions[::2]

@@ -64,6 +64,7 @@ def test_faded_facts_are_recalled_in_their_step_alone() -> None:
     assert count("facts") >= 4 * 20 > 40 > count("truth")
 
 
+@pytest.mark.slow
 def test_the_embedded_model_knows_more_of_itself_than_it_says() -> None:
     """Near chance as it answers (d' below 0.4), above it in its log-odds."""
     pretrained = jes.load("tiny-knowing")

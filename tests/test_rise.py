@@ -59,6 +59,7 @@ def command(model: Path, folder: Path, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_command(small_model: Path, tmp_path: Path):
     model = small_model
     methods = "--methods=n:4,n:4+half_alpha:2"

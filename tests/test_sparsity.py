@@ -262,6 +262,7 @@ def results(runs: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_after_a_kill(results: Path, runs: Path) -> None:
     text = (results / "results.jsonl").read_text()
     assert text.startswith((runs / "killed.jsonl").read_text())
@@ -270,6 +271,7 @@ def test_the_command_goes_on_after_a_kill(results: Path, runs: Path) -> None:
     assert len(asked) == len(set(asked)) == 2 + 9 * 2 + 2
 
 
+@pytest.mark.slow
 def test_results_hold_every_part_and_its_norm(results: Path) -> None:
     report = json.loads((results / "results.json").read_text())
     table = {(row["part"], row["share"]): row for row in report["rows"]}
@@ -404,20 +406,26 @@ def test_a_run_without_a_ledger_starts_from_the_model_of_its_config(
         (["--exclude=lm_head"], "error: --exclude: no tensor is named lm_head"),
         (["--shares=1,101"], "not percentages from 0 to 100: '1,101'"),
         (["--shares=few"], "not percentages from 0 to 100: 'few'"),
-        (["--out=RUNS/results"], "seed: 0 there, 1 here\ngive another folder"),
+        pytest.param(
+            ["--out=RUNS/results"],
+            "seed: 0 there, 1 here\ngive another folder",
+            marks=pytest.mark.slow,
+        ),
         (["--out=MODEL/config.json"], "config.json cannot be the run folder"),
     ],
 )
 def test_the_command_says_what_is_wrong(
     arguments: list[str],
     message: str,
+    request: pytest.FixtureRequest,
     runs: Path,
-    results: Path,
     small_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    if arguments == ["--out=RUNS/results"]:
+        request.getfixturevalue("results")
     places = {"RUNS": str(runs), "MODEL": str(small_model)}
     for name, place in places.items():
         arguments = [text.replace(name, place) for text in arguments]

@@ -255,6 +255,7 @@ def test_prompts_are_drawn_anew_without_replacement(
     assert again == drawn[1]
 
 
+@pytest.mark.slow
 def test_antithetic_pairs_train_and_replay(run_toy: Callable) -> None:
     workdir = run_toy(vowels, antithetic=True)
     from jes.export import rebuild

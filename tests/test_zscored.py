@@ -13,6 +13,8 @@ from jes.errors import InputError
 from jes.landscape import quadratic, zscored
 from jes.landscape.quadratic import Ascent, Moments
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @pytest.mark.parametrize(
     ("sigma", "uncentred", "model"),
