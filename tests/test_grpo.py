@@ -395,6 +395,7 @@ def test_nothing_is_learned_from_groups_that_tie(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_reward_rises() -> None:
     pretrained = jes.load("tiny")
     evaluation = make_evaluation(pretrained, "tiny/min")

@@ -493,6 +493,7 @@ def test_a_run_trains_and_replays(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_it_learns(tmp_path: Path) -> None:
     """Twelve generations of the embedded model on `tiny/min`, from 18 %."""
     config = tiny_min()

@@ -20,6 +20,7 @@ def cells(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 @every
 def test_a_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code, cell after cell, in the folder of the notebooks."""
