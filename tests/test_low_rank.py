@@ -38,6 +38,7 @@ from jes.core.population import (
 )
 from jes.errors import InputError
 from jes.export import evolution_of, rebuild
+from jes.models.member_layers import thin_product
 from jes.models.weights import Pretrained, fingerprint
 from jes.sampling.generate import Sampling, decode, unrolled, unrolled_params
 from jes.sampling.likelihood import log_likelihoods, pad_choices
@@ -516,3 +517,12 @@ def tiny_min() -> Any:
     config.eval_every = 100
     config.data.test = 512
     return config
+
+
+@pytest.mark.parametrize("width", [16, 48, 896])
+def test_the_product_of_one_token_with_a_factor(width: int) -> None:
+    """Summed by halves on CPUs, as far as halves are even."""
+    rng = np.random.default_rng(0)
+    x, a, b = (rng.normal(size=s) for s in ((2, 1, width), (1, width), (1, 5)))
+    found = jax.jit(thin_product)(*map(jnp.float32, (x, a, b)))
+    np.testing.assert_allclose(found, x @ a.T @ b, rtol=1e-5, atol=1e-4)
