@@ -133,6 +133,14 @@ def test_likelihoods_are_the_same(params: dict) -> None:
     np.testing.assert_allclose(got, log_likelihoods(MODEL, members, whole), rtol=1e-5)
 
 
+def test_a_row_keeps_the_token_before_its_choice() -> None:
+    """Which predicts the choice's first; of 32 tokens in common 24 are shared then."""
+    batch = pad_choices([SHOTS[:32]] * 4, [[[4], [5]]] * 4, BUCKETS, None)
+    assert batch.rows.prefix is not None
+    assert (batch.rows.prefix.positions >= 0).sum() == 24
+    assert ((batch.rows.positions >= 0).sum(1) == 9).all()
+
+
 def test_prompts_of_a_family_are_answered_together() -> None:
     rng = np.random.default_rng(1)
     families = [rng.integers(0, 50, 200).tolist() for _ in range(3)]
