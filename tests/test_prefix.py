@@ -133,6 +133,14 @@ def test_likelihoods_are_the_same(params: dict) -> None:
     np.testing.assert_allclose(got, log_likelihoods(MODEL, members, whole), rtol=1e-5)
 
 
+def test_the_shortest_prefix_that_is_shared() -> None:
+    for common, shared in ((16, 16), (15, 0)):
+        prompts = [[*SHOTS[:common], i, i + 1] for i in range(40, 45)]
+        rest = share(prompts, (8, 24))
+        found = 0 if rest.prefix is None else int((rest.prefix.positions >= 0).sum())
+        assert found == shared
+
+
 def test_a_row_keeps_the_token_before_its_choice() -> None:
     """Which predicts the choice's first; of 32 tokens in common 24 are shared then."""
     batch = pad_choices([SHOTS[:32]] * 4, [[[4], [5]]] * 4, BUCKETS, None)
