@@ -13,11 +13,13 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 # Compiling takes most of the time of the tests. So programs are optimised little, which
 # takes half of the time, here and in processes that tests start: with what JAX's own
 # tests do, and an older way to emit code, as one module for LLVM.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-if "XLA_FLAGS" not in os.environ and version("jaxlib").startswith("0.10."):
-    # jaxlib 0.12 has no other way any more, and stops at flags that it does not know.
-    os.environ["XLA_FLAGS"] = (
-        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+if version("jaxlib").startswith("0.10."):
+    # jaxlib 0.12 stops at flags that it does not know any more, and what it optimises
+    # little has other last bits where an update is in place than where it is not.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
     )
 
 import jax
@@ -69,7 +71,10 @@ def few_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def optimised() -> Iterator[None]:
-    """Programs are optimised as a user's are: for what computes long, or exact bits."""
+    """Programs are optimised: for what computes long, or for bits of old programs.
+
+    Code is emitted in the older way still, which is chosen once for a process.
+    """
     name = "jax_disable_most_optimizations"
     known = jax.config.values[name]
     jax.config.update(name, False)

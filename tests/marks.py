@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 
-def all_but(kept: Collection[Hashable], cases: Iterable[Any]) -> list[Any]:
-    """The cases as parameters of a test, marked as slow where they are not kept."""
+def slow_except(kept: Collection[Hashable], cases: Iterable[Any]) -> list[Any]:
+    """The cases of a test as parameters, of which `make test` runs those kept alone."""
     found = []
     for case in cases:
         values = case if isinstance(case, tuple) else (case,)

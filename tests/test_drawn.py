@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from marks import all_but
+from marks import slow_except
 from small_decoder import decoder, weights_of
 from small_run import get_config, outcome
 
@@ -86,7 +87,7 @@ def test_other_generators_have_no_places() -> None:
 
 @pytest.mark.parametrize(
     ("law", "dtype"),
-    all_but(
+    slow_except(
         {("normal", "float32"), ("table", "bfloat16")},
         itertools.product(DISTRIBUTIONS, ["float32", "bfloat16"]),
     ),
@@ -121,21 +122,20 @@ def test_members_are_those_of_the_default(law: str, dtype: str) -> None:
     jax.tree.map(np.testing.assert_array_equal, found, members.variables["params"])
 
 
-QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16, "vocab_size": 47}
+KINDS: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {"tie_word_embeddings": False},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16, "vocab_size": 47},
+}
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        pytest.param({"tie_word_embeddings": False}, marks=pytest.mark.slow),
-        pytest.param(QWEN3, marks=pytest.mark.slow),
-    ],
-    ids=["tied", "untied", "qwen3"],
+    "kind",
+    slow_except({"tied"}, KINDS),
 )
-def test_likelihoods_are_those_of_members(changes: dict) -> None:
+def test_likelihoods_are_those_of_members(kind: str) -> None:
     """With a number of words that no number of blocks divides, too."""
-    model, params = decoder_of(**changes)
+    model, params = decoder_of(**KINDS[kind])
     batch = pad_choices(PROMPTS, [[[1], [2, 3]]] * 3, (16,))
     members, lazy = both(params, Noise(sigma=0.1))
     np.testing.assert_allclose(
@@ -175,11 +175,9 @@ def evaluations() -> dict[str, Evaluation]:
 
 @pytest.mark.parametrize(
     ("mode", "devices"),
-    [
-        pytest.param("generate", 1, marks=pytest.mark.slow),
-        ("likelihood", 1),
-        pytest.param("likelihood", 2, marks=pytest.mark.slow),
-    ],
+    slow_except(
+        {("likelihood", 1)}, [("generate", 1), ("likelihood", 1), ("likelihood", 2)]
+    ),
 )
 def test_members_earn_the_same(
     mode: str, devices: int, evaluations: dict[str, Evaluation]

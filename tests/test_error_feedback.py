@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from marks import all_but
+from marks import slow_except
 
 import jes
 from jes.core.codes import pack, unpack
@@ -149,7 +149,7 @@ SETTINGS = {"population": 8, "sigma": 0.05, "alpha": 0.1}
 
 @pytest.mark.parametrize(
     ("antithetic", "decay", "bits"),
-    all_but(
+    slow_except(
         {(False, 1.0, 8), (True, 0.9, 4)},
         itertools.product([False, True], [1.0, 0.9], [4, 8]),
     ),

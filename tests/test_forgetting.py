@@ -56,7 +56,7 @@ def small_config(model: Path) -> ConfigDict:
     return config
 
 
-METHODS = ["es", "l2:5", "l1:0.05", "shuffled", "grpo:1e-3"]
+METHODS = ["es", "l2:5", "l1:0.05", "answers:8", "n:8", "shuffled", "grpo:1e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_the_anchor_in_other_places(
 
 def test_norms_and_laws_are_logged(studied: tuple[Path, ConfigDict]) -> None:
     workdir, _ = studied
-    for method in ("es", "l2:5", "l1:0.05"):
+    for method in ("es", "l2:5", "l1:0.05", "n:8"):
         folder = folder_of(workdir, method, 0)
         ledger = export.read_ledger(folder)
         law = predicted_drift(
@@ -217,7 +217,7 @@ def test_tables_say_what_the_runs_say(studied: tuple[Path, ConfigDict]) -> None:
             assert float(row["prior"]) == pytest.approx(mean, rel=1e-5)
             assert float(row["norm"]) == pytest.approx(one["displacement_norm"], 1e-5)
             assert float(row["answers"]) == pytest.approx(one["answers"] / 1000)
-    assert float(table["es", 0]["answers"]) == 0.768
+    assert {float(table[m, 0]["answers"]) for m in ("es", "answers:8")} == {0.768}
     text = (workdir / "results.md").read_text()
     target = mean_error([float(table["es", seed]["target"]) for seed in (0, 1)], ".1f")
     assert f"| es | 2 | {target} |" in text
@@ -331,7 +331,9 @@ def test_command_lines(small_model: Path, tmp_path: Path) -> None:
         [*start, work, "--methods=es,l2:1", f"--out={tmp_path / 'out'}"],
         [*bare, "--redraw", f"--out={stored}"],
         [*start, "--methods=es,l2:x", work],
+        [*start, "--methods=es,es", work],
         [*start, "--seeds=1,b", work],
+        [*start, "--method=es"],
         [*start, work, "more"],
         [*bare, work],
     ]
@@ -343,7 +345,9 @@ def test_command_lines(small_model: Path, tmp_path: Path) -> None:
     assert "| es | 3 | 53.7 ± 3.8 |" in done[1]["stdout"]
     messages = [
         "'l2:x' is no method of a study: es, l1, l2",
+        "--methods=es,es: an entry is empty or repeated",
         "--seeds: 'b' is not a whole number",
+        "Unknown command line flag 'method'",
         "unexpected 'more'",
         "the study needs prior tasks: eval_tasks is empty",
     ]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from marks import all_but
+from marks import slow_except
 from random_checkpoint import QWEN2, QWEN3, write_checkpoint
 from small_run import SHAPE, get_config, outcome, rows
 
@@ -342,19 +342,19 @@ COMMON = list(range(3, 51))
 PROMPTS = [[*COMMON, 8, 9, 10], [*COMMON, 11], [*COMMON, 12, 13]]
 
 
+BASES = {"qwen2": (QWEN2, True, 1), "qwen3": (QWEN3, False, 3)}
 Materialised = tuple[Pretrained, Members, Members]
 
 
 @pytest.fixture(
     scope="module",
-    params=[(QWEN2, True, 1), pytest.param((QWEN3, False, 3), marks=pytest.mark.slow)],
-    ids=["qwen2", "qwen3"],
+    params=slow_except({"qwen2"}, BASES),
 )
 def materialised(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Materialised:
     """A model, members with factors, and the same members with weights of their own."""
-    base, tied, rank = request.param
+    base, tied, rank = BASES[request.param]
     pretrained = model_of(tmp_path_factory.mktemp("model"), base, tied)
     noise, numbers = jes.Noise(sigma=0.05, rank=rank), jnp.arange(3)
     thin = perturb_members(pretrained.params, KEY, numbers, noise)
@@ -362,7 +362,7 @@ def materialised(
     return pretrained, thin, Members({"params": weights}, thin.keys)
 
 
-@pytest.mark.parametrize("cached", all_but({False}, [False, True]))
+@pytest.mark.parametrize("cached", slow_except({False}, [False, True]))
 def test_logits_of_members_are_the_materialised_ones(
     cached: bool, materialised: Materialised
 ) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_run
+from marks import slow_except
 
 from jes import memory, train
 from jes.config import freeze
@@ -196,8 +197,9 @@ def test_what_is_analysed_is_what_runs(
 CHOICES = {"task": "tiny/rules", "mode": "likelihood", "buckets": (96,)}
 
 
-@pytest.mark.parametrize("changes", [{}, pytest.param(CHOICES, marks=pytest.mark.slow)])
-def test_what_is_chosen_fits(changes: dict[str, Any], small_model: Path) -> None:
+@pytest.mark.parametrize("mode", slow_except({"generate"}, ["generate", "likelihood"]))
+def test_what_is_chosen_fits(mode: str, small_model: Path) -> None:
+    changes = CHOICES if mode == "likelihood" else {}
     experiment = make(small_model, **changes)
     evaluation, params = experiment.evaluation, experiment.pretrained.params
     batch = batch_of(evaluation, pick(experiment, 0))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from make_goldens import CONFIGS, GOLDENS, Batch, make_batch, torch_logits
+from marks import slow_except
 from random_checkpoint import write_checkpoint, write_json
 
 from jes.models import weights
@@ -21,13 +22,7 @@ FAMILIES = pytest.mark.parametrize("family", CONFIGS)
 SHORT = ["qwen2", "qwen3", "llama"]
 ONE_EACH = pytest.mark.parametrize("family", SHORT)
 """Others differ in whether the head is tied, which is compared above."""
-MOST_SLOW = pytest.mark.parametrize(
-    "family",
-    [
-        name if name in SHORT else pytest.param(name, marks=pytest.mark.slow)
-        for name in CONFIGS
-    ],
-)
+MOST_SLOW = pytest.mark.parametrize("family", slow_except(SHORT, CONFIGS))
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from marks import all_but
+from marks import slow_except
 from small_decoder import decoder, weights_of
 
 import jes
@@ -106,7 +106,7 @@ def test_greedy_answers_are_the_same(params: dict) -> None:
     assert len({tuple(row) for row in answer()}) == len(PROMPTS)
 
 
-@pytest.mark.parametrize("quantized", all_but({False}, [False, True]))
+@pytest.mark.parametrize("quantized", slow_except({False}, [False, True]))
 def test_members_read_a_prefix_each(params: dict, quantized: bool) -> None:
     if quantized:
         params = quantize(params, bits=4, group_size=16)
@@ -191,7 +191,7 @@ def shots(pretrained: jes.Pretrained, mode: str) -> Evaluation:
     )
 
 
-@pytest.mark.parametrize("mode", all_but({"likelihood"}, MODES))
+@pytest.mark.parametrize("mode", slow_except({"likelihood"}, MODES))
 def test_scores_are_the_same(mode: str, small_model: Path) -> None:
     pretrained = jes.load(small_model)
     evaluation, params = shots(pretrained, mode), pretrained.params

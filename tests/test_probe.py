@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from marks import all_but
+from marks import slow_except
 from ml_collections import ConfigDict
 from small_run import rows, run_jobs, write_model
 
@@ -192,7 +192,7 @@ def test_bits_come_back():
     np.testing.assert_array_equal(from_hex(to_hex(bits), 33), bits)
 
 
-@pytest.mark.parametrize("mode", all_but({"likelihood"}, MODES))
+@pytest.mark.parametrize("mode", slow_except({"likelihood"}, MODES))
 def test_single_answers_are_those_that_a_score_is_of(mode):
     pretrained = jes.load("tiny")
     task = load_task("tiny/rules")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from make_goldens import LLAMA, QWEN2, QWEN3, make_batch
+from marks import slow_except
 from random_checkpoint import write_json
 from random_gptq_checkpoint import random_gptq_tensor
 from safetensors.numpy import load_file, save_file
@@ -887,7 +888,7 @@ def test_weights_that_cannot_be_rounded():
     [
         (("--bits=4", "--group_size=32"), 5.8, 9.7),
         (("--bits=8", "--group-size=32", "--asymmetric"), 3.3, 0.5),
-        pytest.param(("--w8a8",), 3.6, 0.7, marks=pytest.mark.slow),
+        *slow_except((), [(("--w8a8",), 3.6, 0.7)]),
     ],
 )
 def test_command_line(arguments, smaller, error, tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_except
 from small_run import get_config, outcome, rows
 
 import jes
@@ -91,12 +92,7 @@ def test_the_ledger_is_enough(quantized_run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("bits", "sigma"),
-    [
-        (4, 0.6),
-        pytest.param(8, 60.0, marks=pytest.mark.slow),
-        pytest.param(4, 0.05, marks=pytest.mark.slow),
-        pytest.param(8, 0.05, marks=pytest.mark.slow),
-    ],
+    slow_except({(4, 0.6)}, [(4, 0.6), (8, 60.0), (4, 0.05), (8, 0.05)]),
 )
 def test_members_answer_as_their_own_models(
     bits: int, sigma: float, small_model: Path

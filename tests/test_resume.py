@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from command_lines import failing, place
-from marks import all_but
+from marks import slow_except
 from small_run import Outcome, get_config, outcome, rows, run_jobs, train_command
 
 from jes import train
@@ -212,7 +212,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", all_but({"l2", "replay"}, KINDS))
+@pytest.mark.parametrize("kind", slow_except({"l2", "replay"}, KINDS))
 def test_every_kind_of_run_goes_on_and_ends_the_same(
     kind: str, tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

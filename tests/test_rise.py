@@ -62,7 +62,7 @@ def command(model: Path, folder: Path, *more: str) -> list[str]:
 @pytest.mark.slow
 def test_the_command(small_model: Path, tmp_path: Path):
     model = small_model
-    methods = "--methods=n:4,n:4+half_alpha:2"
+    methods = "--methods=n:4,n:6+half_alpha:2"
     jobs = [
         {"argv": command(model, tmp_path / "runs", methods, "--seeds=0,1")},
         {"argv": command(model, tmp_path / "no", "--config.eval_train=False")},
@@ -71,7 +71,7 @@ def test_the_command(small_model: Path, tmp_path: Path):
     done, blind, twice = run_jobs(jobs)
     assert done["status"] == 0, done["stderr"]
     results = json.loads((tmp_path / "runs" / "rise.json").read_text())
-    assert list(results) == ["n:4", "n:4+half_alpha:2"]
+    assert list(results) == ["n:4", "n:6+half_alpha:2"]
     folder = tmp_path / "runs" / "n-4" / "seed-1"
     curves = curves_of(folder, "tiny/reverse")
     assert curves["generation"] == [0, 1, 2, 3, 4]

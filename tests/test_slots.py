@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_run
-from marks import all_but
+from marks import slow_except
 from small_decoder import decoder, weights_of
 
 import jes
@@ -134,7 +134,7 @@ def test_one_program_for_all_that_waits(
     assert [program._cache_size() for program in programs] == compiled
 
 
-@pytest.mark.parametrize("kind", all_but({"full"}, ["full", "int4", "itself"]))
+@pytest.mark.parametrize("kind", slow_except({"full"}, ["full", "int4", "itself"]))
 def test_a_prefix_is_read_once_per_member(kind: str) -> None:
     """And members may share params, of codes, and be all the same."""
     params = weights_of(MODEL)

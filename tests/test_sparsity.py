@@ -406,26 +406,18 @@ def test_a_run_without_a_ledger_starts_from_the_model_of_its_config(
         (["--exclude=lm_head"], "error: --exclude: no tensor is named lm_head"),
         (["--shares=1,101"], "not percentages from 0 to 100: '1,101'"),
         (["--shares=few"], "not percentages from 0 to 100: 'few'"),
-        pytest.param(
-            ["--out=RUNS/results"],
-            "seed: 0 there, 1 here\ngive another folder",
-            marks=pytest.mark.slow,
-        ),
         (["--out=MODEL/config.json"], "config.json cannot be the run folder"),
     ],
 )
 def test_the_command_says_what_is_wrong(
     arguments: list[str],
     message: str,
-    request: pytest.FixtureRequest,
     runs: Path,
     small_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if arguments == ["--out=RUNS/results"]:
-        request.getfixturevalue("results")
     places = {"RUNS": str(runs), "MODEL": str(small_model)}
     for name, place in places.items():
         arguments = [text.replace(name, place) for text in arguments]
@@ -433,6 +425,18 @@ def test_the_command_says_what_is_wrong(
     common += ["--examples=24", "--seed=1"]
     assert command(monkeypatch, *common, *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_results_of_another_seed_are_refused(
+    results: Path,
+    runs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [f"--run={runs / 'run'}", f"--out={results}", "--task=tiny/knows"]
+    assert command(monkeypatch, *arguments, "--examples=24", "--seed=1") == 2
+    assert "seed: 0 there, 1 here\ngive another folder" in capsys.readouterr().err
 
 
 def test_quantised_runs_and_other_bases_are_refused(

@@ -16,8 +16,6 @@ import jes
 from jes.core.noise import PyTree
 from jes.io.checkpoints import restore_latest, save
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 NOISE = jes.Noise(sigma=0.3)
 POPULATION = 4
 

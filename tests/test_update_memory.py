@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh
-from marks import all_but
+from marks import slow_except
 
 import jes.config
 from jes.config import freeze
@@ -49,10 +49,9 @@ def model(seed: int, scales: bool) -> PyTree:
     "changes",
     [
         REPLAY | {"initial_residual": "uniform", "residual_clip": 1.5},
-        pytest.param(REPLAY | DECAY, marks=pytest.mark.slow),
-        pytest.param(REPLAY | SCALES, marks=pytest.mark.slow),
         {"rounding": "residual"} | DECAY,
         {"rounding": "naive"} | SCALES,
+        *slow_except((), [REPLAY | DECAY, REPLAY | SCALES]),
     ],
 )
 def test_what_moves_in_place_is_what_the_updates_say(changes: dict[str, Any]) -> None:
@@ -141,8 +140,7 @@ def small_floats(seed: int) -> PyTree:
     [
         ("normal", DECAY),
         ("table", {}),
-        pytest.param("normal", {}, marks=pytest.mark.slow),
-        pytest.param("table", DECAY, marks=pytest.mark.slow),
+        *slow_except((), [("normal", {}), ("table", DECAY)]),
     ],
 )
 def test_floats_that_move_in_parts_are_those_that_move_at_once(
@@ -170,7 +168,7 @@ def test_floats_that_move_in_parts_are_those_that_move_at_once(
 
 @pytest.mark.parametrize(
     ("place", "rank"),
-    all_but(
+    slow_except(
         {("device", 0), ("host", 1)}, itertools.product(["device", "host"], [0, 1])
     ),
 )
