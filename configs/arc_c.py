@@ -52,8 +52,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
         config.alpha = 0.02
         config.prompts = 8
         config.generations = 4
-        config.data.train = 64
-        config.data.test = 32
+        config.data.train_examples = 64
+        config.data.test_examples = 32
         config.eval_every = 2
         config.eval_batch = 8
     return config

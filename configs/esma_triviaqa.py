@@ -23,14 +23,14 @@ Published for the 1.5B model on the validation split of TriviaQA, after 750 gene
 d' of the generated answers from 0.1985 to 0.9302, answers and knowing agree on 53.30 ->
 68.86 % of the questions. Both are read from figures in the history of the code's
 repository, one run; that they are of generated answers is inferred from file names.
-Here 1000 questions are evaluated on (`--config.data.test=0` for all), besides two data
+Here 1000 questions are evaluated on (`--config.data.test_examples=0` for all), besides two data
 sets that are not trained on and one prompt that lets the model answer "I don't know".
 
 Not run by us: 750 generations are 12.3 million answers of up to 32 tokens. Somebody
 reports 13 hours on four A100 for the 3B model. Needs an accelerator, and from the hub
 or as parquet in FOLDER `google-research-datasets/nq_open`, `stanfordnlp/web_questions`
 and `mandarjoshi/trivia_qa`: 138 thousand rows to train on, which take two minutes to
-encode (`--config.data.train=20000` takes fewer).
+encode (`--config.data.train_examples=20000` takes fewer).
 `:tiny` is the second embedded model on `tiny/knows`, `:tiny_int4` the same rounded to
 int4 codes, with seed replay (2602.03120).
 """
@@ -64,7 +64,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.generations = 750
     config.eval_tasks = ("nq_open", "web_questions", "trivia_qa/idk")
     config.eval_every = 50
-    config.data.test = 1000
+    config.data.test_examples = 1000
     if variant == "published":
         config.task = "trivia_qa/published"
         config.eval_tasks = (

@@ -22,7 +22,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(f"there is no variant {variant!r}; there are {VARIANTS[1:]}")
     config = default()
-    config.data.train = 100
+    config.data.train_examples = 100
     config.prompts = 0  # all of them
     config.eval_train = True
     config.eval_every = 5

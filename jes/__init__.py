@@ -1,5 +1,8 @@
 """Evolution strategies for language models, in JAX: the table of contents."""
 
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
 from jes import landscape, metacognition
 from jes.core.anchor import distance, keep_anchor
 from jes.core.codes import pack as pack_codes
@@ -10,6 +13,7 @@ from jes.core.noise import Noise, generation_key, perturb, perturb_member
 from jes.core.population import draw_overlays
 from jes.models.weights import Pretrained, load
 from jes.sampling.generate import generate
+from jes.tasks import Reward, Task
 from jes.transforms import (
     anchored_weight_decay,
     error_feedback,
@@ -19,16 +23,26 @@ from jes.transforms import (
     update_in_place,
 )
 
+if TYPE_CHECKING:
+    from jes.api import Result, answer, fine_tune
+
+__version__ = version("jes")
+
 __all__ = [
     "Noise",
     "Pretrained",
+    "Result",
+    "Reward",
+    "Task",
     "anchored_weight_decay",
+    "answer",
     "coefficient_for_norm",
     "distance",
     "draw_overlays",
     "drift_norm",
     "error_feedback",
     "es_gradient",
+    "fine_tune",
     "generate",
     "generation_key",
     "keep_anchor",
@@ -44,3 +58,12 @@ __all__ = [
     "unpack_codes",
     "update_in_place",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `jes.api` when it is first used: entry points are modules in it."""
+    if name in ("Result", "answer", "fine_tune"):
+        from jes import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'jes' has no attribute {name!r}")

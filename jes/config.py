@@ -22,19 +22,13 @@ from jes.errors import InputError
 from jes.metacognition.objectives import OBJECTIVES
 from jes.questions import DRAWS, MODES
 from jes.sampling.generate import Sampling
+from jes.tasks.own import Asking
+from jes.tasks.rewards import Rewarding, weights_of
+from jes.tasks.task import Data
 from jes.update import ROUNDINGS, make_optimizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Of the weights that answer. The master copy, which is trained, is float32."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Data:
-    """The examples of all tasks."""
-
-    root: str = ""  # folder of parquet files laid out as on the hub; '' is the hub
-    train: int = 0  # number of training examples; 0 for all
-    test: int = 0  # number of held-out examples to evaluate on; 0 for all
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,9 +61,20 @@ class Settings:
     quantize: str = ""  # 'int4', 'int8' or 'w8a8' rounds a float model first
     group_size: int = 128  # int4 and int8: weights that share a scale
     dtype: str = "float32"  # of the weights that answer; the master copy is float32
-    task: str = "tiny/min"
+    task: str = "tiny/min"  # a name, or one's own: 'mytask.py', 'package.module:name'
     mode: str = "generate"  # or 'likelihood', for a task with choices
-    data: Data = Data()
+    data: Data = Data()  # noqa: RUF009  frozen
+
+    # A task of one's own: see `jes.tasks.own` and `jes.tasks.rewards`.
+    prompt: str = ""  # template over the columns of a row, or a column
+    system: str = ""  # system message
+    chat_template: str = ""  # a file, in place of the model's own
+    template_kwargs: str = ""  # JSON, such as {"enable_thinking": true}
+    reward_weights: str = ""  # of named rewards: 'right=1,brief=0.1'
+    reward_errors: str = "stop"  # or 'zero': an answer whose reward fails earns 0
+    reward_timeout: float = 60.0  # seconds; 0 for no limit
+    reward_concurrency: int = 16  # answers that an `async` reward scores at a time
+    accept_changes: bool = False  # go on though rows, prompts or reward have changed
 
     # Evolution (2509.24372).
     generations: int = 100
@@ -140,6 +145,8 @@ class Settings:
     eval_batch: int = 256
     kl_prompts: int = 0  # of each evaluated task, for the KL to the base model
     kl_max_new_tokens: int = 256
+    keep: str = "last"  # or 'best': model-best/ too, the best held-out reward so far
+    patience: int = 0  # evaluations without a better one until the run ends; 0: never
     checkpoint_every: int = 25
 
     @property
@@ -153,6 +160,15 @@ class Settings:
         names = {field.name for field in dataclasses.fields(Evolution)}
         own = {name: getattr(self, name) for name in names - {"distribution"}}
         return Evolution(**own, distribution=self.noise)
+
+    @property
+    def asking(self) -> Asking:
+        """How a task of one's own asks; `chat` is up to the model."""
+        names = [field.name for field in dataclasses.fields(Rewarding)]
+        values = {name: getattr(self, f"reward_{name}") for name in names}
+        return Asking(
+            prompt=self.prompt, system=self.system, rewarding=Rewarding(**values)
+        )
 
     @cached_property
     def sampling(self) -> Sampling:
@@ -170,9 +186,18 @@ AT_LEAST: dict[str, int] = {
     **dict.fromkeys(("kl_max_new_tokens", "model_parallel", "slice_tokens"), 1),
     **dict.fromkeys(("prompts", "max_new_tokens", "chunk", "slots", "kl_prompts"), 0),
     **dict.fromkeys(("memory_gb", "devices", "alpha_half_life", "sigma_half_life"), 0),
-    **dict.fromkeys(("data.train", "data.test", "seed", "grpo.minibatch"), 0),
+    **dict.fromkeys(("data.train_examples", "data.test_examples", "seed"), 0),
+    **dict.fromkeys(("grpo.minibatch", "reward_timeout"), 0),
+    **{"reward_concurrency": 1, "patience": 0},
 }
-FINITE = ("alpha", "temperature", "memory_gb", "scale_alpha", "residual_clip")
+FINITE = (
+    "reward_timeout",
+    "alpha",
+    "temperature",
+    "memory_gb",
+    "scale_alpha",
+    "residual_clip",
+)
 POSITIVE = ("grpo.learning_rate", "sft.learning_rate")
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("es", "grpo", "sft"),
@@ -187,6 +212,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "anchor": PLACES,
     "rounding": tuple(ROUNDINGS),
     "sft.loss": ("answer", "all"),
+    "keep": ("last", "best"),
+    "reward_errors": ("stop", "zero"),
 }
 ES_ALONE = ("rounding", "decay", "shuffle_fitness", "slots", "share_update")
 UNUSED: dict[str, tuple[str, ...]] = {
@@ -198,8 +225,12 @@ UNUSED: dict[str, tuple[str, ...]] = {
 
 
 def default() -> ml_collections.ConfigDict:
-    """The default settings, for a config file to change."""
-    return ml_collections.ConfigDict(dataclasses.asdict(Settings()))
+    """The default settings, for a config file to change; others cannot be added."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Settings())).lock()
+
+
+get_config = default
+"""This module is a config file, for a command line without one."""
 
 
 def freeze(config: Mapping[str, Any]) -> Settings:
@@ -215,7 +246,9 @@ def freeze(config: Mapping[str, Any]) -> Settings:
         for name in sorted(set(values[group]) - known):
             raise InputError(f"there is no setting {group}.{name}")
         values[group] = kind(**values[group])
-    values |= {name: tuple(values[name]) for name in ("buckets", "eval_tasks")}
+    values["buckets"] = tuple(values["buckets"])
+    names = [name for entry in values["eval_tasks"] for name in entry.split(",")]
+    values["eval_tasks"] = tuple(name for name in names if name)  # a,b is one entry
     settings = Settings(**values)
     _check_values(settings)
     for name in UNUSED[settings.method]:
@@ -259,6 +292,7 @@ def _check_values(settings: Settings) -> None:
             raise InputError(f"{name} must be one of {choices}, not {value(name)!r}")
     if settings.seed >= 2**32:
         raise InputError(f"seed must be below {2**32}, not {settings.seed}")
+    weights_of(settings.reward_weights)
     buckets = settings.buckets
     if not buckets or any(not isinstance(b, int) or b < 1 for b in buckets):
         raise InputError(f"buckets are prompt lengths in tokens, not {buckets}")
@@ -284,6 +318,9 @@ def _conflicts(s: Settings) -> dict[str, Any]:
         "slots are for mode 'generate'": s.slots and not generates,
         "decay_coefficient does nothing without decay='l2' or 'l1'": (
             s.decay_coefficient and not decays
+        ),
+        f"decay={s.decay!r} does nothing with decay_coefficient=0: set it too": (
+            decays and not s.decay_coefficient
         ),
         "scale_sigma and scale_alpha go together: set both or none": (
             bool(s.scale_sigma) != bool(s.scale_alpha)

@@ -1,20 +1,24 @@
 """Scores a model folder, or the weights that a run has reached, on tasks.
 
     python -m jes.evaluate --model=tiny --tasks=tiny/add,tiny/min
-    python -m jes.evaluate --model=runs/tiny --tasks=tiny/min --examples=200
+    python -m jes.evaluate --model=runs/tiny --examples=200  # on the tasks of the run
+    python -m jes.evaluate --model=tiny --tasks=mytask.py --data=rows.jsonl
 
 Accuracy is by lenient extraction; strict is right in exactly the format asked for.
 """
 
 import argparse
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from jes.config import CHOICES, DTYPES
+from jes.config import CHOICES, DTYPES, Settings
 from jes.errors import InputError
-from jes.experiment import make_evaluation
+from jes.experiment import make_evaluation, task_for
 from jes.export import load_base, read_ledger, replayed
 from jes.io.command_line import at_least, guarded
 from jes.io.console import console
@@ -22,9 +26,9 @@ from jes.io.metrics import write_json
 from jes.models.weights import Pretrained, load
 from jes.questions import prepare
 from jes.rollout import examine
-from jes.run_folder import recorded, score_row
+from jes.run_folder import recorded, score_row, settings_in
 from jes.scoring import Score
-from jes.tasks import TASKS, load_task
+from jes.tasks import TASKS, Asking
 
 
 def load_model(path: str) -> tuple[Pretrained, str]:
@@ -54,9 +58,10 @@ def load_model(path: str) -> tuple[Pretrained, str]:
 
 def evaluate(
     pretrained: Pretrained,
-    tasks: list[str],
+    tasks: Iterable[str],
     *,
-    data: dict[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    asking: Asking = Asking(),  # noqa: B008  frozen
     batch_size: int = 256,
     **settings: Any,
 ) -> dict[str, Score]:
@@ -64,17 +69,17 @@ def evaluate(
 
     Args:
       pretrained: the model.
-      tasks: names in `jes.tasks.TASKS`.
-      data: `root`, `seed` and `test` (held-out examples of each task; 0 for all) of
-        `jes.tasks.load_task`.
+      tasks: names in `jes.tasks.TASKS`, or those of one's own.
+      data: `seed` and the fields of `jes.tasks.Data`.
+      asking: how a task of one's own asks.
       batch_size: prompts answered at once.
       settings: `mode` and `dtype`, see `jes.questions.Evaluation`.
     """
     scores = {}
     for name in tasks:
-        task = load_task(name, **(data or {}))
+        task = task_for(pretrained, name, asking, **(data or {}))
         evaluation = make_evaluation(pretrained, task, **settings)
-        questions = prepare(evaluation, evaluation.task.test)
+        questions = prepare(evaluation, task.test)
         scores[name] = examine(
             evaluation, pretrained.params, questions, batch_size=batch_size
         )
@@ -82,11 +87,14 @@ def evaluate(
 
 
 def table(scores: dict[str, Score]) -> Table:
-    """Percentages of the examples, a row a task."""
-    shown = Table("task", "accuracy %", "strict %", "formatted %", "truncated %")
+    """Rewards, and percentages of the examples; a row a task."""
+    shown = Table(
+        "task", "reward", "accuracy %", "strict %", "formatted %", "truncated %"
+    )
     for name, score in scores.items():
         shares = (score.accuracy, score.strict, score.formatted, score.truncated)
-        shown.add_row(name, *(f"{100 * share:.1f}" for share in shares))
+        cells = ["-" if math.isnan(one) else f"{100 * one:.1f}" for one in shares]
+        shown.add_row(name, f"{score.reward:.3f}", *cells)
     return shown
 
 
@@ -95,39 +103,70 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model", default="tiny", help="folder, hub id, 'tiny', or run"
+    add = parser.add_argument
+    add("--model", default="tiny", help="folder, hub id, 'tiny', or run")
+    add(
+        "--tasks", help="comma-separated; by default those of the run, or the tiny ones"
     )
-    parser.add_argument("--tasks", help="comma-separated; one of: " + ", ".join(TASKS))
-    parser.add_argument("--examples", type=at_least(0), default=0, help="of each task")
-    parser.add_argument("--root", default="", help="folder of parquet files")
-    parser.add_argument("--mode", default="generate", choices=CHOICES["mode"])
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights; by default a run's, or float32"
-    )
-    parser.add_argument("--batch-size", type=at_least(1), default=256)
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of drawn examples")
-    parser.add_argument("--out", type=Path, help="JSON file to write too")
+    add("--examples", type=at_least(0), help="of each task; 0 for all")
+    add("--root", help="folder of parquet files, for tasks on public data")
+    add("--data", help="held-out rows of a task of your own: a file, or a hub id")
+    add("--prompt", help="its prompt: a template over the columns, or a column")
+    add("--system", help="its system message")
+    add("--mode", choices=CHOICES["mode"])
+    add("--dtype", choices=DTYPES, help="of the weights; default the run's or float32")
+    add("--batch-size", type=at_least(1), default=256)
+    add("--seed", type=at_least(0), help="of drawn examples")
+    add("--out", type=Path, help="JSON file to write too")
     args = parser.parse_args()
 
     def command() -> None:
         if args.out:  # fails before the work, not after it
             args.out.parent.mkdir(parents=True, exist_ok=True)
-        tiny = [name for name in TASKS if name.startswith("tiny/")]
+        settings = settings_of(args.model)
+        for name in ("prompt", "system", "mode", "seed"):
+            if getattr(args, name) is not None:
+                settings = dataclasses.replace(settings, **{name: getattr(args, name)})
+        data = dataclasses.asdict(settings.data)
+        given = {"root": args.root, "test_examples": args.examples}
+        given |= {"train": args.data, "test": args.data}
+        data |= {name: value for name, value in given.items() if value is not None}
+        names = args.tasks.split(",") if args.tasks else tasks_of(args.model, settings)
         pretrained, dtype = load_model(args.model)
         scores = evaluate(
             pretrained,
-            args.tasks.split(",") if args.tasks else tiny,
-            data={"root": args.root, "seed": args.seed, "test": args.examples},
+            names,
+            data=data | {"seed": settings.seed},
+            asking=settings.asking,
             batch_size=args.batch_size,
-            mode=args.mode,
+            mode=settings.mode,
             dtype=args.dtype or dtype,
         )
         console.print(table(scores))
         if args.out:
-            write_json(args.out, {n: score_row(s) for n, s in scores.items()})
+            write_json(args.out, {name: score_row(one) for name, one in scores.items()})
 
     guarded(command)
+
+
+def is_run(model: str) -> bool:
+    """Whether it is a run folder, which has a config.json as a model folder has."""
+    return any(
+        (Path(model) / f"{name}.jsonl").is_file() for name in ("ledger", "metrics")
+    )
+
+
+def settings_of(model: str) -> Settings:
+    """The settings of a run folder; the defaults for a model."""
+    record = recorded(Path(model)) if is_run(model) else None
+    return Settings() if record is None else settings_in(record)
+
+
+def tasks_of(model: str, settings: Settings) -> list[str]:
+    """The tasks of a run folder; the tiny ones for a model."""
+    if not is_run(model):
+        return [name for name in TASKS if name.startswith("tiny/")]
+    return [settings.task, *settings.eval_tasks]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """From settings to what a run works with: the model, its tasks, the questions."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from jes.questions import Evaluation, Question, longest, padded_lengths, prepare
 from jes.sampling.generate import Sampling
 from jes.sampling.kl import Answers, sample_answers
 from jes.sampling.prompts import bucket
-from jes.tasks import Task, load_task
+from jes.tasks import Asking, Given, Task, load_task
 from jes.update import ROUNDINGS, count_trained, flip_rate
 
 ON_TRAIN = " (train)"
@@ -52,6 +54,19 @@ class Experiment(NamedTuple):
     train: list[Question]
     evaluations: dict[str, tuple[Evaluation, list[Question]]]
     base_answers: dict[str, Answers]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Hashes of what is asked and how it is rewarded, beside the settings."""
+        task = self.evaluation.task
+        asked = {"the rows or prompts to train on": self.train}
+        asked |= {
+            f"those of {name}": found for name, (_, found) in self.evaluations.items()
+        }
+        found = {name: digest(questions) for name, questions in asked.items()}
+        if task.source:
+            found["the reward"] = hashlib.sha256(task.source.encode()).hexdigest()[:16]
+        return found
 
     @property
     def evolution(self) -> Evolution:
@@ -86,8 +101,10 @@ class State(NamedTuple):
     opt_state: Any
 
 
-def make_experiment(settings: Settings) -> Experiment:
+def make_experiment(settings: Settings, given: Given | None = None) -> Experiment:
     """Loads the model and the tasks, and encodes all prompts.
+
+    `given` is the task in Python, in place of what `settings.task` stands for.
 
     Raises:
       InputError: if model, tasks, data and settings do not fit together.
@@ -97,6 +114,7 @@ def make_experiment(settings: Settings) -> Experiment:
         settings,
         pretrained,
         name,
+        given,
         mode=settings.mode,
         sampling=settings.sampling,
         slice_tokens=settings.slice_tokens,
@@ -128,6 +146,15 @@ def make_experiment(settings: Settings) -> Experiment:
         evaluations=evaluations,
         base_answers=_base_answers(settings, pretrained, evaluations),
     )
+
+
+def digest(questions: Sequence[Question]) -> str:
+    """A hash of the questions as tokens, with their rows."""
+    found = hashlib.sha256()
+    for one in questions:
+        row = [dict(one.example), one.prompt, one.choices, list(one.meta)]
+        found.update(json.dumps(row, default=str, sort_keys=True).encode())
+    return found.hexdigest()[:16]
 
 
 def load_trainable(settings: Settings) -> Pretrained:
@@ -200,10 +227,24 @@ def make_evaluation(
 
 
 def task_evaluation(
-    settings: Settings, pretrained: Pretrained, name: str, **more: Any
+    settings: Settings,
+    pretrained: Pretrained,
+    name: str,
+    given: Given | None = None,
+    **more: Any,
 ) -> Evaluation:
-    """`make_evaluation` for a task by its name, with the settings of a run."""
-    task = load_task(name, seed=settings.seed, **dataclasses.asdict(settings.data))
+    """`make_evaluation` for a task by its name, with the settings of a run.
+
+    `given` is a task in Python, in place of what the name stands for.
+    """
+    task = task_for(
+        pretrained,
+        name,
+        seed=settings.seed,
+        asking=settings.asking,
+        given=given,
+        **dataclasses.asdict(settings.data),
+    )
     return make_evaluation(
         pretrained,
         task,
@@ -212,6 +253,17 @@ def task_evaluation(
         buckets=settings.buckets,
         **more,
     )
+
+
+def task_for(
+    pretrained: Pretrained,
+    name: str,
+    asking: Asking = Asking(),  # noqa: B008  frozen
+    **options: Any,
+) -> Task:
+    """`load_task`; text becomes a chat message where the model has a template."""
+    chat = getattr(pretrained.tokenizer, "chat_template", None) is not None
+    return load_task(name, asking=dataclasses.replace(asking, chat=chat), **options)
 
 
 def _evaluations(

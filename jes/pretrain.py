@@ -375,7 +375,9 @@ def evaluate(
             model, params, prompts, task.max_new_tokens, eos_ids=(TOKENS[EOS],)
         )
         texts = map(tokenizer.decode, answers)
-        correct = [task.reward(*p).correct for p in zip(task.test, texts, strict=True)]
+        correct = [
+            bool(task.reward(*p).correct) for p in zip(task.test, texts, strict=True)
+        ]
         accuracies[name] = sum(correct) / len(correct)
     return accuracies
 

@@ -25,7 +25,16 @@ from jes.sampling.continuous_batching import Batching, decode_in_slots
 from jes.sampling.generate import decode, unrolled, unrolled_params
 from jes.sampling.likelihood import ChoiceBatch, log_likelihoods
 from jes.sampling.prompts import PromptBatch, batches
-from jes.scoring import Answered, Score, answered, score
+from jes.scoring import (
+    Answered,
+    Score,
+    answer_rewards,
+    answered,
+    generated,
+    mean_score,
+    score,
+    texts_of,
+)
 
 
 class Rollout(NamedTuple):
@@ -139,8 +148,10 @@ def ask(
     mine = np.minimum(np.arange(first, first + count), population - 1)
     at_once = devices * min(chunk, -(-count // devices))
     scored = partial(score, evaluation, questions, batch)
-    parts = exchange(lambda: np.stack(evaluate(dispatch, scored, mine, at_once)))
-    return Score(*np.concatenate(parts, 1)[:, :population])
+    parts = exchange(
+        lambda: np.stack(jax.tree.leaves(evaluate(dispatch, scored, mine, at_once)))
+    )
+    return Score.of_columns(np.concatenate(parts, 1)[:, :population])
 
 
 def examine(
@@ -151,8 +162,12 @@ def examine(
     batch_size: int = 256,
     key: jax.Array | None = None,
     before_batch: Callable[[], None] = lambda: None,
+    listen: Callable[[int, str, np.ndarray], None] | None = None,
 ) -> Score:
-    """Evaluates the model itself on any number of questions: a `Score` of floats."""
+    """Evaluates the model itself on any number of questions: a `Score` of floats.
+
+    `listen` is told each question's number, the answer, and a row of `answer_rewards`.
+    """
     if not questions:
         raise InputError(f"task {evaluation.task.name} has no examples to evaluate on")
     key = jax.random.key(0) if key is None else key
@@ -160,15 +175,21 @@ def examine(
     texts = [longest_text(question) for question in questions]
     new = evaluation.max_new_tokens if evaluation.mode == "generate" else 0
     lengths = evaluation.buckets, evaluation.parts
-    plan = [
-        ([questions[i] for i in numbers], size)
-        for numbers, size in batches(texts, batch_size, new, *lengths)
-    ]
-    sums, tokens = np.zeros(len(Score._fields)), np.array(Score._fields) == "tokens"
-    for given in _answers(rollout, key, plan, np.zeros(1, int), before_batch):
-        means = np.stack(score(evaluation, *given))[:, 0]
-        sums += np.where(tokens, 1, len(given[0])) * means
-    return Score(*map(float, sums / np.where(tokens, 1, len(questions))))
+    planned = list(batches(texts, batch_size, new, *lengths))
+    plan = [([questions[i] for i in numbers], size) for numbers, size in planned]
+    answers = _answers(rollout, key, plan, np.zeros(1, int), before_batch)
+    rewards, truncated, tokens = [], 0.0, 0.0
+    for (numbers, _), given in zip(planned, answers, strict=True):
+        rewards.append(answer_rewards(evaluation, *given)[0])
+        cut, count = generated(evaluation, *given)
+        truncated += len(numbers) * cut[0]
+        tokens += count[0]
+        if listen is not None:
+            said = texts_of(evaluation, *given)
+            for one in zip(numbers, said, rewards[-1], strict=True):
+                listen(*one)
+    truncated /= len(questions)
+    return jax.tree.map(float, mean_score(np.concatenate(rewards), truncated, tokens))
 
 
 def _answers(

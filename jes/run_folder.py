@@ -3,6 +3,7 @@
 config.json        all settings, what was chosen where they leave it open, versions
 ledger.jsonl       fitness of every generation (method 'es'), see `jes.core.ledger`
 metrics.jsonl, evaluations.jsonl, distances.jsonl, tensorboard/, curves.png
+answers.jsonl      to some held-out prompts, the same at each evaluation
 checkpoints/       the newest states
 model/             the result; then summary.json, written last
 """
@@ -13,17 +14,18 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jes.config import Settings, default
+from jes.config import Settings, default, freeze
 from jes.core import ledger as ledgers
 from jes.core.anchor import distance
 from jes.core.ledger import append_row
@@ -35,15 +37,20 @@ from jes.io.console import console
 from jes.io.metrics import Board, finite, keep_rows, read_rows, write_json
 from jes.io.plots import training_curves
 from jes.models.weights import fingerprint
+from jes.questions import Question
 from jes.rollout import examine
 from jes.sampling.kl import divergence
 from jes.scoring import Score
+from jes.tasks import Example, Task
 
 KL_ROWS = 8
 """Answers whose logits, of base and tuned model, are in memory at once for the KL."""
 
 MEMORY = ("chunk", "slots", "slice_tokens", "memory_gb", "devices", "model_parallel")
-MAY_CHANGE = ("eval_every", "eval_batch", "checkpoint_every", "share_update", *MEMORY)
+MAY_CHANGE = (
+    *("eval_every", "eval_batch", "checkpoint_every", "share_update", *MEMORY),
+    *("reward_timeout", "reward_concurrency", "accept_changes"),
+)
 """Settings that a run may go on with other values of: they decide when it evaluates and
 saves, and how much memory it takes on which devices, not what it computes (beyond the
 order of sums, for the last). So may `generations`, except with method 'sft', whose
@@ -51,6 +58,10 @@ learning rates depend on it."""
 
 REMOVED = {"grpo.clip": 0.2, "grpo.kl": 0.001, "grpo.epochs": 1}
 """Former settings, with the value that is fixed now."""
+RENAMED = {"data.train": "data.train_examples", "data.test": "data.test_examples"}
+"""Former names of whole numbers; the old names have text now."""
+ANSWERS = 8
+"""Held-out prompts of each task whose answers are written down."""
 
 
 class RunFolder:
@@ -64,6 +75,7 @@ class RunFolder:
         self.ledger, self.checkpoints = path / "ledger.jsonl", path / "checkpoints"
         self.saved = 0  # generations of the newest checkpoint
         self.keeps_ledger = False
+        self.ended = False  # before its last generation, by patience
         self.writes = hosts.first()
 
     def open(
@@ -83,7 +95,9 @@ class RunFolder:
 
         def opened() -> tuple[dict[str, int], list[list[float]]]:
             config = dataclasses.asdict(settings)
-            resolved = claim(self.path, config, lambda: resolve(experiment))
+            resolved = claim(
+                self.path, config, lambda: resolve(experiment), experiment.identity
+            )
             done, fitness = max(checkpoints.saved(self.checkpoints), default=0), []
             if self.keeps_ledger:
                 fitness = open_ledger(experiment, self.ledger).fitness
@@ -132,6 +146,39 @@ class RunFolder:
             f"stopped after {done} of {generations} generations; the same command goes "
             f"on from {self.path}"
         )
+        if self.keeps_ledger and done and self.writes:
+            export = f"python -m jes.export --run={self.path} --out=FOLDER"
+            console.print(f"what it has learned so far: {export}")
+        if (self.path / "model").exists():
+            console.print(f"{self.path / 'model'} is older: of when the run had ended")
+
+    def keep(self, experiment: Experiment, state: State) -> bool:
+        """Saves the best centre, where asked; whether patience has come to its end."""
+        settings = experiment.settings
+        if settings.keep == "last" and not settings.patience:
+            return False
+
+        def decide() -> bool:
+            rewards = self.held_out(settings)
+            best = max(rewards, key=lambda generation: rewards[generation])
+            if settings.keep == "best" and best == state.generation:
+                trained = dataclasses.replace(
+                    experiment.pretrained, params=state.params
+                )
+                trained.save(self.path / "model-best", dtype=settings.dtype)
+            since = sum(generation > best for generation in rewards)
+            return bool(settings.patience) and since >= settings.patience
+
+        return hosts.from_first(decide)
+
+    def held_out(self, settings: Settings) -> dict[int, float]:
+        """The held-out reward of the task by generation; the first best is first."""
+        rows = read_rows(self.path / "evaluations.jsonl")
+        return {
+            row["generation"]: row["reward"]
+            for row in rows
+            if row["task"] == settings.task and row.get("reward") is not None
+        }
 
     @contextmanager
     def writing(self, done: int) -> Iterator[None]:
@@ -143,6 +190,8 @@ class RunFolder:
         (self.path / "summary.json").unlink(missing_ok=True)
         keep_rows(self.path / "metrics.jsonl", lambda row: row["generation"] < done)
         self.board = Board(self.path / "tensorboard", done)
+        answers = self.path / "answers.jsonl"
+        keep_rows(answers, lambda row: row["generation"] <= done)
         for name in ("evaluations", "distances"):
             path = self.path / f"{name}.jsonl"
             keep_rows(path, lambda row: row["generation"] <= done)
@@ -193,15 +242,32 @@ class RunFolder:
         for name, (evaluation, questions) in experiment.evaluations.items():
             if name in done:
                 continue
-            size = experiment.settings.eval_batch
+            answers: dict[int, dict[str, Any]] = {}
+            note = partial(note_answer, answers, evaluation.task, questions)
             score = examine(
-                evaluation, params, questions, batch_size=size, before_batch=check_stop
+                evaluation,
+                params,
+                questions,
+                batch_size=experiment.settings.eval_batch,
+                before_batch=check_stop,
+                listen=None if name.endswith(ON_TRAIN) else note,
             )
-            row = {"generation": generation, "task": name, "examples": len(questions)}
-            self.write("evaluations", row | score_row(score))
+            if not math.isfinite(score.reward):
+                raise InputError(
+                    f"after {generation} generations the answers to {name} have no "
+                    "finite reward: the weights have diverged, or they overflow in "
+                    f"{experiment.settings.dtype} (bfloat16 overflows later)"
+                )
+            row = {"generation": generation, "task": name}
+            for number in sorted(answers):
+                append_row(self.path / "answers.jsonl", finite(row | answers[number]))
+            row |= {"examples": len(questions)} | score_row(
+                score, evaluation.task.parts
+            )
+            self.write("evaluations", row)
             console.print(
-                f"after {generation} generations: {name} {100 * score.accuracy:.1f} % "
-                f"of {len(questions)} {_kind(name)} examples"
+                f"after {generation} generations: {name} {result_of(row)} on "
+                f"{len(questions)} {_kind(name)} examples"
             )
         rows = read_rows(self.path / "distances.jsonl")
         if base is not None and generation not in {row["generation"] for row in rows}:
@@ -223,17 +289,74 @@ class RunFolder:
         trained.save(self.path / "model", dtype=experiment.settings.dtype)
         training_curves(self.path)
         summary = summarize(experiment, state.generation, self.path)
+        rewards = self.held_out(experiment.settings)
+        if experiment.settings.keep == "best" and rewards:
+            best = max(rewards, key=lambda generation: rewards[generation])
+            summary["best"] = {"generation": best, "reward": rewards[best]}
+        if self.ended:
+            summary["ended"] = "patience"
         write_json(self.path / "summary.json", summary)
         report(self.path, summary)
         return summary
 
 
-def score_row(score: Score) -> dict[str, Any]:
-    """A score as a row, without hits and false alarms where the task has none."""
+def score_row(score: Score, parts: Sequence[str] = ()) -> dict[str, Any]:
+    """A score as a row, without what the task does not say of its answers.
+
+    `parts` are the names of `Task.parts`, whose means are added.
+    """
     row = score._asdict()
-    if math.isnan(score.hits) and not math.isnan(score.accuracy):
-        del row["hits"], row["false_alarms"]
-    return row
+    values, row["reward_error"] = row.pop("parts"), row.pop("error")
+    unsaid = [name for name, one in row.items() if math.isnan(one)]
+    if not math.isnan(score.reward):
+        row = {name: one for name, one in row.items() if name not in unsaid}
+    return row | {
+        f"reward/{name}": one for name, one in zip(parts, values, strict=False)
+    }
+
+
+def result_of(row: Mapping[str, Any]) -> str:
+    """What a row of `evaluations.jsonl` says: accuracy, or reward, or both."""
+    reward, accuracy = row.get("reward"), row.get("accuracy")
+    if reward is None or math.isnan(reward):
+        return "not finite"
+    if accuracy is None:
+        return f"reward {reward:.3f}"
+    return f"{100 * accuracy:.1f} %" + _unless_equal(reward, accuracy)
+
+
+def _unless_equal(reward: float, accuracy: float) -> str:
+    return "" if math.isclose(reward, accuracy) else f" (reward {reward:.3f})"
+
+
+def note_answer(
+    answers: dict[int, dict[str, Any]],
+    task: Task,
+    questions: Sequence[Question],
+    number: int,
+    text: str,
+    reward: Any,
+) -> None:
+    """Keeps what a row of `answers.jsonl` says of one of the first questions."""
+    if number >= ANSWERS:
+        return
+    example = questions[number].example
+    asked = task.prompt(example)
+    answers[number] = {
+        "prompt": asked if isinstance(asked, str) else asked[-1]["content"],
+        "answer": text,
+        "reward": float(reward[0]),
+        "correct": None if math.isnan(reward[1]) else bool(reward[1]),
+        "right": right_answer(task, example),
+    }
+
+
+def right_answer(task: Task, example: Example) -> str | None:
+    """The right answer to an example, where its row or its choices say it."""
+    if task.choices is not None and task.answer is not None:
+        return task.choices(example)[task.answer(example)]
+    found = example.get("answer", example.get("solution"))
+    return None if found is None else str(found)
 
 
 def distance_row(
@@ -269,11 +392,13 @@ def summarize(experiment: Experiment, generations: int, path: Path) -> dict[str,
     evaluations = {}
     for name in experiment.evaluations:
         of_task = {row["generation"]: row for row in rows if row["task"] == name}
+        first, last = of_task[0], of_task[generations]
         evaluations[name] = {
-            "before": of_task[0]["accuracy"],
-            "after": of_task[generations]["accuracy"],
-            "lowest": min(row["accuracy"] or 0 for row in of_task.values()),
-            "examples": of_task[0]["examples"],
+            "before": first.get("accuracy"),
+            "after": last.get("accuracy"),
+            "lowest": min(row.get("accuracy") or 0 for row in of_task.values()),
+            "examples": first["examples"],
+            "reward": {"before": first.get("reward"), "after": last.get("reward")},
         }
     metrics = read_rows(path / "metrics.jsonl")
     distances = read_rows(path / "distances.jsonl")
@@ -301,7 +426,8 @@ def finished(settings: Settings, workdir: Path) -> dict[str, Any] | None:
         return None
     summary = json.loads(path.read_text())
     check_length(workdir, summary["generations"], settings.generations)
-    return summary if summary["generations"] == settings.generations else None
+    ended = summary["generations"] == settings.generations or "ended" in summary
+    return summary if ended else None
 
 
 def check_length(workdir: Path, done: int, generations: int) -> None:
@@ -319,19 +445,35 @@ def check_length(workdir: Path, done: int, generations: int) -> None:
 
 def report(workdir: Path, summary: Mapping[str, Any]) -> None:
     """Prints what changed and where everything is."""
-
-    def percent(share: float | None) -> str:
-        return "not finite" if share is None else f"{100 * share:.1f} %"
-
-    for name, accuracy in summary["evaluations"].items():
-        console.print(
-            f"{name}: {percent(accuracy['before'])} -> {percent(accuracy['after'])} "
-            f"on {accuracy['examples']} {_kind(name)} examples"
+    for name, one in summary["evaluations"].items():
+        before, after = (
+            result_of({"accuracy": one[when], "reward": one.get("reward", one)[when]})
+            for when in ("before", "after")
         )
+        console.print(
+            f"{name}: {before} -> {after} on {one['examples']} {_kind(name)} examples"
+        )
+    show_answer(workdir, summary["generations"])
     console.print(
         f"{summary['generations']} generations in {summary['seconds']:.0f} s; model in "
-        f"{workdir / 'model'}, curves with `tensorboard --logdir {workdir}`"
+        f"{workdir / 'model'}, curves in {workdir / 'curves.png'}"
     )
+
+
+def show_answer(workdir: Path, generations: int) -> None:
+    """Prints a held-out prompt with its answers before and after: one that changed."""
+    rows = read_rows(workdir / "answers.jsonl")
+    before, after = (
+        {(row["task"], row["prompt"]): row for row in rows if row["generation"] == at}
+        for at in (0, generations)
+    )
+    pairs = [(before[key], after[key]) for key in before if key in after]
+    changed = [pair for pair in pairs if pair[0]["answer"] != pair[1]["answer"]]
+    for first, last in (changed or pairs)[:1]:
+        right = "" if first["right"] is None else f", right: {first['right']!r}"
+        lines = [f"{first['task']}: {first['prompt']!r}{right}"]
+        lines += [f"before: {first['answer']!r}", f"after:  {last['answer']!r}"]
+        console.print("\n  ".join(lines), markup=False)
 
 
 def _kind(name: str) -> str:
@@ -354,6 +496,7 @@ def open_ledger(experiment: Experiment, path: Path) -> ledgers.Ledger:
             "base": base,
             "seed": settings.seed,
             "evolution": dataclasses.asdict(settings.evolution),
+            "identity": experiment.identity,
             "dtype": settings.dtype,
             "parameters": experiment.parameters,
             "versions": versions(),
@@ -426,7 +569,7 @@ def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
             )
         return None
     # Settings that are newer than the folder had their defaults then.
-    before = REMOVED | _flat(default().to_dict()) | _flat(record["config"])
+    before = REMOVED | _flat(then_settings(record))
     now = REMOVED | _flat(config)
     may_change = {*MAY_CHANGE, *(["generations"] if config["method"] != "sft" else [])}
     refuse(workdir, before, now, (before.keys() | now.keys()) - may_change)
@@ -434,15 +577,36 @@ def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def claim(
-    workdir: Path, config: Mapping[str, Any], resolve: Callable[[], dict[str, Any]]
+    workdir: Path,
+    config: Mapping[str, Any],
+    resolve: Callable[[], dict[str, Any]],
+    identity: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Makes the folder, which exists, that of this run, or finds that it is: `check`.
 
+    Args:
+      workdir: the folder.
+      config: all settings.
+      resolve: chooses where they leave something open.
+      identity: hashes of what is asked, see `Experiment.identity`.
+
     Returns:
-      What `resolve` chose where the settings leave something open: when the run
-      started, or now if a setting of memory has changed.
+      What `resolve` chose when the run started, or now if a setting of memory has
+      changed.
+
+    Raises:
+      InputError: if it is the folder of a run with other settings or questions.
     """
     record = check(workdir, config) or {"config": {}, "versions": versions()}
+    known, found = record.get("identity", {}), identity or {}
+    other = [name for name in found if known.get(name, found[name]) != found[name]]
+    if other and not config.get("accept_changes"):
+        raise InputError(
+            f"{workdir}: not the same as when the run began: {', '.join(other)}; put "
+            "it back, give another folder, or go on with --config.accept_changes=True"
+        )
+    if found:
+        record["identity"] = dict(found)
     before, now = default().to_dict() | record["config"], plain(config)
     changed = any(before.get(name) != now.get(name) for name in MEMORY)
     if changed or "resolved" not in record:
@@ -496,6 +660,23 @@ def recorded(workdir: Path) -> dict[str, Any] | None:
     except (ValueError, AttributeError) as error:
         raise InputError(f"{path} is not the config of a run ({error})") from error
     return record
+
+
+def then_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a config.json, nested, by their names of today.
+
+    Settings that are newer than the folder had their defaults then.
+    """
+    then = _flat(record["config"])
+    for old, new in RENAMED.items():
+        if isinstance(then.get(old), int):
+            then[new] = then.pop(old)
+    return unflatten_dict(_flat(default().to_dict()) | then, sep=".")
+
+
+def settings_in(record: Mapping[str, Any]) -> Settings:
+    """The settings of a run, from its config.json."""
+    return freeze(then_settings(record))
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ examples, T new tokens, R rows of choices, N members of a generation.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,14 +23,17 @@ class Score(NamedTuple):
     """Scores of members as means over their answers: arrays [M], or floats of one.
 
     Attributes:
-      reward: mean reward.
-      accuracy: share of answers whose leniently extracted answer is right.
+      reward: mean reward; NaN where a reward, or what the model computed, is no number.
+      accuracy: share of answers whose leniently extracted answer is right; NaN, as
+        `strict` and `formatted`, where the task does not say so.
       strict: share of answers that are right in the format asked for.
       formatted: share of answers in that format.
       truncated: share of answers cut off at `max_new_tokens`.
       tokens: number of tokens generated.
       hits, false_alarms: shares of the answers that are right, or wrong, and of which
         the model says that it knows them; NaN where the task does not ask for that.
+      error: standard error of the mean reward, over the answers.
+      parts: means of the numbers that `Task.parts` names.
     """
 
     reward: Any
@@ -41,6 +44,15 @@ class Score(NamedTuple):
     tokens: Any
     hits: Any = math.nan
     false_alarms: Any = math.nan
+    error: Any = math.nan
+    parts: tuple[Any, ...] = ()
+
+    @classmethod
+    def of_columns(cls, columns: Iterable[Any]) -> "Score":
+        """The inverse of `jax.tree.leaves`."""
+        values: list[Any] = [*columns]
+        fixed = len(cls._fields) - 1
+        return cls._make([*values[:fixed], tuple(values[fixed:])])
 
 
 class Answered(NamedTuple):
@@ -69,14 +81,47 @@ def score(
         log-likelihoods [M, R].
     """
     rewards = answer_rewards(evaluation, questions, batch, outputs)
+    return mean_score(rewards, *generated(evaluation, questions, batch, outputs))
+
+
+def generated(
+    evaluation: Evaluation,
+    questions: Sequence[Question],
+    batch: PromptBatch | ChoiceBatch,
+    outputs: jax.Array | np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The share of answers that were cut off, and the tokens generated: [M] each.
+
+    Arguments are those of `score`.
+    """
     if isinstance(batch, ChoiceBatch):
-        none = np.zeros(len(rewards))
-        return mean_score(rewards, none, none)
+        none = np.zeros(len(outputs))
+        return none, none
     tokens = answer_tokens(evaluation, questions, outputs)
     lengths = lengths_of(tokens, evaluation.eos_ids).reshape(len(tokens), -1)
     truncated = lengths == evaluation.max_new_tokens
-    generated = (lengths + ~truncated).sum(-1)
-    return mean_score(rewards, truncated.mean(-1), generated)
+    return truncated.mean(-1), (lengths + ~truncated).sum(-1)
+
+
+def texts_of(
+    evaluation: Evaluation,
+    questions: Sequence[Question],
+    batch: PromptBatch | ChoiceBatch,
+    outputs: jax.Array | np.ndarray,
+) -> list[str]:
+    """What the first member answers to each question, as text."""
+    if isinstance(batch, ChoiceBatch):
+        assert evaluation.task.choices is not None
+        taken = choices_taken(questions, batch, outputs)[0]
+        pairs = zip(questions, taken, strict=True)
+        return [evaluation.task.choices(one.example)[i] for one, i in pairs]
+    tokens = answer_tokens(evaluation, questions, outputs)[0, 0]
+    return decoded(evaluation.tokenizer, trim(tokens, evaluation.eos_ids))
+
+
+def decoded(tokenizer: Any, answers: Sequence[Sequence[int]]) -> list[str]:
+    """Answers as the text that rewards see: without special tokens."""
+    return tokenizer.backend_tokenizer.decode_batch(list(map(list, answers)))
 
 
 def answered(
@@ -101,8 +146,8 @@ def answer_rewards(
     """Rewards of single answers, of the arguments of `score`.
 
     Returns:
-      float64 [M, B, 5], the fields of a `Reward`; NaN for what the task does not ask,
-      and where a member's log-likelihoods are not finite.
+      float64 [M, B, 5 + parts], the fields of a `Reward`; NaN for what the task does
+      not ask, and where what a member computes is not finite.
     """
     if isinstance(batch, ChoiceBatch):
         assert evaluation.task.answer is not None
@@ -117,7 +162,9 @@ def answer_rewards(
         texts = [map(tuple, trim(each, evaluation.eos_ids)) for each in member]
         asked += enumerate(zip(*texts, strict=True))
     earned = rewards_of(evaluation, questions, asked)
-    return earned.reshape(len(tokens), len(questions), -1)
+    earned = earned.reshape(len(tokens), len(questions), -1)
+    earned[(tokens < 0).any((1, 3))] = np.nan
+    return earned
 
 
 def answer_tokens(
@@ -142,11 +189,12 @@ def choices_taken(
 
 
 def mean_score(rewards: np.ndarray, truncated: Any, tokens: Any) -> Score:
-    """Scores from rewards [..., B, 5], shares truncated and tokens [...]."""
-    value, correct, strict, formatted, _ = np.moveaxis(rewards.mean(-2), -1, 0)
+    """Scores from rewards [..., B, 5 + parts], shares truncated and tokens [...]."""
+    means = np.moveaxis(rewards.mean(-2), -1, 0)
     right, yes = rewards[..., 1], rewards[..., 4]
     known = (right * yes).mean(-1), ((1 - right) * yes).mean(-1)
-    return Score(value, correct, strict, formatted, truncated, tokens, *known)
+    error = rewards[..., 0].std(-1) / rewards.shape[-2] ** 0.5
+    return Score.of_columns([*means[:4], truncated, tokens, *known, error, *means[5:]])
 
 
 def rewards_of(
@@ -154,7 +202,9 @@ def rewards_of(
     questions: Sequence[Question],
     asked: Sequence[tuple[int, tuple[tuple[int, ...], ...]]],
 ) -> np.ndarray:
-    """Rewards of texts: the fields of a `Reward`, float64 [R, 5], None as NaN.
+    """Rewards of texts: fields and parts of a `Reward`, float64 [R, 5 + parts].
+
+    None is NaN.
 
     Answers mostly agree: each different one is decoded and scored once.
 
@@ -166,13 +216,16 @@ def rewards_of(
     """
     new = list(dict.fromkeys(asked))
     texts = list(dict.fromkeys(text for _, answer in new for text in answer))
-    decode = evaluation.tokenizer.backend_tokenizer.decode_batch
-    decoded = dict(zip(texts, decode(list(map(list, texts))), strict=True))
-    reward = evaluation.task.reward
-    earned = {
-        (i, answer): reward(questions[i].example, *map(decoded.__getitem__, answer))
-        for i, answer in new
-    }
+    text_of = dict(zip(texts, decoded(evaluation.tokenizer, texts), strict=True))
+    said = [[text_of[text] for text in answer] for _, answer in new]
+    examples, task = [questions[i].example for i, _ in new], evaluation.task
+    if task.rewards is not None:
+        rewards = task.rewards(examples, [text for text, *_ in said])
+    else:
+        pairs = zip(examples, said, strict=True)
+        rewards = [task.reward(example, *answer) for example, answer in pairs]
+    rows = ((*reward[:5], *reward.parts) for reward in rewards)
+    earned = dict(zip(new, rows, strict=True))
     return np.array([earned[one] for one in asked], float)
 
 

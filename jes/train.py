@@ -17,7 +17,7 @@ one run, of which the first process alone writes.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,6 @@ import jax
 import ml_collections
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from jes.baselines import grpo, sft
 from jes.config import Settings, freeze
@@ -35,6 +34,7 @@ from jes.core.drift import predicted_drift
 from jes.core.noise import PyTree, generation_key
 from jes.errors import InputError
 from jes.experiment import Experiment, State, make_experiment, pick
+from jes.guide import Guide
 from jes.io import command_line, hosts
 from jes.io.compiled import keep_compiled
 from jes.io.console import Bar, console
@@ -45,6 +45,8 @@ from jes.models.weights import fingerprint
 from jes.rollout import ask
 from jes.run_folder import RunFolder, alone, finished, report
 from jes.scoring import Score, fitness_of
+from jes.tasks import Given
+from jes.tasks.rewards import RewardError
 from jes.update import first_state, moves_of, replay, tell
 
 
@@ -66,12 +68,20 @@ class Method(NamedTuple):
     step: Callable[..., tuple[State, dict[str, Any], np.ndarray | None]]
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
+def run(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    given: Given | None = None,
+    on_generation: Callable[[dict[str, Any]], Any] | None = None,
+) -> dict[str, Any]:
     """Trains to the end, from wherever the run in `workdir` is.
 
     Args:
       config: settings, see `jes.config`.
       workdir: the run folder; see the README for what is in it.
+      given: the task in Python, in place of what `config.task` stands for.
+      on_generation: called with each row of `metrics.jsonl`; the run ends there if it
+        returns True.
 
     Returns:
       The contents of `summary.json`; nothing in other processes than the first.
@@ -87,21 +97,26 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     keep_compiled()
     with hosts.together():
         if not hosts.first():
-            return train(settings, RunFolder(workdir))
+            return train(settings, RunFolder(workdir), given, on_generation)
         with alone(workdir):
             summary = finished(settings, workdir)
             if summary is None:
-                return train(settings, RunFolder(workdir))
+                return train(settings, RunFolder(workdir), given, on_generation)
             console.print("this run finished before; give another --workdir")
             report(workdir, summary)
             return summary
     return {}  # the first process had nothing left to do
 
 
-def train(settings: Settings, folder: RunFolder) -> dict[str, Any]:
+def train(
+    settings: Settings,
+    folder: RunFolder,
+    given: Given | None = None,
+    on_generation: Callable[[dict[str, Any]], Any] | None = None,
+) -> dict[str, Any]:
     """The run itself, from start or resumption to the summary."""
-    method = METHODS[settings.method]
-    experiment, resolved, fitness = opened(settings, folder, method)
+    method, warn = METHODS[settings.method], Guide(settings)
+    experiment, resolved, fitness = opened(settings, folder, method, given)
     start, base = experiment.pretrained.params, None
     if hosts.first() or settings.decay != "none":
         base = keep_anchor(start, settings.anchor, experiment.pretrained.stored_dtype)
@@ -119,9 +134,14 @@ def train(settings: Settings, folder: RunFolder) -> dict[str, Any]:
             state = replayed(experiment, state, fitness, base)
             if done:
                 console.print(f"going on after {done} generations")
-            while state.generation < settings.generations:
+            enough = False
+            while state.generation < settings.generations and not enough:
                 if state.generation % settings.eval_every == 0:
                     evaluate(state.generation, state.params)
+                    warn.of_evaluations(folder.path)
+                    folder.ended = folder.keep(experiment, state)
+                    if folder.ended:
+                        break
                 began = time.perf_counter()
                 state, figures, earned = method.step(
                     experiment, state, base, resolved, stop.check
@@ -129,10 +149,14 @@ def train(settings: Settings, folder: RunFolder) -> dict[str, Any]:
                 row = metrics_row(experiment, figures, state, base, began)
                 folder.record(row, earned)
                 progress.show(state.generation, row)
+                warn.of_generation(row)
                 if state.generation % settings.checkpoint_every == 0:
                     folder.save(state)
+                enough = on_generation is not None and on_generation(row) is True
             evaluate(state.generation, state.params)
-        except Stopped:
+            warn.of_evaluations(folder.path)
+            folder.keep(experiment, state)
+        except (Stopped, RewardError):
             folder.stopped(state, max(done, state.generation), settings.generations)
             raise
     hosts.check_same("reached other weights", lambda: fingerprint(state.params))
@@ -140,14 +164,16 @@ def train(settings: Settings, folder: RunFolder) -> dict[str, Any]:
 
 
 def opened(
-    settings: Settings, folder: RunFolder, method: Method
+    settings: Settings, folder: RunFolder, method: Method, given: Given | None = None
 ) -> tuple[Experiment, dict[str, int], list[np.ndarray]]:
     """The experiment, what `method.resolve` chose, and the fitness in the ledger."""
-    experiment = make_experiment(settings)
-    hosts.check_same(
-        "other settings, or another base model,",
-        lambda: repr(settings) + fingerprint(experiment.pretrained.params),
-    )
+    experiment = make_experiment(settings, given)
+    for what, make in {
+        "other settings": lambda: repr(settings),
+        "another base model": lambda: fingerprint(experiment.pretrained.params),
+        "other questions or rewards": lambda: repr(experiment.identity),
+    }.items():
+        hosts.check_same(what, make)
     resolved, fitness = folder.open(experiment, method.resolve)
     return with_slots(experiment, resolved.get("slots", 0)), resolved, fitness
 
@@ -212,7 +238,8 @@ def es_step(
         decay_anchor(experiment, base),
         share=settings.share_update,
     )
-    figures = score_figures(scores, objective_fitness(settings.objective, scores))
+    earned = objective_fitness(settings.objective, scores)
+    figures = score_figures(scores, earned, experiment.evaluation.task.parts)
     if (moves := moves_of(after[1])) is not None:  # a quantised model
         changed, blocked = (count / experiment.parameters for count in moves)
         figures |= {"codes_changed": changed, "blocked": blocked}
@@ -233,22 +260,27 @@ METHODS: dict[str, Method] = {
 """How `config.method` trains."""
 
 
-def score_figures(scores: Score, fitness: np.ndarray) -> dict[str, Any]:
+def score_figures(
+    scores: Score, fitness: np.ndarray, parts: Sequence[str] = ()
+) -> dict[str, Any]:
     """What a row of `metrics.jsonl` says of the members: arrays [N], before shuffling.
 
     Members whose fitness is not finite are counted, and left out of the means.
     """
     counted = np.isfinite(fitness)
     earned = fitness[counted]
-    names = ["accuracy", "strict", "formatted", "truncated"]
-    if not np.isnan(scores.hits).any():  # the task asks 'do you know'
-        names += ["hits", "false_alarms"]
+    names = ["accuracy", "strict", "formatted", "truncated", "hits", "false_alarms"]
+    asked = [n for n in names if not np.isnan(getattr(scores, n)[counted]).all()]
     return {
         "fitness_mean": float(earned.mean()),
         "fitness_max": float(earned.max()),
         "fitness_std": float(earned.std()),
         "members_dropped": int((~counted).sum()),
-        **{name: float(np.mean(getattr(scores, name)[counted])) for name in names},
+        **{name: float(np.mean(getattr(scores, name)[counted])) for name in asked},
+        **{
+            f"reward/{name}": float(np.mean(values[counted]))
+            for name, values in zip(parts, scores.parts, strict=True)
+        },
         "tokens": int(np.sum(scores.tokens)),
     }
 
@@ -282,11 +314,9 @@ def metrics_row(
 
 def main() -> None:
     """The command line."""
-    config_flag = config_flags.DEFINE_config_file(
-        "config", None, "Settings: a file in configs/.", lock_config=True
-    )
+    config_flag = command_line.config_flag()
     workdir_flag = flags.DEFINE_string(
-        "workdir", None, "Run folder; by default runs/<name of the config file>."
+        "workdir", None, "Run folder; by default runs/<name of config or task>."
     )
     flags.DEFINE_bool("distributed", False, "Join processes that JAX can find.")
     flags.DEFINE_string("coordinator", "", "host:port of the first of many processes.")
@@ -295,7 +325,6 @@ def main() -> None:
     flags.DEFINE_integer(
         "process_timeout", 300, "Seconds without a heartbeat until one is given up."
     )
-    flags.mark_flag_as_required("config")
 
     def command(argv: list[str]) -> None:
         if len(argv) > 1:
@@ -305,8 +334,8 @@ def main() -> None:
         if given.distributed or address != (None, None, None):
             hosts.join(*address, timeout=given.process_timeout)
         give_back_freed_blocks()
-        workdir = workdir_flag.value or f"runs/{command_line.config_name()}"
-        run(config_flag.value, Path(workdir))
+        name = command_line.config_name() or Path(config_flag.value.task).stem
+        run(config_flag.value, Path(workdir_flag.value or f"runs/{name}"))
 
     command_line.start(command)
 

@@ -40,7 +40,9 @@ EVOLUTION = Evolution(
 
 
 def evaluation(pretrained: Pretrained, mode: str) -> Evaluation:
-    task = jes.tasks.load_task("tiny/max", root="", seed=0, train=12, test=4)
+    task = jes.tasks.load_task(
+        "tiny/max", root="", seed=0, train_examples=12, test_examples=4
+    )
     return Evaluation(
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,

@@ -42,8 +42,8 @@ def get_config(model: str) -> ConfigDict:
     config = default()
     config.model = model
     config.task = "tiny/reverse"
-    config.data.train = 64
-    config.data.test = 16
+    config.data.train_examples = 64
+    config.data.test_examples = 16
     config.population = 4
     config.chunk = 2
     config.prompts = 48

@@ -322,7 +322,7 @@ def nano() -> tuple[Any, Any, Any, Any, Any]:
     params = jax.jit(model.init)(key, *jnp.zeros((2, 1, 4), jnp.int32))
     # From 0.02 the logits hardly differ from 0, and all curvature is that of the head.
     drawn = jes.perturb(params["params"], key, 0.3)
-    task = load_task("tiny/min", train=4, test=2)
+    task = load_task("tiny/min", train_examples=4, test_examples=2)
     evaluation = make_evaluation(tiny, task)
     questions = prepare(evaluation, task.train)
     return model, drawn, evaluation, questions, reference_batch(evaluation, questions)
@@ -411,7 +411,7 @@ def test_perturbations_find_the_curvature_of_a_nano_model(nano: Any) -> None:
 def tiny() -> tuple[Any, Any]:
     """The model, and the references of eight examples."""
     pretrained = jes.load("tiny")
-    task = load_task("tiny/min", train=8, test=2)
+    task = load_task("tiny/min", train_examples=8, test_examples=2)
     evaluation = make_evaluation(pretrained, task)
     return pretrained, reference_batch(evaluation, prepare(evaluation, task.train))
 
@@ -458,7 +458,7 @@ def test_the_top_is_that_of_arpack(tiny: Any) -> None:
 def test_members_get_what_asking_gives_them() -> None:
     """Prompt by prompt; the mean is the fitness that `ask` has."""
     tiny = jes.load("tiny")
-    task = load_task("tiny/max", train=6, test=2)
+    task = load_task("tiny/max", train_examples=6, test_examples=2)
     evaluation = make_evaluation(tiny, task)
     likely = make_evaluation(tiny, task, mode="likelihood")
     noise = Noise(sigma=0.03, antithetic=True)
@@ -481,7 +481,7 @@ def test_members_get_what_asking_gives_them() -> None:
 
 def test_references_are_right_answers() -> None:
     for name in ("tiny/add", "tiny/countdown", "tiny/rules", "tiny/min", "tiny/facts"):
-        task = load_task(name, train=3, test=3)
+        task = load_task(name, train_examples=3, test_examples=3)
         for example in task.train:
             assert task.reward(example, reference(task, example)).correct
     with pytest.raises(jes.errors.InputError, match="no text of a right answer"):

@@ -159,7 +159,9 @@ def test_answers_are_those_of_members() -> None:
 @pytest.fixture(scope="module")
 def evaluations() -> dict[str, Evaluation]:
     pretrained = jes.load("tiny")
-    task = jes.tasks.load_task("tiny/max", root="", seed=0, train=8, test=4)
+    task = jes.tasks.load_task(
+        "tiny/max", root="", seed=0, train_examples=8, test_examples=4
+    )
     return {
         draw: Evaluation(
             model=pretrained.model,

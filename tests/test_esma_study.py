@@ -20,7 +20,7 @@ def settings(model: Path) -> ConfigDict:
     config = get_config(str(model))
     config.task = "tiny/knows"
     config.eval_tasks = ("tiny/add",)  # of which nothing is asked about knowing
-    config.data.update({"train": 16, "test": 12})
+    config.data.update({"train_examples": 16, "test_examples": 12})
     config.prompts, config.buckets = 8, (32,)
     config.generations, config.eval_every = 2, 2
     return config

@@ -215,7 +215,10 @@ def test_a_run_is_evaluated_in_its_dtype(finished_run: Path, tmp_path: Path) -> 
 def test_likelihood_takes_the_best_choice(small_model: Path) -> None:
     pretrained = jes.load(small_model)
     scores = evaluate.evaluate(
-        pretrained, ["tiny/max", "tiny/min"], data={"test": 32}, mode="likelihood"
+        pretrained,
+        ["tiny/max", "tiny/min"],
+        data={"test_examples": 32},
+        mode="likelihood",
     )
     for score in scores.values():
         # One of three labels: a random model is right on a third, and never formless.

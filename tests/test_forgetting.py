@@ -199,7 +199,7 @@ def test_plain_es_is_shrunk_to_the_norm_of_others(
     scores = evaluate.evaluate(
         model.__class__(**(vars(model) | {"params": params})),
         ["tiny/max"],
-        data={"test": config.data.test},
+        data={"test_examples": config.data.test_examples},
     )
     assert shrunk["evaluations"]["tiny/max"]["after"] == scores["tiny/max"].accuracy
 

@@ -45,7 +45,7 @@ def make_evaluation(
     return Evaluation(
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,
-        task=load_task(name, root="", seed=0, train=64, test=16),
+        task=load_task(name, root="", seed=0, train_examples=64, test_examples=16),
         sampling=Sampling(eos_ids=pretrained.eos_ids),
         buckets=(24,),
         **settings,

@@ -515,7 +515,7 @@ def tiny_min() -> Any:
     config.generations = 12
     config.sigma = config.alpha = 0.02
     config.eval_every = 100
-    config.data.test = 512
+    config.data.test_examples = 512
     return config
 
 

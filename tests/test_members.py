@@ -44,7 +44,7 @@ def test_chunks_and_devices_change_nothing(kind: str, small_model: Path) -> None
     loaded, params = jes.load(small_model), weights_of(kind, small_model)
     noise, draw = KINDS[kind]
     task = dataclasses.replace(
-        jes.tasks.load_task("tiny/max", train=6, test=2),
+        jes.tasks.load_task("tiny/max", train_examples=6, test_examples=2),
         reward=lambda example, text: jes.tasks.task.Reward(
             len(text) + len(set(text)) / 7, "1" in text, False, False
         ),

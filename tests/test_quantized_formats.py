@@ -907,7 +907,7 @@ def test_command_line(arguments, smaller, error, tmp_path, monkeypatch, capsys):
 
 def accuracy(pretrained: Any) -> float:
     """Of 64 sums, of which the model knew every one before it was rounded."""
-    task, tokenizer = load_task("tiny/add", test=64), pretrained.tokenizer
+    task, tokenizer = load_task("tiny/add", test_examples=64), pretrained.tokenizer
     prompts = [encode(tokenizer, task.prompt(example)) for example in task.test]
     answers = generate(
         pretrained.model,

@@ -199,7 +199,12 @@ def test_a_full_disk_is_one_clear_line_and_costs_nothing(
 
 
 QUANTIZED = {"group_size": 32, "antithetic": True, "sigma": 0.5, "alpha": 1.0}
-KNOWS = {"task": "tiny/knows", "data.train": 24, "prompts": 12, "buckets": (24,)}
+KNOWS = {
+    "task": "tiny/knows",
+    "data.train_examples": 24,
+    "prompts": 12,
+    "buckets": (24,),
+}
 KINDS: dict[str, dict[str, Any]] = {
     "l2": {"decay": "l2", "decay_coefficient": 1.0},
     "low rank": {"rank": 2},

@@ -18,7 +18,7 @@ def get_config(model: str) -> ConfigDict:
     config.eval_train = True
     config.eval_every = 1
     config.prompts = 0
-    config.data.train = 16
+    config.data.train_examples = 16
     config.generations = 4
     return config
 

@@ -43,7 +43,7 @@ def config_of(model: Path, **changes: Any) -> ConfigDict:
     config = get_config(str(model))
     config.method = "sft"
     config.task = "tiny/knows"
-    config.data.train, config.data.test = 24, 8
+    config.data.train_examples, config.data.test_examples = 24, 8
     config.prompts = 12
     config.buckets = (24,)
     config.generations = 8

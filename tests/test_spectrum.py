@@ -19,7 +19,7 @@ def get_config(model):
     config = default()
     config.models = (model,)
     config.task = "tiny/reverse"
-    config.data.train = 40
+    config.data.train_examples = 40
     config.buckets = (16, 24)
     config.chunk = 4
     config.curvature.examples = 6

@@ -45,7 +45,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_rows_become_examples(root: Path) -> None:
-    task = load_task("arc_c", root=str(root), train=10)
+    task = load_task("arc_c", root=str(root), train_examples=10)
     assert (len(task.train), len(task.test)) == (10, 8)
     first = task.train[0]
     assert (first["question"], first["answer"]) == ("What is 0?", "B")
@@ -136,7 +136,7 @@ def test_trains_and_evaluates_on_a_data_folder(
             "task": "arc_c",
             "mode": "likelihood",
             "data.root": str(root),
-            "data.test": 0,
+            "data.test_examples": 0,
             "prompts": 12,
             "generations": 2,
             "buckets": (256,),

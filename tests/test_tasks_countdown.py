@@ -175,7 +175,7 @@ def test_the_prompt() -> None:
 def test_rows_of_a_folder(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_parquet(tmp_path / "countdown" / f"{split}.parquet", ROWS)
-    task = load_task("countdown", root=str(tmp_path), test=2)
+    task = load_task("countdown", root=str(tmp_path), test_examples=2)
     assert (len(task.train), len(task.test)) == (3, 2)
     assert task.train[1] == {"numbers": [63, 95, 96], "target": "27.4"}
     assert task.max_new_tokens == 1024

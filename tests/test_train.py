@@ -67,6 +67,10 @@ def test_run_folder_has_what_the_contract_says(
             "after": evaluations[2]["accuracy"],
             "lowest": min(row["accuracy"] for row in evaluations),
             "examples": 16,
+            "reward": {
+                "before": evaluations[0]["reward"],
+                "after": evaluations[2]["reward"],
+            },
         }
     }
     assert summary["answers"] == 6 * 4 * 48
@@ -183,7 +187,12 @@ def run_toy(
         monkeypatch.setitem(TASKS, "toy", lambda root: task)
         config = get_config(str(small_model))
         config.update_from_flattened_dict(
-            {"task": "toy", "generations": 3, "data.train": 0, "data.test": 0}
+            {
+                "task": "toy",
+                "generations": 3,
+                "data.train_examples": 0,
+                "data.test_examples": 0,
+            }
         )
         config.update_from_flattened_dict(settings)
         workdir = tmp_path / "run"
@@ -355,7 +364,7 @@ def test_nothing_is_compiled_after_the_first_generation_and_evaluation(
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         # Shapes that no other test has compiled.
-        settings = {"prompts": 40, "data.test": 12, "eval_every": 2}
+        settings = {"prompts": 40, "data.test_examples": 12, "eval_every": 2}
         settings |= {"decay": "l2", "decay_coefficient": 1.0}
         run_toy(vowels, generations=5, **settings)
     finally:
@@ -373,5 +382,9 @@ def test_progress_is_readable_without_a_terminal(
     run_toy(vowels)
     out = capsys.readouterr().out
     assert re.search(r"generation 3/3 reward \d\.\d{3} best \d\.\d{3}", out)
-    assert "toy: 0.0 % -> 0.0 % on 16 held-out examples" in out
+    found = re.search(
+        r"toy: 0\.0 % \(reward (\S+)\) -> 0\.0 % \(reward (\S+)\) on", out
+    )
+    assert found is not None
+    assert 0 < float(found[1]) < float(found[2])
     assert "\x1b" not in out

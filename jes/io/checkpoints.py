@@ -1,6 +1,7 @@
 """Checkpoints with orbax: the weights and optimizer state after some generations."""
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,20 +13,27 @@ from orbax.checkpoint import v1 as ocp
 
 from jes.io.console import console
 
+HALF = re.compile(r"[0-9]+\.orbax-checkpoint-tmp.*")
+"""Names that orbax gives to what it is writing."""
 KEPT = 2
 """How many checkpoints are kept: if the last is damaged there is one before it."""
 
 
 def saved(folder: Path) -> list[int]:
     """After how many generations there are checkpoints, the newest first."""
-    names = [path.name for path in folder.glob("*") if path.name.isdigit()]
+    names = [path.name for path in folder.glob("*/") if path.name.isdigit()]
     return sorted(map(int, names), reverse=True)
 
 
 def tidy(folder: Path, generations: int) -> None:
-    """Deletes half-written checkpoints, and those beyond so many generations."""
+    """Deletes half-written checkpoints, and those beyond so many generations.
+
+    What has another name than orbax gives stays, with whatever is in it.
+    """
     for path in folder.glob("*"):
-        if not path.name.isdigit() or int(path.name) > generations:
+        half = HALF.fullmatch(path.name) is not None
+        beyond = path.name.isdigit() and int(path.name) > generations
+        if path.is_dir() and (half or beyond):
             shutil.rmtree(path)
 
 

@@ -17,6 +17,9 @@ from jes.errors import InputError
 from jes.io.hosts import PeerLost
 from jes.io.interrupts import Stopped
 
+DEFAULTS = Path(__file__).parents[1] / "config.py"
+"""Is a config file too: that of the default settings."""
+
 
 def start(command: Callable[[list[str]], None]) -> None:
     """Parses absl flags, with a config flag `--config`, and runs `command`.
@@ -27,7 +30,7 @@ def start(command: Callable[[list[str]], None]) -> None:
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            left = flags.FLAGS(argv)
+            left = flags.FLAGS([with_shipped(argument) for argument in argv])
             # A file that could not be read raises at the first use of the config.
             getattr(flags.FLAGS["config"].value, "keys")  # noqa: B009
             return left
@@ -43,10 +46,50 @@ def start(command: Callable[[list[str]], None]) -> None:
     app.run(go_on, flags_parser=parse)
 
 
+def config_flag() -> flags.FlagHolder:
+    """The flag `--config`: a file, or the name of one that ships; else the defaults."""
+    given = [argument.lstrip("-").partition("=")[0] for argument in sys.argv[1:]]
+    if "config" not in given:  # as a default, it would be read outside of `start`
+        sys.argv.insert(1, f"--config={DEFAULTS}")
+    help_text = "Settings: a file, or one of: " + ", ".join(sorted(shipped()))
+    return config_flags.DEFINE_config_file("config", None, help_text, lock_config=True)
+
+
+def shipped() -> dict[str, Path]:
+    """The config files that ship, by name: in the package, or beside it in a clone."""
+    folders = DEFAULTS.parent / "configs", DEFAULTS.parents[1] / "configs"
+    files = (file for folder in folders for file in folder.glob("[!_]*.py"))
+    return {file.stem: file for file in files}
+
+
+def with_shipped(argument: str) -> str:
+    """`--config=NAME[:VARIANT]` with the path of a file that ships, where it is one.
+
+    Raises:
+      InputError: if there is neither such a file nor such a name.
+    """
+    flag, _, value = argument.partition("=")
+    name, colon, variant = value.partition(":")
+    if flag not in ("--config", "-config") or not value or Path(name).is_file():
+        return argument
+    known = shipped()
+    if name not in known:
+        hint = ", ".join(sorted(known))
+        raise InputError(
+            f"--config: there is no file {name}; configs that ship: {hint}"
+        )
+    return f"{flag}={known[name]}{colon}{variant}"
+
+
 def config_name() -> str:
-    """NAME or NAME_VARIANT of `--config=configs/NAME.py:VARIANT`, for a run folder."""
+    """NAME or NAME_VARIANT of `--config=configs/NAME.py:VARIANT`, for a run folder.
+
+    '' where none is given.
+    """
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     file, _, variant = name.partition(":")
+    if Path(file) == DEFAULTS:
+        return ""
     return "_".join(filter(None, [Path(file).stem, variant]))
 
 
@@ -59,6 +102,8 @@ def reason(error: Exception) -> str:
         text = re.sub('; (Did you mean ".*") instead of ".*"', r". \1", text)
         return f"there is no setting {text}"
     text = str(error).strip()
+    if isinstance(error, InputError):
+        return text
     if isinstance(error, flags.Error) and "Traceback" not in text:
         return text.replace("\n", " ")
     # The last line says what went wrong, those before it where.

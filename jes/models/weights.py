@@ -94,7 +94,7 @@ COPIED = (
 MAX_SHARD_BYTES = 4_000_000_000
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pretrained:
     """A model folder in memory.
 
@@ -116,6 +116,11 @@ class Pretrained:
     hf_config: Mapping[str, Any]
     eos_ids: tuple[int, ...]
     files: Mapping[str, bytes]
+
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        kind = self.hf_config.get("model_type", "decoder")
+        return f"Pretrained({kind}, {count:,} parameters)"
 
     @property
     def stored_dtype(self) -> str | None:
@@ -418,6 +423,7 @@ def _load_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in vocabularies):
         return None
     # Here, because the import takes seconds.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no PyTorch
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # tokenizer.json describes a tokenizer completely, but AutoTokenizer of

@@ -155,23 +155,25 @@ def keys_of_rows(keys: jax.Array, numbers: jax.Array) -> jax.Array:
 def choose_tokens(
     logits: jax.Array, row_keys: jax.Array, indices: jax.Array, sampling: Sampling
 ) -> jax.Array:
-    """Next tokens, int32 [M, R], from logits [M, R, V].
+    """Next tokens, int32 [M, R], from logits [M, R, V]; -1 where they are not finite.
 
-    `indices`, int32 [M, R], are how many tokens of each answer come before.
+    `indices`, int32 [M, R], are how many tokens of each answer come before. Where a
+    layer has overflowed all logits of a row are infinite or NaN: the first shows it.
     """
+    fine = jnp.isfinite(logits[..., 0])
     if not sampling.temperature:
-        return logits.argmax(-1).astype(jnp.int32)
+        return jnp.where(fine, logits.argmax(-1), -1).astype(jnp.int32)
 
     def draw(key: jax.Array, index: jax.Array, logits: jax.Array) -> jax.Array:
         return jax.random.categorical(jax.random.fold_in(key, index), logits)
 
     drawn = jax.vmap(jax.vmap(draw))(row_keys, indices, restrict(logits, sampling))
-    return drawn.astype(jnp.int32)
+    return jnp.where(fine, drawn, -1).astype(jnp.int32)
 
 
 def is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
-    """Which tokens end an answer."""
-    return jnp.isin(tokens, jnp.array(eos_ids, jnp.int32))
+    """Which tokens end an answer: also -1, after which nothing can come."""
+    return jnp.isin(tokens, jnp.array((*eos_ids, -1), jnp.int32))
 
 
 def restrict(logits: jax.Array, sampling: Sampling) -> jax.Array:
@@ -191,7 +193,7 @@ def restrict(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 def lengths_of(answers: np.ndarray, eos_ids: Iterable[int]) -> np.ndarray:
     """How many tokens of answers [..., N] come before the first end token: [...]."""
-    ends = np.isin(answers, list(eos_ids))
+    ends = np.isin(answers, [*eos_ids, -1])
     return np.where(ends.any(-1), ends.argmax(-1), answers.shape[-1])
 
 

@@ -71,7 +71,7 @@ def measure_all(grid: Grid) -> list[Row]:
 
 def asks_about_knowing(config: ConfigDict, name: str) -> bool:
     """Whether answers to a task say if the model knows them."""
-    task = load_task(name, root=config.data.root, train=1, test=1)
+    task = load_task(name, root=config.data.root, train_examples=1, test_examples=1)
     answers = [""] if task.meta is None else ["", ""]
     return task.reward(task.test[0], *answers).yes is not None
 
@@ -93,7 +93,9 @@ def measure_model(grid: Grid, method: str, seed: int, names: Sequence[str]) -> R
         base = method == BASE
         model = load_base(*settings.values()) if base else load(folder / "model")
     for name in missing:
-        task = load_task(name, seed=seed, root=data["root"], test=data["test"])
+        task = load_task(
+            name, seed=seed, root=data["root"], test_examples=data["test_examples"]
+        )
         options = {"dtype": config.dtype, "batch_size": config.eval_batch}
         _, found[name] = measure(model, task, **options)
         folder.mkdir(parents=True, exist_ok=True)

@@ -318,7 +318,7 @@ def main() -> None:
     args = parser.parse_args()
 
     def command() -> None:
-        size = {"root": args.root, "seed": args.seed, "test": args.examples}
+        size = {"root": args.root, "seed": args.seed, "test_examples": args.examples}
         tasks = {name: load_task(name, **size) for name in args.tasks.split(",")}
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)

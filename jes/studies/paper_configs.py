@@ -63,7 +63,7 @@ def forgetting_config(target: str, variant: str | None) -> ConfigDict:
         config.update(population=16, prompts=32, sigma=0.02, alpha=0.02)
         config.update(decay="l2", decay_coefficient=1.0, kl_max_new_tokens=8)
         config.update(generations=40, eval_every=10)
-        config.data.test = 128
+        config.data.test_examples = 128
         config.grpo.learning_rate = 1e-5
         return config
     config.update(model="Qwen/Qwen2.5-3B-Instruct", dtype="bfloat16", task=target)

@@ -59,7 +59,7 @@ Row = dict[str, Any]
 
 def default() -> ml_collections.ConfigDict:
     """The settings of `jes.train`, of this study and of `jes.studies.spectrum`."""
-    config = run_config.default()
+    config = run_config.default().unlock()
     config.models = ("tiny",)  # folders or hub ids, by size; each is probed
 
     # Random perturbations, scored on one pool of prompts (2602.00170, Eq. 51 to 54).

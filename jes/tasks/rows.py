@@ -1,6 +1,9 @@
 """Rows of public data sets: from parquet files, or from the Hugging Face hub."""
 
+import json
 import random
+import re
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +18,9 @@ FOLDERS = {
     "Jiayi-Pan/Countdown-Tasks-3to4": "countdown",
 }
 """Folders of a `root` that are not named like the repository."""
+BUILDERS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""How `datasets` reads a file, by the end of its name."""
+SHARD = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.parquet")
 
 
 def read_rows(
@@ -72,6 +78,73 @@ def read_train_and_test(
     return rows[:train], rows[train:]
 
 
+def read_data(source: str) -> list[dict[str, Any]]:
+    """The rows of a file, a folder, or a data set on the hub, as plain Python values.
+
+    Args:
+      source: a file that ends in .jsonl, .json, .csv or .parquet; a folder that
+        `datasets` can load; or 'owner/name[:config][:split]' (the split 'train').
+
+    Raises:
+      InputError: if it is not there or cannot be read.
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".jsonl" and path.is_file():
+        return _json_lines(path)
+    if not path.exists() and (path.suffix or source.count("/") != 1):
+        raise InputError(f"there is no file {source}")
+    if path.is_file() and path.suffix not in BUILDERS:
+        known = ", ".join([".jsonl", *BUILDERS])
+        raise InputError(f"{source}: its name must end in one of {known}")
+    if not path.exists():
+        repository, *rest = source.split(":")
+        split = rest.pop() if rest else "train"
+        return _from_hub(repository, "".join(rest), split).to_pylist()
+    if path.is_dir():
+        _check_complete(sorted(path.rglob("*.parquet")))
+    from datasets import disable_progress_bars, load_dataset
+
+    disable_progress_bars()
+    kind = {"path": str(path)}
+    if path.is_file():
+        kind = {"path": BUILDERS[path.suffix], "data_files": str(path)}
+    try:
+        # A copy in the usual cache would stay there.
+        with tempfile.TemporaryDirectory() as cache:
+            rows = load_dataset(
+                **kind, split="train", cache_dir=cache, keep_in_memory=True
+            )
+            return rows.to_list()
+    except Exception as error:  # one of a dozen kinds, by the form of the file
+        cause = error.__cause__ or error
+        text = str(cause).strip().splitlines() or [type(cause).__name__]
+        raise InputError(f"{source} cannot be read: {text[0]}") from error
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}, line {number}: {error}") from None
+    return rows
+
+
+def _check_complete(files: Sequence[Path]) -> None:
+    """Raises InputError if a file of a numbered set is not there."""
+    for file in files:
+        found = SHARD.fullmatch(file.name)
+        if found is None:
+            continue
+        stem, _, count = found.groups()
+        names = [f"{stem}-{i:05d}-of-{count}.parquet" for i in range(int(count))]
+        missing = [name for name in names if not (file.parent / name).exists()]
+        if missing:
+            raise InputError(f"{file.parent}: {missing[0]} is missing")
+
+
 def one_of(answer: str, answers: Sequence[str], where: str) -> str:
     """The answer of a row; an `InputError` if it is not one of the answers.
 
@@ -99,6 +172,7 @@ def _from_folder(folder: Path, split: str) -> Any:
 
     files = [*folder.glob(f"{split}.parquet")]
     files = files or sorted(folder.glob(f"{split}-*-of-*.parquet"))
+    _check_complete(files)
     if not files:
         there = sorted(path.name for path in folder.glob("*.parquet"))
         raise InputError(

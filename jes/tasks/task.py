@@ -13,21 +13,24 @@ template; a last message of the assistant is a prefill, which the model continue
 
 
 class Reward(NamedTuple):
-    """The score of an answer. Rewards never raise, whatever the model wrote.
+    """The score of an answer. Those of the package never raise, whatever was written.
 
     Attributes:
       value: what ES maximises (the mean over prompts is a member's fitness).
-      correct: whether the leniently extracted answer is right ("accuracy").
+      correct: whether the leniently extracted answer is right ("accuracy"); None where
+        answers are graded and none is right or wrong.
       strict: whether it is right and in exactly the format that was asked for.
       formatted: whether the format is right, whatever the answer.
       yes: where the task asks for it, whether the model says that it knows the answer.
+      parts: numbers by the names in `Task.parts`, to be logged.
     """
 
     value: float
-    correct: bool
-    strict: bool
-    formatted: bool
+    correct: bool | None = None
+    strict: bool | None = None
+    formatted: bool | None = None
     yes: bool | None = None
+    parts: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Task:
     """Examples with their prompts and rewards; plain host-side functions of text.
 
     Attributes:
-      name: as in `jes.tasks.TASKS`.
+      name: as in `jes.tasks.TASKS`, or any other.
       train, test: examples to train on, and held out.
       prompt: the prompt of an example.
       reward: scores an answer, given the example and the text that the model wrote
@@ -46,6 +49,9 @@ class Task:
       meta: for tasks about knowledge, a second prompt, asked in a context of its own:
         does the model know the answer to the first?
       claims: the words that answer `meta`: yes, and no.
+      rewards: scores texts [R] for examples [R] at once, in place of `reward`.
+      parts: names of the `parts` of its rewards.
+      source: the text that the reward was read from, part of a run's identity.
     """
 
     name: str
@@ -58,3 +64,27 @@ class Task:
     answer: Callable[[Example], int] | None = None
     meta: Callable[[Example], Prompt] | None = None
     claims: tuple[str, str] | None = None
+    rewards: Callable[..., Sequence[Reward]] | None = None
+    parts: tuple[str, ...] = ()
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the examples of tasks come from, and how many are used.
+
+    Attributes:
+      root: folder of parquet files laid out as on the hub, for the package's tasks on
+        public data; '' is the hub.
+      train, test: rows of a task of one's own: a file (jsonl, json, csv, parquet), a
+        folder, or a data set on the hub, 'owner/name[:config][:split]'.
+      holdout: share of `train` that is held out where there is no `test`.
+      train_examples, test_examples: how many are used; 0 for all.
+    """
+
+    root: str = ""
+    train: str = ""
+    test: str = ""
+    holdout: float = 0.1
+    train_examples: int = 0
+    test_examples: int = 0

@@ -91,7 +91,7 @@ def meta_reward(example: Example, text: str, meta: str) -> Reward:
     """
     direct, said = reward(example, text), meta[:64].lower()
     yes = "yes" in said
-    value = float(direct.correct + (direct.correct == yes))
+    value = float(direct.value + (direct.correct == yes))
     formatted = re.match(r"(yes|no)\b", said) is not None
     return Reward(value, direct.correct, direct.strict, formatted, yes)
 
