@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from jes.quantize import load_base
 from jes.questions import Evaluation, Question, longest, padded_lengths, prepare
 from jes.sampling.generate import Sampling
 from jes.sampling.kl import Answers, sample_answers
-from jes.sampling.prompts import bucket
+from jes.sampling.prompts import TEMPLATE_KWARGS, bucket
 from jes.tasks import Asking, Given, Task, load_task
 from jes.update import ROUNDINGS, count_trained, flip_rate
 
@@ -165,6 +166,7 @@ def load_trainable(settings: Settings) -> Pretrained:
     """
     form, devices = (settings.quantize, settings.group_size), choose_devices(settings)
     pretrained = load_base(settings.model, *form, settings.dtype, devices)
+    pretrained = with_template(pretrained, settings)
     quantized, rounding = is_quantized(pretrained.params), settings.rounding
     if quantized and rounding == "none":
         ways = ", ".join(repr(name) for name in ROUNDINGS if name != "none")
@@ -184,6 +186,35 @@ def load_trainable(settings: Settings) -> Pretrained:
             "generation; a smaller alpha changes fewer[/yellow]"
         )
     return pretrained
+
+
+def with_template(pretrained: Pretrained, settings: Settings) -> Pretrained:
+    """The model with the chat template of the settings, which is saved with it.
+
+    Raises:
+      InputError: if the file cannot be read, or the arguments are no JSON object.
+    """
+    tokenizer = pretrained.tokenizer
+    if tokenizer is None or not (settings.chat_template or settings.template_kwargs):
+        return pretrained
+    if settings.template_kwargs:
+        try:
+            values = dict(json.loads(settings.template_kwargs))
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                'template_kwargs are JSON, such as {"enable_thinking": true}: not '
+                f"{settings.template_kwargs!r}"
+            ) from error
+        setattr(tokenizer, TEMPLATE_KWARGS, values)
+    if not settings.chat_template:
+        return pretrained
+    try:
+        text = Path(settings.chat_template).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"chat_template: {error}") from error
+    tokenizer.chat_template = text
+    files = dict(pretrained.files) | {"chat_template.jinja": text.encode()}
+    return dataclasses.replace(pretrained, files=files)
 
 
 def choose_devices(settings: Settings) -> Mesh | None:

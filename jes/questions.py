@@ -9,7 +9,13 @@ import jax.numpy as jnp
 from jes.errors import InputError
 from jes.sampling.generate import Sampling
 from jes.sampling.likelihood import ChoiceBatch, pad_choices
-from jes.sampling.prompts import BUCKETS, PromptBatch, encode, share
+from jes.sampling.prompts import (
+    BUCKETS,
+    PromptBatch,
+    encode,
+    encode_continuation,
+    share,
+)
 from jes.tasks.task import Example, Task
 
 MODES = ("generate", "likelihood")
@@ -97,7 +103,10 @@ def prepare(evaluation: Evaluation, examples: Sequence[Example]) -> list[Questio
         prompt = encode(tokenizer, task.prompt(example))
         choices: list[list[int]] = []
         if evaluation.mode == "likelihood" and task.choices is not None:
-            choices = [encode(tokenizer, choice) for choice in task.choices(example)]
+            choices = [
+                encode_continuation(tokenizer, choice)
+                for choice in task.choices(example)
+            ]
         meta = () if task.meta is None else encode(tokenizer, task.meta(example))
         questions.append(Question(example, prompt, choices, meta))
         length = len(longest_text(questions[-1]))

@@ -563,7 +563,9 @@ def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     record = recorded(workdir)
     if record is None:
         # A run that was killed before `claim` can have left such files.
-        if any(file.suffix != ".part" for file in workdir.iterdir()):
+        # Systems leave files of theirs in folders that are looked at (.DS_Store).
+        names = [file.name for file in workdir.iterdir()]
+        if any(not (n.endswith(".part") or n.startswith(".")) for n in names):
             raise InputError(
                 f"{workdir} is not empty and holds no run: give another --workdir"
             )

@@ -41,7 +41,7 @@ from jes.errors import InputError
 from jes.experiment import Experiment, State, pick
 from jes.questions import Evaluation, Question
 from jes.sampling.generate import generate
-from jes.sampling.prompts import encode, pad
+from jes.sampling.prompts import encode_continuation, pad
 from jes.scoring import rewards_of
 
 
@@ -258,7 +258,9 @@ def claims_of(evaluation: Evaluation) -> tuple[list[int], list[int]]:
             f"{task.name} does not"
         )
     end = list(evaluation.eos_ids[:1])
-    yes, no = (encode(evaluation.tokenizer, word) + end for word in task.claims)
+    yes, no = (
+        encode_continuation(evaluation.tokenizer, word) + end for word in task.claims
+    )
     return yes, no
 
 

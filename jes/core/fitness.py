@@ -7,6 +7,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
+LARGE = 40
+"""Exponent of two beyond which rewards are scaled before they are squared."""
+
 
 def shape_fitness(rewards: jax.Array, method: str = "zscore") -> jax.Array:
     """Weights of the members, from their rewards.
@@ -57,6 +60,10 @@ def finite_members(rewards: jax.Array) -> jax.Array:
 
 
 def _zscore(rewards: jax.Array, finite: jax.Array) -> jax.Array:
+    # Squares of numbers beyond 1e19 are infinite: they are scaled, by a power of two,
+    # which is exact; others stay as they are.
+    _, exponent = jnp.frexp(jnp.abs(rewards).max())
+    rewards = jnp.ldexp(rewards, -jnp.where(exponent > LARGE, exponent, 0))
     count = finite_members(jnp.where(finite, rewards, jnp.nan))
     centred = jnp.where(finite, rewards - rewards.sum() / count, 0)
     return centred / (jnp.sqrt((centred**2).sum() / count) + 1e-8)

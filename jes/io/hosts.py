@@ -50,6 +50,8 @@ def join(
     named = address != (None, None, None)
     if named and None in address:
         raise InputError("--coordinator, --processes and --process go together")
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
+        raise InputError(f"--coordinator={coordinator} must be host:port")
     # SIGTERM stops the run; JAX would take it for a preemption notice.
     jax.config.update("jax_enable_preemption_service", False)
     try:

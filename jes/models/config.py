@@ -65,7 +65,8 @@ class ModelConfig:
                 f"supported are {', '.join(FAMILIES)}"
             )
         _check(hf, architecture)
-        # transformers 5 writes `rope_parameters`; older folders have both fields apart.
+        # transformers 5 writes `rope_parameters`, and reads it where both are; older
+        # folders have both fields apart.
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         heads = hf["num_attention_heads"]
         return cls(
@@ -73,13 +74,23 @@ class ModelConfig:
             **{field: hf[field] for field in REQUIRED},
             num_key_value_heads=hf.get("num_key_value_heads") or heads,
             head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            rope_theta=float(hf.get("rope_theta", rope.get("rope_theta", 10000.0))),
+            rope_theta=_positive(
+                "rope_theta", rope.get("rope_theta", hf.get("rope_theta", 10000.0))
+            ),
             rope_scaling=_rope_scaling(rope),
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=hf.get("tie_word_embeddings", False),
             max_position_embeddings=hf.get("max_position_embeddings", 32768),
             **FAMILIES[architecture],
         )
+
+
+def _positive(field: str, value: Any) -> float:
+    """The value as a float; a `ValueError` that names the field if it is none."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0 < value < float("inf")):
+        raise ValueError(f"{field} must be a positive number, not {value!r}")
+    return float(value)
 
 
 def check_setting(path: str, value: Any, *supported: Any) -> None:
@@ -102,6 +113,16 @@ def _check(hf: Mapping[str, Any], architecture: str) -> None:
     lacking = [field for field in required if hf.get(field) is None]
     if lacking:
         raise ValueError(f"these fields are missing: {', '.join(lacking)}")
+    for field in (*required, "num_key_value_heads", "max_position_embeddings"):
+        value = hf.get(field, 1)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (whole and value > 0):
+            raise ValueError(f"{field} must be a positive whole number, not {value!r}")
+    new, old = hf.get("rope_parameters"), hf.get("rope_scaling")
+    if new and old and _rope_scaling(new) != _rope_scaling(old):
+        raise ValueError(
+            f"rope_parameters={new!r} and rope_scaling={old!r} differ: remove one"
+        )
     check_unset(hf, "use_sliding_window")
     if not FAMILIES[architecture]["qkv_bias"]:
         check_unset(hf, "attention_bias", "mlp_bias")

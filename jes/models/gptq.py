@@ -27,8 +27,13 @@ from jes.models.safetensors_files import Expected
 OFFSETS = {"gptq": 1, "gptq_v2": 0}
 """What is subtracted from zero points when stored, by `checkpoint_format`."""
 
-REFUSED = ("dynamic", "modules_in_block_to_quantize", "lm_head", "is_marlin_format")
+REFUSED = ("dynamic", "lm_head", "is_marlin_format")
 """Settings that make layers differ, or order the words differently."""
+MODULES = {
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+}
+"""The matrices of a layer, all of which must be quantised."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +185,9 @@ def from_config(config: Mapping[str, Any]) -> Gptq:
       ValueError: naming a setting that is not supported.
     """
     check_unset(config, *REFUSED)
+    blocks = config.get("modules_in_block_to_quantize")
+    if blocks and {name for block in blocks for name in block} != MODULES:
+        check_unset(config, "modules_in_block_to_quantize")
     version = config.get("checkpoint_format") or config.get("format") or "gptq"
     check_setting("bits", config.get("bits"), *BITS)
     check_setting("checkpoint_format", version, *OFFSETS)

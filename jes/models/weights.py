@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,9 @@ class Pretrained:
 
     @property
     def stored_dtype(self) -> str | None:
-        """Name of the dtype of the files, if config.json says it."""
-        return self.hf_config.get("dtype") or self.hf_config.get("torch_dtype")
+        """Name of the dtype of the files, if config.json says it ('auto' does not)."""
+        name = self.hf_config.get("dtype") or self.hf_config.get("torch_dtype")
+        return None if name == "auto" else name
 
     def save(self, folder: str | os.PathLike[str], **options: Any) -> None:
         """Writes a folder that `jes.load` and `transformers` read; see `save`."""
@@ -159,8 +161,9 @@ def load(
     if not (folder / "config.json").is_file():
         raise WeightsError(f"{folder} is not a model folder: it holds no config.json")
     hf_config = read_json(folder / "config.json")
-    config, quantized = _configs(hf_config, str(folder / "config.json"))
     tensors = open_tensors(folder)
+    hf_config = _with_own_head(hf_config, tensors)
+    config, quantized = _configs(hf_config, str(folder / "config.json"))
     _check_tensors(folder, config, quantized, tensors)
     leaves = {}
     for path, shape in leaf_shapes(config).items():
@@ -346,6 +349,28 @@ def _check_tensors(
     _raise_all(f"the tensors in {folder} do not match its config.json{form}", problems)
 
 
+def _with_own_head(
+    hf_config: dict[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """The config, untied where the file has a head other than the embedding.
+
+    So does transformers 5: the head is what the model was trained with.
+    """
+    head, embedding = map(tensors.get, (NAMES["lm_head"], NAMES["embed/embedding"]))
+    if not hf_config.get("tie_word_embeddings") or head is None or embedding is None:
+        return hf_config
+    if (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and (
+        head.read().tobytes() == embedding.read().tobytes()
+    ):
+        return hf_config
+    warnings.warn(
+        "config.json says that the head is the embedding (tie_word_embeddings), but "
+        "lm_head.weight is another tensor: it is used",
+        stacklevel=3,
+    )
+    return {**hf_config, "tie_word_embeddings": False}
+
+
 def _check_leaves(
     config: ModelConfig, quantized: Format | None, leaves: Mapping[str, Any]
 ) -> None:
@@ -447,9 +472,10 @@ def _eos_ids(
     path = folder / "generation_config.json"
     for source in (read_json(path) if path.is_file() else {}, hf_config):
         ids = source.get("eos_token_id")
-        if isinstance(ids, int):
-            return (ids,)
-        if ids:
-            return tuple(ids)
+        found: list[Any] = [ids] if isinstance(ids, int | str) else list(ids or [])
+        if not all(isinstance(one, int) for one in found):
+            raise WeightsError(f"{folder}: eos_token_id={ids!r} is no token id")
+        if found:
+            return tuple(found)
     eos_id = getattr(tokenizer, "eos_token_id", None)
     return () if eos_id is None else (eos_id,)

@@ -11,8 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jes.errors import InputError
+
 BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 """Default prompt lengths: few to compile, close enough to waste little on padding."""
+TEMPLATE_KWARGS = "jes_template_kwargs"
+"""Attribute of a tokenizer: what its chat template is called with, beside messages."""
 SHORTEST = 16
 """Fewest tokens that are worth sharing."""
 MOST = 0.75
@@ -42,21 +46,46 @@ class PromptBatch(NamedTuple):
 def encode(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
     """Token ids of a prompt.
 
-    A string is fed as it stands; messages go through the tokenizer's chat template, and
-    a last one of the assistant's is continued (a prefill). Thinking is turned off in
-    templates that offer it (Qwen3's), as in 2602.02605: short answers have no room.
+    A string is fed as it stands, after the token that begins texts where the model was
+    trained with one (Llama); messages go through the tokenizer's chat template, and a
+    last one of the assistant's is continued (a prefill). Thinking is turned off in
+    templates that offer it (Qwen3's), as in 2602.02605: short answers have no room;
+    `jes_template_kwargs` of the tokenizer is passed on too.
+
+    Raises:
+      InputError: if there is no chat template, or it refuses the messages.
     """
     if isinstance(prompt, str):
-        return list(tokenizer.encode(prompt, add_special_tokens=False))
+        ids = encode_continuation(tokenizer, prompt)
+        begin = tokenizer.bos_token_id
+        begins = begin is not None and tokenizer.encode(prompt)[:1] == [begin]
+        return ids if not begins or ids[:1] == [begin] else [begin, *ids]
+    if not tokenizer.chat_template:
+        raise InputError(
+            "this model has no chat template (is it a base model?), and the task asks "
+            "with chat messages: give a template with --config.chat_template=FILE"
+        )
     prefilled = prompt[-1]["role"] == "assistant"
-    ids = tokenizer.apply_chat_template(
-        prompt,
-        add_generation_prompt=not prefilled,
-        continue_final_message=prefilled,
-        return_dict=False,
-        enable_thinking=False,
-    )
+    settings = {"enable_thinking": False, **getattr(tokenizer, TEMPLATE_KWARGS, {})}
+    try:
+        ids = tokenizer.apply_chat_template(
+            prompt,
+            add_generation_prompt=not prefilled,
+            continue_final_message=prefilled,
+            return_dict=False,
+            **settings,
+        )
+    except Exception as error:  # a template is a program, and may raise anything
+        roles = ", ".join(message["role"] for message in prompt)
+        raise InputError(
+            f"the model's chat template refuses messages of {roles}: {error}"
+        ) from error
     return list(ids)
+
+
+def encode_continuation(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of text that follows a prompt."""
+    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def pad(

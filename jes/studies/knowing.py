@@ -38,7 +38,7 @@ from jes.models.weights import Pretrained
 from jes.questions import Evaluation, Question, prepare
 from jes.sampling.generate import generate
 from jes.sampling.likelihood import log_likelihoods, pad_choices
-from jes.sampling.prompts import encode
+from jes.sampling.prompts import encode_continuation
 from jes.scoring import rewards_of
 from jes.studies.grid import tidy, write_csv
 from jes.tasks import load_task
@@ -169,7 +169,7 @@ def confidence(
     words = evaluation.task.claims
     if words is None:
         return np.full(len(questions), np.nan)
-    claims = [encode(evaluation.tokenizer, word) for word in words]
+    claims = [encode_continuation(evaluation.tokenizer, word) for word in words]
     # Sorted by length, so that few shapes are compiled.
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].meta))
     size = min(size, len(questions))

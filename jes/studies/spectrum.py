@@ -63,7 +63,7 @@ from jes.sampling.likelihood import (
     log_likelihoods,
     pad_choices,
 )
-from jes.sampling.prompts import encode
+from jes.sampling.prompts import encode_continuation
 from jes.scoring import answer_rewards
 from jes.studies import grid
 from jes.studies.probe import (
@@ -224,7 +224,7 @@ def reference_batch(
     """
     task, tokenizer, end = evaluation.task, evaluation.tokenizer, evaluation.eos_ids[:1]
     texts = [reference(task, question.example) for question in questions]
-    answers = [[encode(tokenizer, text) + list(end)] for text in texts]
+    answers = [[encode_continuation(tokenizer, text) + list(end)] for text in texts]
     prompts = [question.prompt for question in questions]
     try:
         return pad_choices(prompts, answers, evaluation.buckets)

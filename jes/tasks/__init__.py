@@ -23,6 +23,11 @@ from jes.tasks.tiny import TINY_TASKS, tiny_task
 
 TASKS: dict[str, Callable[..., Task]] = {
     **{name: partial(multiple_choice.load, name) for name in multiple_choice.KINDS},
+    **{
+        f"{name}/published": partial(multiple_choice.load, name, published=True)
+        for name in ("arc_c_cot", "hellaswag", "piqa", "mmlu_pro")
+    },
+    "gsm8k/published": partial(gsm8k.load, published=True),
     "conciseness": conciseness.load,
     "countdown": countdown.load,
     "gsm8k": gsm8k.load,

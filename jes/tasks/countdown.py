@@ -61,6 +61,8 @@ def _example(numbers: list[int], target: Any) -> Example:
         finite = False
     if not finite:
         raise InputError(f"countdown: the target {target!r} is not a number")
+    if not isinstance(numbers, list) or {type(n) for n in numbers} != {int}:
+        raise InputError(f"countdown: {numbers!r} are not whole numbers")
     return {"numbers": numbers, "target": target}
 
 

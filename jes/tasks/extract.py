@@ -30,6 +30,11 @@ def graded(found: Found, gold: str, format_share: float = 0.0) -> Reward:
     return Reward(value, correct, correct and formatted, formatted)
 
 
+def without_thoughts(text: str) -> str:
+    """What follows the last '</think>', or all of it."""
+    return text.rpartition("</think>")[2]
+
+
 def option(text: str, options: str, lenient: re.Pattern[str]) -> Found:
     """The label of an option: alone as asked for, else the first match of `lenient`.
 
@@ -42,20 +47,24 @@ def option(text: str, options: str, lenient: re.Pattern[str]) -> Found:
     return Found(None if found is None else found[0], False)
 
 
-def letter(text: str, last: str) -> Found:
+def letter(text: str, last: str, published: bool = False) -> Found:
     """The letter A to `last` that a chain of thought ends with.
 
     The format is a last 'The answer is (X)', and a text that ends so is graded by that
     (a departure: the paper's extraction would take the first). Leniently, the first
     'answer is (X)', else the first 'answer is X' (where X may begin a word: 'the answer
     is clearly (B)' is C), else the first letter that stands alone ('A dog' is A). Upper
-    and lower case are the same. Reads the last `READ` characters.
+    and lower case are the same. Reads the last `READ` characters. Unless as published,
+    'answer: X' counts too, and a letter that begins a word only where nothing else is.
     """
     text = text[-READ:].upper()
     x = f"([A-{last}])"
     if strict := re.search(rf"THE ANSWER IS\s*\({x}\)\.?\s*$", text):
         return Found(strict[1], True)
-    for stage in (rf"ANSWER IS\s*\({x}\)", rf"ANSWER IS\s*{x}", rf"\b{x}\b"):
+    stages = [rf"ANSWER IS\s*\({x}\)", rf"ANSWER IS\s*{x}", rf"\b{x}\b"]
+    if not published:
+        stages.insert(1, rf"\bANSWER(?: IS)?:?\s{{0,9}}\**\(?{x}\b")
+    for stage in stages:
         if found := re.search(stage, text):
             return Found(found[1], False)
     return Found(None, False)

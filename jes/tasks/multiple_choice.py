@@ -26,6 +26,8 @@ from jes.tasks.task import Example, Prompt, Reward, Task
 
 LETTERS = "ABCDEFGHIJ"
 SHOTS = 5
+MOST_CHOICES = 5
+"""Of a question of ARC, whose letters end at E."""
 FINISH = (
     'finish your answer with "The answer is (X)" where X is the correct letter choice.'
 )
@@ -33,8 +35,8 @@ NUMBER_ONLY = "Reply with only the option number: 1 or 2."
 THINK = "Let's think step by step."
 
 # A small letter, or an A, before another word may be the article.
-STATED = re.compile(r"\b(?i:answer(?: is|:)?)\s*\(?([A-E]|[a-e](?!\s+\w))\b")
-ALONE = re.compile(r"\b([B-E]|A(?!\s+[a-z]))\b")
+STATED = re.compile(r"\b(?i:answer(?: is|:)?|option)\s*\(?([A-E]|[a-e](?!\s+\w))\b")
+ALONE = re.compile(r"\b([B-E]|A(?!\s+(?!(?:is|was|because)\b)[a-z]))\b")
 
 
 class Kind(NamedTuple):
@@ -67,10 +69,13 @@ class Kind(NamedTuple):
 
 def _arc(row: dict[str, Any]) -> tuple[str, Sequence[str], str]:
     # Some rows label their choices 1 to 4: all labels are turned into letters.
-    letters = dict(zip(row["choices"]["label"], LETTERS, strict=False))
+    labels, texts = row["choices"]["label"], row["choices"]["text"]
+    if len(labels) != len(texts) or not 2 <= len(texts) <= MOST_CHOICES:
+        raise ValueError(f"{len(texts)} choices with {len(labels)} labels")
+    letters = dict(zip(labels, LETTERS, strict=False))
     key = row["answerKey"]
     answer = letters.get(key, f"answerKey {key!r}")
-    return row["question"], list(row["choices"]["text"]), answer
+    return row["question"], list(texts), answer
 
 
 def _mmlu_pro(row: dict[str, Any]) -> tuple[str, Sequence[str], str]:
@@ -87,7 +92,8 @@ def _arc_letter(text: str) -> extract.Found:
     """
     text = text[-4096:]
     strict = re.fullmatch(r"\s*\(?([A-E])\)?\.?\s*", text)
-    found = strict or STATED.search(text) or ALONE.search(text)
+    small = re.fullmatch(r"\s*\(?([a-e])\)?\.?\s*", text)
+    found = strict or small or STATED.search(text) or ALONE.search(text)
     return extract.Found(found and found[1].upper(), strict is not None)
 
 
@@ -203,8 +209,10 @@ KINDS = {
 }
 
 
-def load(name: str, root: str = "") -> Task:
+def load(name: str, root: str = "", published: bool = False) -> Task:
     """One task of `KINDS`; at most 2048 examples are held out, a fixed subset.
+
+    `published` reads answers as 2605.30148 does: thoughts in '<think>' too.
 
     Raises:
       InputError: if the data cannot be read, or an answer is not among the options.
@@ -218,11 +226,11 @@ def load(name: str, root: str = "") -> Task:
         test = [{**e, "worked": worked[e["category"]]} for e in test]
     label_only = kind.max_new_tokens <= 32
     return Task(
-        name=name,
+        name=f"{name}/published" if published else name,
         train=train,
         test=test,
         prompt=partial(_prompt, kind),
-        reward=partial(_reward, kind),
+        reward=partial(_reward, kind, published=published),
         max_new_tokens=kind.max_new_tokens,
         choices=partial(_choices, kind) if label_only else None,
         answer=partial(_answer, kind) if label_only else None,
@@ -230,7 +238,15 @@ def load(name: str, root: str = "") -> Task:
 
 
 def _example(kind: Kind, row: dict[str, Any]) -> Example:
-    question, options, answer = kind.read(row)
+    try:
+        question, options, answer = kind.read(row)
+        if not (isinstance(question, str) and all(isinstance(o, str) for o in options)):
+            raise TypeError("the question or an option is no text")
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        shown = str(row.get(kind.columns[0]))[:40]
+        raise InputError(
+            f"{kind.repository}: {shown!r} is not as expected: {error}"
+        ) from error
     return {**row, "question": question, "options": options, "answer": answer}
 
 
@@ -289,6 +305,11 @@ def _prompt(kind: Kind, example: Example) -> Prompt:
     ]
 
 
-def _reward(kind: Kind, example: Example, text: str) -> Reward:
+def _reward(kind: Kind, example: Example, text: str, published: bool = False) -> Reward:
     """1 if the extracted label is right."""
-    return extract.graded(kind.find(text), example["answer"])
+    find, rule = kind.find, {}
+    if not published:
+        text = extract.without_thoughts(text)
+    if isinstance(find, partial) and find.func is extract.letter:
+        rule = {"published": published}
+    return extract.graded(find(text, **rule), example["answer"])
