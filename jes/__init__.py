@@ -1,7 +1,16 @@
 """Evolution strategies for language models, in JAX: the table of contents."""
 
+import signal
+import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+if sys.argv[:1] == ["-m"] and (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    # `python -m jes...` imports for seconds, in which Ctrl-C would print a traceback of
+    # other packages; `jes.io.command_line.guarded` takes over from there.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from jes import landscape, metacognition
 from jes.core.anchor import distance, keep_anchor

@@ -1,6 +1,6 @@
 """Rebuilds the weights of a run from the base model and the ledger alone.
 
-    python -m jes.export --run=FOLDER --out=FOLDER [--generations=N]
+    python -m jes.export --run=FOLDER --out=FOLDER [--generations=N] [--push=OWNER/NAME]
 
 A ledger is a file of kilobytes: with the base model it is the fine-tuned model. The
 rebuilt weights are checked against the fingerprint that the run left. The same
@@ -9,6 +9,7 @@ versions on the same kind of machine give the same bits.
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -22,7 +23,7 @@ from jes.errors import InputError
 from jes.io import checkpoints
 from jes.io.command_line import at_least, guarded
 from jes.io.console import console
-from jes.models.weights import Pretrained, fingerprint
+from jes.models.weights import BESIDE, Pretrained, fingerprint
 from jes.run_folder import versions
 from jes.update import first_state, replay
 
@@ -132,6 +133,34 @@ def read_ledger(run: Path) -> ledgers.Ledger:
     return ledger
 
 
+def read_card(run: Path) -> dict[str, Path]:
+    """The card of a finished run, and what it shows, by name."""
+    files = {name: run / "model" / name for name in BESIDE}
+    return {name: path for name, path in files.items() if path.is_file()}
+
+
+def push(folder: Path, name: str, beside: Mapping[str, Path]) -> None:
+    """Uploads a model folder to the Hugging Face hub, with the files beside it.
+
+    Raises:
+      InputError: if the hub refuses it or is out of reach.
+    """
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    try:
+        address = hub.create_repo(name, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=folder)
+        for there, path in beside.items():
+            hub.upload_file(path_or_fileobj=path, path_in_repo=there, repo_id=name)
+    except Exception as error:  # one of a dozen kinds
+        line = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"--push={name}: {line}; `hf auth login` or HF_TOKEN says who you are"
+        ) from error
+    console.print(f"uploaded to {address}")
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -139,6 +168,7 @@ def main() -> None:
     )
     parser.add_argument("--run", type=Path, required=True, help="run folder or ledger")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    parser.add_argument("--push", default="", help="owner/name on the hub to upload to")
     parser.add_argument("--model", default="", help="where the base model is now")
     parser.add_argument("--generations", type=at_least(0), help="by default all")
     parser.add_argument(
@@ -151,6 +181,8 @@ def main() -> None:
         rebuilt = rebuild(ledger, args.model, args.generations)
         rebuilt.save(args.out, dtype=args.dtype or ledger.header["dtype"])
         console.print(f"model in {args.out}")
+        if args.push:
+            push(args.out, args.push, read_card(args.run))
 
     guarded(command)
 

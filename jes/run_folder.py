@@ -35,13 +35,14 @@ from jes.experiment import ON_TRAIN, Experiment, State
 from jes.io import checkpoints, hosts
 from jes.io.console import console
 from jes.io.metrics import Board, finite, keep_rows, read_rows, write_json
+from jes.io.model_card import beside_model
 from jes.io.plots import training_curves
 from jes.models.weights import fingerprint
 from jes.questions import Question
 from jes.rollout import examine
 from jes.sampling.kl import divergence
 from jes.scoring import Score
-from jes.tasks import Example, Task
+from jes.tasks import Example, Prompt, Task
 
 KL_ROWS = 8
 """Answers whose logits, of base and tuned model, are in memory at once for the KL."""
@@ -284,9 +285,6 @@ class RunFolder:
             found = fingerprint(state.params)
             if ledgers.read(self.ledger).fingerprints.get(state.generation) != found:
                 ledgers.append_fingerprint(self.ledger, state.generation, found)
-        trained = dataclasses.replace(experiment.pretrained, params=state.params)
-        # In the dtype that the members answered in, so that it answers as evaluated.
-        trained.save(self.path / "model", dtype=experiment.settings.dtype)
         training_curves(self.path)
         summary = summarize(experiment, state.generation, self.path)
         rewards = self.held_out(experiment.settings)
@@ -295,6 +293,17 @@ class RunFolder:
             summary["best"] = {"generation": best, "reward": rewards[best]}
         if self.ended:
             summary["ended"] = "patience"
+        config = plain(dataclasses.asdict(experiment.settings))
+        standard, now = _flat(default().to_dict()), _flat(config)
+        changed = {name: now[name] for name in now if now[name] != standard[name]}
+        beside = beside_model(self.path, config, changed, summary, versions())
+        trained = dataclasses.replace(
+            experiment.pretrained,
+            params=state.params,
+            files=dict(experiment.pretrained.files) | beside,
+        )
+        # In the dtype that the members answered in, so that it answers as evaluated.
+        trained.save(self.path / "model", dtype=experiment.settings.dtype)
         write_json(self.path / "summary.json", summary)
         report(self.path, summary)
         return summary
@@ -341,14 +350,21 @@ def note_answer(
     if number >= ANSWERS:
         return
     example = questions[number].example
-    asked = task.prompt(example)
     answers[number] = {
-        "prompt": asked if isinstance(asked, str) else asked[-1]["content"],
+        "prompt": prompt_text(task.prompt(example)),
         "answer": text,
         "reward": float(reward[0]),
         "correct": None if math.isnan(reward[1]) else bool(reward[1]),
         "right": right_answer(task, example),
     }
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt for people: the text, or the user's last message."""
+    if isinstance(prompt, str):
+        return prompt
+    said = [one["content"] for one in prompt if one["role"] == "user"]
+    return (said or [prompt[-1]["content"]])[-1]
 
 
 def right_answer(task: Task, example: Example) -> str | None:

@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 
 from jes.baselines import grpo, sft
-from jes.config import Settings, freeze
+from jes.config import GrpoSettings, Settings, SftSettings, freeze
 from jes.core.anchor import displacement, keep_anchor
 from jes.core.drift import predicted_drift
 from jes.core.noise import PyTree, generation_key
@@ -45,7 +45,7 @@ from jes.models.weights import fingerprint
 from jes.rollout import ask
 from jes.run_folder import RunFolder, alone, finished, report
 from jes.scoring import Score, fitness_of
-from jes.tasks import Given
+from jes.tasks import Data, Given
 from jes.tasks.rewards import RewardError
 from jes.update import first_state, moves_of, replay, tell
 
@@ -337,7 +337,8 @@ def main() -> None:
         name = command_line.config_name() or Path(config_flag.value.task).stem
         run(config_flag.value, Path(workdir_flag.value or f"runs/{name}"))
 
-    command_line.start(command)
+    groups = (Settings, Data, GrpoSettings, SftSettings)
+    command_line.start(command, groups)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Command lines: a mistake of the user is reported in one line, without a traceback."""
 
 import argparse
+import inspect
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -21,14 +22,18 @@ DEFAULTS = Path(__file__).parents[1] / "config.py"
 """Is a config file too: that of the default settings."""
 
 
-def start(command: Callable[[list[str]], None]) -> None:
+def start(command: Callable[[list[str]], None], settings: Sequence[type] = ()) -> None:
     """Parses absl flags, with a config flag `--config`, and runs `command`.
 
     Args:
       command: takes what is left of the command line.
+      settings: dataclasses that `--help` lists.
     """
 
     def parse(argv: list[str]) -> list[str]:
+        if {"--help", "-h", "--helpfull"} & set(argv):
+            show_help(settings)
+            sys.exit(0)
         try:
             left = flags.FLAGS([with_shipped(argument) for argument in argv])
             # A file that could not be read raises at the first use of the config.
@@ -44,6 +49,23 @@ def start(command: Callable[[list[str]], None]) -> None:
         guarded(lambda: command(argv), "the same command goes on from what was saved")
 
     app.run(go_on, flags_parser=parse)
+
+
+def show_help(settings: Sequence[Any]) -> None:
+    """Prints what the program does, its flags, and every setting with its default."""
+    print((sys.modules["__main__"].__doc__ or "").strip(), "\n\nFlags:\n")
+    for flag in flags.FLAGS.get_flags_for_module(sys.argv[0]):
+        if "." not in flag.name:
+            print(f"  --{flag.name}  {flag.help}")
+    print("\nSettings, --config.NAME=VALUE (of groups --config.GROUP.NAME=VALUE):")
+    for kind in settings:
+        print(f"\n{kind.__name__}:")
+        lines, _ = inspect.getsourcelines(kind)
+        for line in lines[2:]:
+            text = re.sub(r": [^#]*? = ", " = ", line.strip(), count=1)
+            if line.startswith("    @"):  # what follows is computed
+                break
+            print(f"  {text.partition('  # noqa')[0]}".rstrip())
 
 
 def config_flag() -> flags.FlagHolder:
@@ -120,6 +142,8 @@ def guarded(command: Callable[[], None], after_os_error: str = "") -> None:
       command: what to run.
       after_os_error: added to the message after a full disk or the like.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see jes/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         command()
     except PeerLost as error:

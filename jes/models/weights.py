@@ -92,6 +92,9 @@ COPIED = (
 )
 """Files that are copied with a model, byte for byte."""
 
+BESIDE = ("README.md", "curves.png", "ledger.jsonl")
+"""Files that a run writes beside its model."""
+
 MAX_SHARD_BYTES = 4_000_000_000
 
 
@@ -226,7 +229,8 @@ def save(
     fields = [f for f in ("torch_dtype", "dtype") if f in hf_config] or ["dtype"]
     described = {**hf_config, **dict.fromkeys(fields, dtype.name)}
     tensors = dict(_tensors_of(leaves, dtype, quantized))
-    with replaced(Path(folder), ("config.json", *COPIED)) as partial_folder:
+    known = ("config.json", *COPIED, *BESIDE)
+    with replaced(Path(folder), known) as partial_folder:
         write_tensors(partial_folder, tensors, max_shard_bytes)
         for name, contents in files.items():
             (partial_folder / name).write_bytes(contents)
