@@ -211,7 +211,7 @@ def with_template(pretrained: Pretrained, settings: Settings) -> Pretrained:
     try:
         text = Path(settings.chat_template).expanduser().read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"chat_template: {error}") from error
+        raise InputError(f"chat_template: {error}") from None
     tokenizer.chat_template = text
     files = dict(pretrained.files) | {"chat_template.jinja": text.encode()}
     return dataclasses.replace(pretrained, files=files)

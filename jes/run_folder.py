@@ -168,7 +168,13 @@ class RunFolder:
                 )
                 trained.save(self.path / "model-best", dtype=settings.dtype)
             since = sum(generation > best for generation in rewards)
-            return bool(settings.patience) and since >= settings.patience
+            ends = 0 < settings.patience <= since
+            if ends:
+                console.print(
+                    f"the held-out reward was best after {best} generations; with "
+                    f"patience={settings.patience} the run ends here"
+                )
+            return ends
 
         return hosts.from_first(decide)
 

@@ -100,7 +100,7 @@ def prompts_in(path: str) -> list[Prompt]:
         try:
             lines = Path(path).expanduser().read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--prompts: {error}") from error
+            raise InputError(f"--prompts: {error}") from None
         return [line for line in lines if line.strip()]
     rows = read_data(path)
     for number, row in enumerate(rows):

@@ -72,7 +72,10 @@ def beside_model(
         front.insert(0, f"base_model: {model}")
     lines = []
     for name, one in summary["evaluations"].items():
-        for what, found in (("accuracy", one), ("reward", one["reward"])):
+        both = {"accuracy": one, "reward": one["reward"]}
+        if one["before"] == one["reward"]["before"]:
+            del both["reward"]
+        for what, found in both.items():
             if found["before"] is not None and found["after"] is not None:
                 pair = f"{found['before']:.4g} | {found['after']:.4g}"
                 lines.append(f"| `{name}`, {what} | {pair} | {one['examples']} |")
