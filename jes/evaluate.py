@@ -41,14 +41,14 @@ def load_model(path: str) -> tuple[Pretrained, str]:
       The model, and the dtype it is to answer in: float32, or that of the run.
     """
     folder = Path(path)
+    if not is_run(path):
+        return load(path), "float32"
     if (folder / "ledger.jsonl").is_file():
         ledger = read_ledger(folder)
         count = len(ledger.fitness)
         reached = replayed(ledger, load_base(ledger), count, folder / "checkpoints")
         console.print(f"{path} after {count} generations")
         return reached, ledger.header["dtype"]
-    if not (folder / "metrics.jsonl").is_file():
-        return load(path), "float32"
     # A run of a baseline has no ledger, but in the end a model.
     record = recorded(folder)
     if record is None or not (folder / "model").is_dir():
@@ -150,10 +150,10 @@ def main() -> None:
 
 
 def is_run(model: str) -> bool:
-    """Whether it is a run folder, which has a config.json as a model folder has."""
-    return any(
-        (Path(model) / f"{name}.jsonl").is_file() for name in ("ledger", "metrics")
-    )
+    """Whether it is a run folder: a model folder with a ledger has weights, too."""
+    folder = Path(model)
+    rows = any((folder / f"{name}.jsonl").is_file() for name in ("ledger", "metrics"))
+    return rows and not any(folder.glob("*.safetensors"))
 
 
 def settings_of(model: str) -> Settings:

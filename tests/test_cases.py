@@ -176,8 +176,8 @@ def test_a_template_of_one_s_own(model: Path, tmp_path: Path) -> None:
     [
         ({"rope_theta": None}, "rope_theta must be a positive number, not None"),
         ({"rope_theta": "1e6"}, "rope_theta must be a positive number, not '1e6'"),
-        ({"num_hidden_layers": "2"}, "must be a positive whole number, not '2'"),
-        ({"hidden_size": -32}, "must be a positive whole number, not -32"),
+        ({"num_hidden_layers": "2"}, "must be a whole number from 1 to 1,000, not '2'"),
+        ({"hidden_size": -32}, "must be a whole number from 1 to 1,000,000, not -32"),
         ({"eos_token_id": "1"}, "eos_token_id='1' is no token id"),
     ],
 )

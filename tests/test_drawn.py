@@ -195,7 +195,7 @@ def test_members_earn_the_same(
         assert examine(each, params, asked).accuracy == 1
     expected, found = scores
     assert len(np.unique(expected.reward)) > 1
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_equal(found, expected)
 
 
 @pytest.mark.slow

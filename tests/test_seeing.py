@@ -320,3 +320,18 @@ def test_configs_that_ship_have_names(tmp_path: Path) -> None:
     assert command_line.with_shipped(f"--config={mine}") == f"--config={mine}"
     with pytest.raises(InputError, match="configs that ship: arc_c"):
         command_line.with_shipped("--config=tyny")
+
+
+def test_a_wheel_has_every_package_and_the_configs() -> None:
+    import tomllib
+
+    root = Path(jes.__file__).parents[1]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"][
+        "setuptools"
+    ]
+    there = {
+        ".".join(file.parent.relative_to(root).parts)
+        for file in (root / "jes").rglob("__init__.py")
+    }
+    assert set(settings["packages"]) == there | {"jes.configs"}
+    assert settings["package-dir"] == {"jes.configs": "configs"}

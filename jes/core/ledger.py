@@ -96,7 +96,7 @@ def _complete_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
             row = json.loads(line)
             if not (line.endswith(b"\n") and isinstance(row, dict)):
                 raise ValueError("it is cut short")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise ValueError(f"{path}: line {number} is damaged ({error})") from None

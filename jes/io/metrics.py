@@ -19,7 +19,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     text = path.read_text(errors="replace") if path.exists() else ""
     for line in text.splitlines():
-        with suppress(ValueError):  # a kill can cut the last line short
+        with suppress(ValueError, RecursionError):  # a kill can cut the last line short
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
 

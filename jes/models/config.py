@@ -21,6 +21,18 @@ REQUIRED = (
 """Fields without which a `config.json` does not describe a model."""
 
 
+BOTH = (True, False)
+MOST = {
+    "vocab_size": 10_000_000,
+    **dict.fromkeys(("hidden_size", "intermediate_size"), 1_000_000),
+    "num_hidden_layers": 1000,
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 10_000),
+    "head_dim": 10_000,
+    "max_position_embeddings": 1_000_000_000,
+}
+"""Sizes beyond any model: a file with larger ones is damaged, or made to harm."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """Llama 3.1's frequency-dependent stretching of the rotary wavelengths."""
@@ -28,7 +40,7 @@ class RopeScaling:
     factor: float
     low_freq_factor: float
     high_freq_factor: float
-    original_max_position_embeddings: int
+    original_max_position_embeddings: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +90,7 @@ class ModelConfig:
                 "rope_theta", rope.get("rope_theta", hf.get("rope_theta", 10000.0))
             ),
             rope_scaling=_rope_scaling(rope),
-            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+            rms_norm_eps=_positive("rms_norm_eps", hf.get("rms_norm_eps", 1e-6)),
             tie_word_embeddings=hf.get("tie_word_embeddings", False),
             max_position_embeddings=hf.get("max_position_embeddings", 32768),
             **FAMILIES[architecture],
@@ -113,16 +125,21 @@ def _check(hf: Mapping[str, Any], architecture: str) -> None:
     lacking = [field for field in required if hf.get(field) is None]
     if lacking:
         raise ValueError(f"these fields are missing: {', '.join(lacking)}")
-    for field in (*required, "num_key_value_heads", "max_position_embeddings"):
-        value = hf.get(field, 1)
+    for field, most in MOST.items():
+        value = hf.get(field)
         whole = isinstance(value, int) and not isinstance(value, bool)
-        if value is not None and not (whole and value > 0):
-            raise ValueError(f"{field} must be a positive whole number, not {value!r}")
+        if value is not None and not (whole and 0 < value <= most):
+            raise ValueError(
+                f"{field} must be a whole number from 1 to {most:,}, not {value!r}"
+            )
+    if hf.get("head_dim") is None and hf["num_attention_heads"] > hf["hidden_size"]:
+        raise ValueError("there are more num_attention_heads than hidden_size")
     new, old = hf.get("rope_parameters"), hf.get("rope_scaling")
     if new and old and _rope_scaling(new) != _rope_scaling(old):
         raise ValueError(
             f"rope_parameters={new!r} and rope_scaling={old!r} differ: remove one"
         )
+    check_setting("tie_word_embeddings", hf.get("tie_word_embeddings", False), *BOTH)
     check_unset(hf, "use_sliding_window")
     if not FAMILIES[architecture]["qkv_bias"]:
         check_unset(hf, "attention_bias", "mlp_bias")
@@ -142,4 +159,4 @@ def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
     lacking = [field for field in fields if field not in rope]
     if lacking:
         raise ValueError(f"rope scaling without {', '.join(lacking)}")
-    return RopeScaling(**{field: rope[field] for field in fields})
+    return RopeScaling(**{field: _positive(field, rope[field]) for field in fields})

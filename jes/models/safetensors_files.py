@@ -159,7 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
     if not isinstance(contents, dict):
         raise WeightsError(f"{path} does not hold a JSON object")

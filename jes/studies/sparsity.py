@@ -209,7 +209,7 @@ def study(args: argparse.Namespace) -> None:
         args.task or config["task"],
         root=args.root or config["data"]["root"],
         seed=config["seed"],
-        test=args.examples,
+        test_examples=args.examples,
     )
     evaluation = make_evaluation(base, task, dtype=args.dtype or dtype)
     delta = displacement(tuned.params, base.params, args.exclude)
