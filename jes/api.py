@@ -4,7 +4,9 @@ result = jes.fine_tune("tiny", reward=reward, data="rows.jsonl", generations=50)
 """
 
 import dataclasses
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -50,7 +52,6 @@ class Result:
     evaluations: list[dict[str, Any]]
     answers: list[dict[str, Any]]
     finished: bool
-    _folder: Any = None  # deletes a temporary `workdir` with the result
 
     def __repr__(self) -> str:
         done, last = len(self.history), self.evaluations[-1:]
@@ -107,21 +108,21 @@ def fine_tune(
         train, config.data.train = _rows(data)
         held_out, config.data.test = _rows(test)
         given = Given(what, train, held_out)
-    folder = None
-    if workdir is None:
-        folder = tempfile.TemporaryDirectory(prefix="jes-")
-        workdir = Path(folder.name) / "run"
-    finished = True
+    folder = Path(workdir or tempfile.mkdtemp(prefix="jes-"))
+    finished, result = True, None
     try:
-        run(config, Path(workdir), given, on_generation)
-    except Stopped:
-        finished = False
-        console.print("interrupted: the result is what there is")
-    except BaseException:
-        if folder is not None:
-            folder.cleanup()
-        raise
-    return _result(Path(workdir), finished, folder)
+        try:
+            run(config, folder, given, on_generation)
+        except Stopped:
+            finished = False
+            console.print("interrupted: the result is what there is")
+        result = _result(folder, finished)
+    finally:
+        if workdir is None and result is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif workdir is None:  # it goes with the result
+            weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
+    return result
 
 
 def configured(settings: Mapping[str, Any]) -> ml_collections.ConfigDict:
@@ -155,7 +156,7 @@ def _rows(given: Rows | None) -> tuple[list[Mapping[str, Any]] | None, str]:
     return list(given), ""
 
 
-def _result(workdir: Path, finished: bool, folder: Any) -> Result:
+def _result(workdir: Path, finished: bool) -> Result:
     """What is in a run folder."""
     if (workdir / "summary.json").exists():
         pretrained = load(workdir / "model")
@@ -167,7 +168,7 @@ def _result(workdir: Path, finished: bool, folder: Any) -> Result:
         read_rows(workdir / f"{name}.jsonl")
         for name in ("metrics", "evaluations", "answers")
     )
-    return Result(workdir, pretrained, history, evaluations, answers, finished, folder)
+    return Result(workdir, pretrained, history, evaluations, answers, finished)
 
 
 def answer(

@@ -516,9 +516,7 @@ def test_fine_tune(small_model: Path, tmp_path: Path) -> None:
     longer = jes.fine_tune(str(small_model), workdir=tmp_path / "run", **call)
     assert len(longer.history) == 4
     assert longer.history[:2] == rows(tmp_path / "run" / "metrics.jsonl")[:2]
-    folder, del_me = first._folder, first
-    del del_me
-    folder.cleanup()
+    del first
     assert not temporary.exists()
 
 

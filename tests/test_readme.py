@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (shown,) = re.findall(r"mydata.jsonl is (\{.*\})", README)
     row = json.loads(shown)
     assert row["question"] == f"rev {row['answer'][::-1]}:"
-    words = [a + b + c for a in "abcdef" for b in "ghijkl" for c in "mno"]
+    words = [a + b + c for a in "abcde" for b in "gh" for c in "mn"]
     found = [{"question": f"rev {w}:", "answer": w[::-1]} for w in words]
     text = "".join(json.dumps(one) + "\n" for one in found)
     (tmp_path / "mydata.jsonl").write_text(text)
@@ -47,9 +47,12 @@ def test_one_s_own_task_from_the_command_line(folder: Path) -> None:
     """Trained in two goes, evaluated, sampled from, and rebuilt from its ledger."""
     train, *others = commands(block("python -m jes.train --config.model=tiny"))
     assert [argv[0] for argv in others] == ["jes.evaluate", "jes.sample", "jes.export"]
-    short = [word.replace("generations=20", "generations=2") for word in train]
-    longer = [word.replace("generations=20", "generations=3") for word in train]
-    assert short != train
+    assert "--config.generations=20" in train
+    short, longer = (
+        [word.replace("generations=20", f"generations={n}") for word in train]
+        + ["--config.population=4"]
+        for n in (2, 3)
+    )
     done = run_jobs([{"argv": argv} for argv in (short, longer, *others)], at_once=1)
     for one in done:
         assert one["status"] == 0, one["stderr"]
@@ -57,7 +60,7 @@ def test_one_s_own_task_from_the_command_line(folder: Path) -> None:
     metrics = rows(folder / "runs" / "mine" / "metrics.jsonl")
     assert [row["generation"] for row in metrics] == [0, 1, 2]
     last = rows(folder / "runs" / "mine" / "evaluations.jsonl")[-1]
-    assert last["examples"] == 11
+    assert last["examples"] == 2
     assert f"│ {last['reward']:.3f}" in done[2]["stdout"]
     assert len(done[3]["stdout"].splitlines()) == 2  # where it stands, the answer
     assert "fingerprint after 3 generations is right" in done[4]["stdout"]
@@ -73,7 +76,7 @@ def test_one_s_own_task_from_python(
     program = block("import jes\nfrom mytask import reward")
     assert program.count("generations=20") == 1
     names: dict[str, jes.Result] = {}
-    exec(program.replace("generations=20", "generations=2"), names)
+    exec(program.replace("generations=20", "generations=2, population=4"), names)
     result = names["result"]
     assert [row["generation"] for row in result.history] == [0, 1]
     shown = capsys.readouterr().out.splitlines()[-1]

@@ -98,9 +98,9 @@ class ModelConfig:
 
 
 def _positive(field: str, value: Any) -> float:
-    """The value as a float; a `ValueError` that names the field if it is none."""
+    """The value as a float of 32 bits; a `ValueError` if it is none."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and 0 < value < float("inf")):
+    if not (number and 1e-38 < value < 1e38):
         raise ValueError(f"{field} must be a positive number, not {value!r}")
     return float(value)
 
