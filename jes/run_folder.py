@@ -150,7 +150,7 @@ class RunFolder:
         if self.keeps_ledger and done and self.writes:
             export = f"python -m jes.export --run={self.path} --out=FOLDER"
             console.print(f"what it has learned so far: {export}")
-        if (self.path / "model").exists():
+        if self.writes and (self.path / "model").exists():
             console.print(f"{self.path / 'model'} is older: of when the run had ended")
 
     def keep(self, experiment: Experiment, state: State) -> bool:

@@ -1,6 +1,7 @@
 """Fine-tunes a language model with evolution strategies (or a baseline, to compare).
 
-    python -m jes.train --config=configs/tiny.py [--workdir=FOLDER] [--config.x=value]
+    python -m jes.train [--config=configs/tiny.py] [--workdir=FOLDER] [--config.x=value]
+    python -m jes.train --config.task=mytask.py --config.data.train=mydata.jsonl
 
 A generation of ES: `ask` perturbs the weights, lets every member answer the prompts and
 scores the answers; `tell` moves the weights along the members' noise, weighted with

@@ -139,5 +139,5 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
 def test_other_settings_are_refused_by_all(results: dict) -> None:
     for result in results["unlike"]:
         assert result["status"] == 2, result
-        message = "process 1 has other settings, or another base model, than the first"
+        message = "process 1 has other settings than the first"
         assert message in result["stderr"]

@@ -146,6 +146,21 @@ def test_a_reward_that_raises_shows_row_answer_and_line() -> None:
     ]
 
 
+def right_or_fails(answer: str) -> bool:
+    return int(answer) == 2
+
+
+def test_what_fails_is_wrong_where_others_are_right() -> None:
+    """An empty answer fails here: "0" shows what the function returns."""
+    found = scored(right_or_fails, texts=["2", "x"], errors="zero")
+    assert found == [Reward(1.0, True, parts=(0.0,)), Reward(0.0, False, parts=(1.0,))]
+    with pytest.raises(RewardError, match="before the run, an empty answer was tried"):
+        scored(right_or_fails, texts=["2", "x"])
+    no_number = lambda answer: "x" if answer == "x" else 1  # noqa: E731
+    (found,) = scored(no_number, texts=["x"], errors="zero")
+    assert found == Reward(0.0, parts=(1.0,))
+
+
 def hangs_on_x(answer: str) -> float:
     time.sleep(30 if answer == "x" else 0)
     return 1.0

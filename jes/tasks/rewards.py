@@ -124,29 +124,44 @@ class Rewards:
         columns = [
             self._called(function, examples, texts) for function in self.functions
         ]
+        counts = self.settings.errors == "zero"
         for number, values in enumerate(zip(*columns, strict=True)):
-            if any(isinstance(value, Exception) for value in values):
+            try:
+                reward, named = self._added(values, weights)
+                self._check_names(named)
+            except ValueError as error:
+                if not counts:
+                    where = shown(examples[number], texts[number])
+                    raise RewardError(f"the reward {error}\n{where}") from error
                 zeros = (0.0,) * len(self.names)
                 found.append(Reward(0.0, parts=(*zeros, 1.0)))
                 continue
-            try:
-                reward, named = self._added(values, weights)
-                if named.keys() != set(self.names):
-                    now, then = (
-                        ", ".join(named) or "one",
-                        ", ".join(self.names) or "one",
-                    )
-                    raise ValueError(f"gave the numbers {now} here, and {then} before")
-            except ValueError as error:
-                where = shown(examples[number], texts[number])
-                raise RewardError(f"the reward {error}\n{where}") from error
             parts = tuple(map(named.__getitem__, self.names))
-            found.append(reward._replace(parts=parts + self._no_errors))
+            found.append(reward._replace(parts=parts + (0.0,) * counts))
+        if any(reward.correct is not None for reward in found):
+            failed = [reward.correct is None for reward in found]
+            pairs = zip(found, failed, strict=True)
+            found = [one._replace(correct=False) if bad else one for one, bad in pairs]
         return found
 
-    @property
-    def _no_errors(self) -> tuple[float, ...]:
-        return (0.0,) * (self.settings.errors == "zero")
+    def _check_names(self, named: Mapping[str, float]) -> None:
+        """Raises ValueError for other numbers than those of the first answer."""
+        if named.keys() != set(self.names):
+            now, then = (", ".join(names) or "one" for names in (named, self.names))
+            raise ValueError(f"gave the numbers {now} here, and {then} before")
+
+    def _names_by(self, example: Example, texts: Sequence[str]) -> dict[str, float]:
+        """The numbers by name for the first of these answers that is scored."""
+        for text in texts:
+            try:
+                columns = [
+                    self._called(one, [example], [text]) for one in self.functions
+                ]
+                return self._added([column[0] for column in columns], {})[1]
+            except ValueError:  # a `RewardError` is one
+                if text is texts[-1]:
+                    raise
+        raise AssertionError("no texts")
 
     def _called(
         self, function: Function, examples: Sequence[Example], texts: Sequence[str]
@@ -162,7 +177,13 @@ class Rewards:
     def _added(
         self, values: Sequence[Any], weights: Mapping[str, float]
     ) -> tuple[Reward, dict[str, float]]:
-        """The sum of what the functions gave an answer, and the numbers by name."""
+        """The sum of what the functions gave an answer, and the numbers by name.
+
+        Raises:
+          ValueError: if a value is no reward, or the exception of a function.
+        """
+        if any(isinstance(value, Exception) for value in values):
+            raise ValueError("failed")
         named: dict[str, float] = {}
         correct: list[Reward] = []
         for function, value in zip(self.functions, values, strict=True):
@@ -189,6 +210,8 @@ def make_rewards(
 ) -> Rewards:
     """Reward functions as one; an empty answer to `example` shows what they return.
 
+    Where failures count as 0, and that fails, the answer in the row shows it.
+
     Raises:
       InputError: if that does not work, before anything costly has begun.
     """
@@ -196,9 +219,10 @@ def make_rewards(
     if len({function.name for function in made}) < len(made):
         raise InputError("two reward functions have the same name")
     rewards = Rewards(made, prompt, dataclasses.replace(settings, errors="stop"))
+    right = str(example.get("answer", "0"))
+    texts = ["", right] if settings.errors == "zero" else [""]
     try:
-        values = [rewards._called(function, [example], [""])[0] for function in made]
-        _, named = rewards._added(values, {})
+        named = rewards._names_by(example, texts)
     except RewardError as error:
         tried = "before the run, an empty answer was tried, as models give some"
         raise RewardError(f"{error}\n  ({tried})") from error
