@@ -23,8 +23,9 @@ Published for the 1.5B model on the validation split of TriviaQA, after 750 gene
 d' of the generated answers from 0.1985 to 0.9302, answers and knowing agree on 53.30 ->
 68.86 % of the questions. Both are read from figures in the history of the code's
 repository, one run; that they are of generated answers is inferred from file names.
-Here 1000 questions are evaluated on (`--config.data.test_examples=0` for all), besides two data
-sets that are not trained on and one prompt that lets the model answer "I don't know".
+Here 1000 questions are evaluated on (all by `--config.data.test_examples=0`), besides
+two data sets that are not trained on and one prompt that lets the model answer "I don't
+know".
 
 Not run by us: 750 generations are 12.3 million answers of up to 32 tokens. Somebody
 reports 13 hours on four A100 for the 3B model. Needs an accelerator, and from the hub
