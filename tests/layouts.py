@@ -71,7 +71,7 @@ def on_mesh(model: Path, devices: int, model_parallel: int, results: dict) -> No
             population=POPULATION,
             chunk=2,
         )
-        results[f"{mode} {name}"] = np.array(score)
+        results[f"{mode} {name}"] = np.array(jax.tree.leaves(score))
     # The numbers behind the choices, of the members that `ask` has asked first.
     devices = 1 if mesh is None else mesh.shape["population"]
     members = np.arange(devices * min(2, -(-POPULATION // devices)))
