@@ -111,12 +111,12 @@ def test_what_is_sent_does_not_grow_with_the_model(results: dict, folder: Path) 
     assert sizes[1] > 1.8 * sizes[0]
     assert sorted(small) == sorted(wide)
     assert {kind for kind, _ in small} == {"all-gather"}
-    scores = 4 * 8 * 8  # members, fields of a score, bytes of a float64
+    scores = 4 * 9 * 8  # members, fields of a score, bytes of a float64
     assert ["all-gather", scores] in small
     assert sum(size for _, size in small) < 2000
     # With another number of members in each of three processes: two, of which the
     # last has copies.
-    assert ["all-gather", 6 * 8 * 8] in sent(results["three"][0])
+    assert ["all-gather", 6 * 9 * 8] in sent(results["three"][0])
 
 
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(
