@@ -162,7 +162,7 @@ def get_config():
     """As configs/tiny.py, with few examples to evaluate on."""
     config = default()
     config.update({"population": 32, "prompts": 64, "sigma": 0.02, "alpha": 0.02})
-    config.data.update({"train": 64, "test": 64})
+    config.data.update({"train_examples": 64, "test_examples": 64})
     return config
 '''
 PATIENCE = 600
