@@ -46,6 +46,7 @@ class Experiment(NamedTuple):
       evaluations: the trained task and those beside it, with held-out questions; with
         `eval_train` the training questions too, see `ON_TRAIN`.
       base_answers: of the base model to some of these, for the KL.
+      identity: hashes of what is asked and how it is rewarded, beside the settings.
     """
 
     settings: Settings
@@ -55,19 +56,7 @@ class Experiment(NamedTuple):
     train: list[Question]
     evaluations: dict[str, tuple[Evaluation, list[Question]]]
     base_answers: dict[str, Answers]
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """Hashes of what is asked and how it is rewarded, beside the settings."""
-        task = self.evaluation.task
-        asked = {"the rows or prompts to train on": self.train}
-        asked |= {
-            f"those of {name}": found for name, (_, found) in self.evaluations.items()
-        }
-        found = {name: digest(questions) for name, questions in asked.items()}
-        if task.source:
-            found["the reward"] = hashlib.sha256(task.source.encode()).hexdigest()[:16]
-        return found
+    identity: dict[str, str]
 
     @property
     def evolution(self) -> Evolution:
@@ -146,7 +135,22 @@ def make_experiment(settings: Settings, given: Given | None = None) -> Experimen
         train=train,
         evaluations=evaluations,
         base_answers=_base_answers(settings, pretrained, evaluations),
+        identity=identity_of(trained.task, train, evaluations),
     )
+
+
+def identity_of(
+    task: Task,
+    train: Sequence[Question],
+    evaluations: dict[str, tuple[Evaluation, list[Question]]],
+) -> dict[str, str]:
+    """`Experiment.identity`, by what a message calls each part."""
+    found = {"the rows or prompts to train on": digest(train)}
+    for name, (_, questions) in evaluations.items():
+        found[f"those of {name}"] = digest(questions)
+    if task.source:
+        found["the reward"] = hashlib.sha256(task.source.encode()).hexdigest()[:16]
+    return found
 
 
 def digest(questions: Sequence[Question]) -> str:

@@ -161,7 +161,7 @@ class RunFolder:
 
         def decide() -> bool:
             rewards = self.held_out(settings)
-            best = max(rewards, key=lambda generation: rewards[generation])
+            best = max(rewards, key=rewards.__getitem__)
             if settings.keep == "best" and best == state.generation:
                 trained = dataclasses.replace(
                     experiment.pretrained, params=state.params
@@ -295,7 +295,7 @@ class RunFolder:
         summary = summarize(experiment, state.generation, self.path)
         rewards = self.held_out(experiment.settings)
         if experiment.settings.keep == "best" and rewards:
-            best = max(rewards, key=lambda generation: rewards[generation])
+            best = max(rewards, key=rewards.__getitem__)
             summary["best"] = {"generation": best, "reward": rewards[best]}
         if self.ended:
             summary["ended"] = "patience"
@@ -337,11 +337,9 @@ def result_of(row: Mapping[str, Any]) -> str:
         return "not finite"
     if accuracy is None:
         return f"reward {reward:.3f}"
-    return f"{100 * accuracy:.1f} %" + _unless_equal(reward, accuracy)
-
-
-def _unless_equal(reward: float, accuracy: float) -> str:
-    return "" if math.isclose(reward, accuracy) else f" (reward {reward:.3f})"
+    percent = f"{100 * accuracy:.1f} %"
+    same = math.isclose(reward, accuracy)
+    return percent if same else f"{percent} (reward {reward:.3f})"
 
 
 def note_answer(
@@ -355,12 +353,17 @@ def note_answer(
     """Keeps what a row of `answers.jsonl` says of one of the first questions."""
     if number >= ANSWERS:
         return
-    example = questions[number].example
-    answers[number] = {
+    correct = None if math.isnan(reward[1]) else bool(reward[1])
+    row = answer_row(task, questions[number].example, text, reward)
+    answers[number] = row | {"correct": correct}
+
+
+def answer_row(task: Task, example: Example, text: str, reward: Any) -> dict[str, Any]:
+    """An answer for people: its prompt, its reward, and the right one."""
+    return {
         "prompt": prompt_text(task.prompt(example)),
         "answer": text,
         "reward": float(reward[0]),
-        "correct": None if math.isnan(reward[1]) else bool(reward[1]),
         "right": right_answer(task, example),
     }
 
@@ -592,8 +595,7 @@ def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
                 f"{workdir} is not empty and holds no run: give another --workdir"
             )
         return None
-    # Settings that are newer than the folder had their defaults then.
-    before = REMOVED | _flat(then_settings(record))
+    before = REMOVED | flat_settings(record)
     now = REMOVED | _flat(config)
     may_change = {*MAY_CHANGE, *(["generations"] if config["method"] != "sft" else [])}
     refuse(workdir, before, now, (before.keys() | now.keys()) - may_change)
@@ -686,8 +688,8 @@ def recorded(workdir: Path) -> dict[str, Any] | None:
     return record
 
 
-def then_settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a config.json, nested, by their names of today.
+def flat_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a config.json, by the dotted names of today.
 
     Settings that are newer than the folder had their defaults then.
     """
@@ -695,12 +697,12 @@ def then_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     for old, new in RENAMED.items():
         if isinstance(then.get(old), int):
             then[new] = then.pop(old)
-    return unflatten_dict(_flat(default().to_dict()) | then, sep=".")
+    return _flat(default().to_dict()) | then
 
 
 def settings_in(record: Mapping[str, Any]) -> Settings:
     """The settings of a run, from its config.json."""
-    return freeze(then_settings(record))
+    return freeze(unflatten_dict(flat_settings(record), sep="."))
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from jes.io.console import console
 from jes.models.weights import Pretrained
 from jes.questions import prepare
 from jes.rollout import examine
-from jes.run_folder import prompt_text, right_answer
+from jes.run_folder import answer_row, prompt_text
 from jes.sampling.generate import generate
 from jes.sampling.prompts import encode
 from jes.scoring import decoded
@@ -118,13 +118,7 @@ def answers_to(
     found: dict[int, dict[str, Any]] = {}
 
     def note(number: int, text: str, reward: Any) -> None:
-        example = task.test[number]
-        found[number] = {
-            "prompt": prompt_text(task.prompt(example)),
-            "answer": text,
-            "reward": float(reward[0]),
-            "right": right_answer(task, example),
-        }
+        found[number] = answer_row(task, task.test[number], text, reward)
 
     examine(evaluation, pretrained.params, questions, listen=note)
     return [found[number] for number in sorted(found)]

@@ -151,7 +151,7 @@ def right_or_fails(answer: str) -> bool:
 
 
 def test_what_fails_is_wrong_where_others_are_right() -> None:
-    """An empty answer fails here: "0" shows what the function returns."""
+    """An empty answer fails here, and the row's: "0" shows what is returned."""
     found = scored(right_or_fails, texts=["2", "x"], errors="zero")
     assert found == [Reward(1.0, True, parts=(0.0,)), Reward(0.0, False, parts=(1.0,))]
     with pytest.raises(RewardError, match="before the run, an empty answer was tried"):

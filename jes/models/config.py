@@ -21,7 +21,6 @@ REQUIRED = (
 """Fields without which a `config.json` does not describe a model."""
 
 
-BOTH = (True, False)
 MOST = {
     "vocab_size": 10_000_000,
     **dict.fromkeys(("hidden_size", "intermediate_size"), 1_000_000),
@@ -139,7 +138,8 @@ def _check(hf: Mapping[str, Any], architecture: str) -> None:
         raise ValueError(
             f"rope_parameters={new!r} and rope_scaling={old!r} differ: remove one"
         )
-    check_setting("tie_word_embeddings", hf.get("tie_word_embeddings", False), *BOTH)
+    tied = hf.get("tie_word_embeddings", False)
+    check_setting("tie_word_embeddings", tied, True, False)
     check_unset(hf, "use_sliding_window")
     if not FAMILIES[architecture]["qkv_bias"]:
         check_unset(hf, "attention_bias", "mlp_bias")

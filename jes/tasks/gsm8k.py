@@ -79,40 +79,30 @@ def reward(example: Example, text: str, published: bool = False) -> Reward:
     text = text[-READ:]
     strict = STRICT.fullmatch(extract.last_line(text))
     formatted = strict is not None and number(strict[1]) is not None
-    found = (find_published if published else find)(text)
+    found = find(text, published)
     correct = found is not None and abs(found - example["answer"]) < 1e-6
     return Reward(0.1 * formatted + correct, correct, formatted and correct, formatted)
 
 
-def find(text: str) -> float | None:
+def find(text: str, published: bool = False) -> float | None:
     r"""The number in an answer, read after the last '</think>'.
 
     After the last '####', else in the last '\boxed{...}', else in the last
     '<answer>...</answer>', with whatever else is written there ('x = 12', '**12**',
-    '12 apples'); only where none of these is, the first number of all.
+    '12 apples'); only where none of these is, the first number of all. `published` is
+    the rule of the code of 2605.30148, for which the marks hold a number and no more.
     """
-    text = text[-READ:].rpartition("</think>")[2].replace("{,}", ",")
-    if marked := LINE.findall(text):
-        return within(marked[-1])
-    if boxed := BOXED.findall(text):
-        return within(boxed[-1])
+    if published:
+        text, patterns, read = text[-PUBLISHED_READ:], (MARKED, PUBLISHED_BOXED), number
+    else:
+        text, patterns, read = text[-READ:].replace("{,}", ","), (LINE, BOXED), within
+    text = text.rpartition("</think>")[2]
+    for pattern in patterns:
+        if found := pattern.findall(text):
+            return read(found[-1])
     answer = extract.last_between(text, "<answer>", "</answer>")
     if answer is not None:
-        return within(answer)
-    first = FIRST.search(text)
-    return None if first is None else number(first[0])
-
-
-def find_published(text: str) -> float | None:
-    """As the code of 2605.30148 finds it."""
-    text = text[-PUBLISHED_READ:].rpartition("</think>")[2]
-    if marked := MARKED.findall(text):
-        return number(marked[-1])
-    if boxed := PUBLISHED_BOXED.findall(text):
-        return number(boxed[-1])
-    answer = extract.last_between(text, "<answer>", "</answer>")
-    if answer is not None:
-        return number(answer)
+        return read(answer)
     first = FIRST.search(text)
     return None if first is None else number(first[0])
 

@@ -66,13 +66,13 @@ class Function(NamedTuple):
     takes: tuple[str, ...]
 
 
-def function_of(call: Any, name: str = "") -> Function:
+def function_of(call: Any) -> Function:
     """Recognises the form of a reward function by its parameters.
 
     Raises:
       InputError: if it has none of them.
     """
-    name = name or getattr(call, "__name__", type(call).__name__)
+    name = getattr(call, "__name__", type(call).__name__)
     if not callable(call):
         raise InputError(f"{name} is no function, which a reward must be")
     signature = inspect.signature(call)
@@ -210,7 +210,7 @@ def make_rewards(
 ) -> Rewards:
     """Reward functions as one; an empty answer to `example` shows what they return.
 
-    Where failures count as 0, and that fails, the answer in the row shows it.
+    Where failures count as 0, and that fails, the answer in the row or "0" shows it.
 
     Raises:
       InputError: if that does not work, before anything costly has begun.
@@ -219,8 +219,8 @@ def make_rewards(
     if len({function.name for function in made}) < len(made):
         raise InputError("two reward functions have the same name")
     rewards = Rewards(made, prompt, dataclasses.replace(settings, errors="stop"))
-    right = str(example.get("answer", "0"))
-    texts = ["", right] if settings.errors == "zero" else [""]
+    right = [str(example["answer"])] if "answer" in example else []
+    texts = ["", *right, "0"] if settings.errors == "zero" else [""]
     try:
         named = rewards._names_by(example, texts)
     except RewardError as error:
