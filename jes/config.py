@@ -83,6 +83,9 @@ class Settings:
     alpha: float = 0.0005
     alpha_half_life: int = 0  # generations after which α is halved, each time; 0 never
     sigma_half_life: int = 0  # the same for σ
+    alpha_cosine: int = 0  # generations over which α falls along a cosine; 0 never
+    sigma_cosine: int = 0  # the same for σ
+    cosine_floor: float = 0.1  # what is left of them at its end, as a share
     antithetic: bool = False
     noise: str = "normal"  # or 'table': nearly normal, faster on CPUs
     draw: str = "member"  # or 'layer': drawn again for each layer and pass, less memory
@@ -186,6 +189,7 @@ AT_LEAST: dict[str, int] = {
     **dict.fromkeys(("kl_max_new_tokens", "model_parallel", "slice_tokens"), 1),
     **dict.fromkeys(("prompts", "max_new_tokens", "chunk", "slots", "kl_prompts"), 0),
     **dict.fromkeys(("memory_gb", "devices", "alpha_half_life", "sigma_half_life"), 0),
+    **dict.fromkeys(("alpha_cosine", "sigma_cosine"), 0),
     **dict.fromkeys(("data.train_examples", "data.test_examples", "seed"), 0),
     **dict.fromkeys(("grpo.minibatch", "reward_timeout"), 0),
     **{"reward_concurrency": 1, "patience": 0},
@@ -331,8 +335,11 @@ def _conflicts(s: Settings) -> dict[str, Any]:
         "scale_sigma cannot be combined with a decay, which is in codes": (
             s.scale_sigma and decays
         ),
-        "rounding 'replay' needs a constant alpha and sigma: no half-life": (
-            s.rounding == "replay" and (s.alpha_half_life or s.sigma_half_life)
+        "rounding 'replay' needs a constant alpha and sigma: no half-life or cosine": (
+            s.rounding == "replay" and s.evolution.changes
+        ),
+        f"cosine_floor is a share above 0, of at most 1: not {s.cosine_floor}": (
+            not 0 < s.cosine_floor <= 1
         ),
         "shaping 'pair_zscore' needs antithetic=True": (
             s.shaping == "pair_zscore" and not s.antithetic

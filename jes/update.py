@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -27,14 +28,21 @@ from jes.transforms import (
 )
 
 
+class Rates(NamedTuple):
+    """What a schedule changes of the update of floats: α, and α λ of the decay."""
+
+    alpha: Any
+    pull: Any
+
+
 def make_optimizer(
-    evolution: Evolution, partitioned: bool = False
+    evolution: Evolution, partitioned: bool = False, rates: Rates | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """The chain that turns a generation's keys and fitness into updates.
 
     Its `update` takes the base weights as `anchor`, where there is a decay.
 
-    For `partitioned` see `Noise.partitioned`.
+    For `partitioned` see `Noise.partitioned`. `rates` go before those of `evolution`.
 
     Raises:
       ValueError: for settings that do not go together.
@@ -43,13 +51,15 @@ def make_optimizer(
         names = tuple(ROUNDINGS)
         raise ValueError(f"rounding must be one of {names}, not {evolution.rounding!r}")
     noise = dataclasses.replace(evolution.noise, partitioned=partitioned)
+    rate, pull = evolution.rate, evolution.pull
+    if rates is not None:  # inputs of a compiled function: checked before
+        rate, pull = rates.alpha, lambda _: rates.pull
     links = [
         es_gradient(noise, shaping=evolution.shaping),
-        _scale_by_rates(evolution.rate, evolution.scale_alpha),
+        _scale_by_rates(rate, evolution.scale_alpha),
     ]
     if evolution.decay != "none":
-        alpha, coefficient = evolution.alpha, evolution.decay_coefficient
-        links.append(anchored_weight_decay(alpha, coefficient, None, evolution.decay))
+        links.append(anchored_weight_decay(1.0, pull, None, evolution.decay))
     return ROUNDINGS[evolution.rounding](optax.chain(*links), evolution)
 
 
@@ -126,8 +136,25 @@ def tell(
     trained, frozen = split(params, scales)
     if anchor is not None:
         anchor, _ = split(anchor, scales)
-    trained, state = _tell(evolution, mesh, share, trained, state, key, fitness, anchor)
+    evolution, rates = compiled_form(evolution)
+    trained, state = _tell(
+        evolution, mesh, share, trained, state, rates, key, fitness, anchor
+    )
     return merge(trained, frozen), state
+
+
+def compiled_form(evolution: Evolution) -> tuple[Evolution, Rates | None]:
+    """What an update is compiled for, and its inputs: for floats, α and σ are no part.
+
+    So a schedule compiles nothing anew. Codes have rates in what is compiled.
+    """
+    if evolution.rounding != "none":
+        return evolution, None
+    rates = Rates(np.float32(evolution.rate), np.float32(evolution.pull))
+    same = {"alpha": 1.0, "sigma": 1.0, "decay_coefficient": 0.0}
+    for name in ("alpha_half_life", "sigma_half_life", "alpha_cosine", "sigma_cosine"):
+        same[name] = 0
+    return dataclasses.replace(evolution, **same), rates  # type: ignore[arg-type]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
@@ -137,6 +164,7 @@ def _tell(
     share: bool,
     params: PyTree,
     state: Any,
+    rates: Rates | None,
     key: jax.Array,
     fitness: jax.Array,
     anchor: PyTree,
@@ -150,7 +178,7 @@ def _tell(
         return 1 if whole else count_parts(path, leaf)
 
     return update_in_place(
-        make_optimizer(evolution, partitioned=spread),
+        make_optimizer(evolution, partitioned=spread, rates=rates),
         params,
         state,
         key=key,

@@ -22,7 +22,7 @@ from jes.core.mesh import make_mesh, mesh_of, replicated
 from jes.core.noise import PyTree, leaf_noise
 from jes.errors import InputError
 from jes.transforms import count_parts
-from jes.update import _tell, first_state, make_optimizer, tell
+from jes.update import _tell, compiled_form, first_state, make_optimizer, tell
 
 REPLAY = {"rounding": "replay", "window": 3}
 DECAY = {"decay": "l2", "decay_coefficient": 0.5}
@@ -85,7 +85,8 @@ def compiled(evolution: Evolution, params: PyTree, share: bool) -> Any:
     """The program of an update whose weights are donated."""
     mesh, state = mesh_of(params), first_state(evolution, params)
     key, fitness = jax.random.key(0), jnp.ones(4)
-    arguments = evolution, mesh, share, params, state, key, fitness, None
+    form, rates = compiled_form(evolution)
+    arguments = form, mesh, share, params, state, rates, key, fitness, None
     return _tell.lower(*arguments).compile()
 
 
@@ -268,7 +269,8 @@ def test_a_chain_of_ones_own_takes_no_more_memory_than_that_of_a_run() -> None:
     inputs = params, optimizer.init(params)
     program = own.lower(*inputs, key=key, fitness=fitness, anchor=anchor).compile()
     state = first_state(evolution, params)
-    arguments = evolution, None, False, params, state, key, fitness, anchor
+    form, rates = compiled_form(evolution)
+    arguments = form, None, False, params, state, rates, key, fitness, anchor
     assert beside_weights(program) <= beside_weights(_tell.lower(*arguments).compile())
     found, _ = own(*inputs, key=key, fitness=fitness, anchor=anchor)
     expected, _ = tell(evolution, floats(0), state, key, fitness, anchor)

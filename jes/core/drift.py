@@ -137,13 +137,10 @@ def predicted_drift(evolution: Evolution, parameters: int, generations: int) -> 
     more, squared. NaN where rounding loses steps or adds some, for a decay of codes or
     with a falling α, and for shaping 'none', whose steps scale with the rewards.
     """
-    step, steps = evolution.alpha, float(generations)
-    if half_life := evolution.alpha_half_life:
-        if evolution.decay != "none":
-            return math.nan
-        # As many steps of the first length as have the same sum of squares.
-        halvings, rest = divmod(generations, half_life)
-        steps = half_life * (1 - 0.25**halvings) / 0.75 + rest * 0.25**halvings
+    # As many steps of the first length as have the same sum of squares.
+    step, steps = evolution.alpha, evolution.squared_steps(generations)
+    if steps != generations and evolution.decay != "none":
+        return math.nan
     if evolution.rounding != "none":
         kept = {"residual": math.inf, "replay": evolution.window}
         lossless = evolution.residual_decay == 1 and evolution.decay == "none"

@@ -1,6 +1,7 @@
 """The settings of the evolution strategy."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,9 @@ class Evolution:
     alpha: float
     alpha_half_life: int = 0
     sigma_half_life: int = 0
+    alpha_cosine: int = 0
+    sigma_cosine: int = 0
+    cosine_floor: float = 0.1
     antithetic: bool = False
     shaping: str = "zscore"
     decay: str = "none"
@@ -52,15 +56,43 @@ class Evolution:
         return cls(**{RENAMED.get(name, name): settings[name] for name in settings})
 
     def at(self, generation: int) -> "Evolution":
-        """The settings of a generation; each new α or σ is compiled anew."""
+        """The settings of a generation.
+
+        For floats, nothing is compiled anew for another α or σ; for codes, all is.
+        """
+        rates = (
+            (self.alpha, self.alpha_half_life, self.alpha_cosine),
+            (self.sigma, self.sigma_half_life, self.sigma_cosine),
+        )
         alpha, sigma = (
-            value * 0.5 ** (generation // half_life if half_life else 0)
-            for value, half_life in (
-                (self.alpha, self.alpha_half_life),
-                (self.sigma, self.sigma_half_life),
-            )
+            value * self._share(generation, half_life, cosine)
+            for value, half_life, cosine in rates
         )
         return dataclasses.replace(self, alpha=alpha, sigma=sigma)
+
+    def _share(self, generation: int, half_life: int, cosine: int) -> float:
+        """What is left of α or σ in a generation."""
+        share = 0.5 ** (generation // half_life if half_life else 0)
+        if cosine:
+            fallen = (1 - math.cos(math.pi * min(1.0, generation / cosine))) / 2
+            share *= 1 - (1 - self.cosine_floor) * fallen
+        return share
+
+    @property
+    def changes(self) -> bool:
+        """Whether α or σ changes from generation to generation."""
+        lengths = self.alpha_half_life, self.sigma_half_life
+        return any((*lengths, self.alpha_cosine, self.sigma_cosine))
+
+    def squared_steps(self, generations: int) -> float:
+        """The sum of (α_t / α_0)² over so many generations."""
+        if not (self.alpha_half_life or self.alpha_cosine):
+            return float(generations)
+        shares = (
+            self._share(generation, self.alpha_half_life, self.alpha_cosine)
+            for generation in range(generations)
+        )
+        return sum(share**2 for share in shares)
 
     @property
     def noise(self) -> Noise:
@@ -81,3 +113,8 @@ class Evolution:
             return self.alpha
         mean = 1 if self.divide_by_population else self.population
         return self.alpha / self.sigma * mean
+
+    @property
+    def pull(self) -> float:
+        """The share, or with L1 the length, that the decay takes each generation."""
+        return self.alpha * self.decay_coefficient

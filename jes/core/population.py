@@ -5,6 +5,7 @@ factors; noise for the layers to draw; changed codes of a quantised model; or no
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,8 +53,11 @@ def perturb_members(
     dtype: Any = jnp.float32,
     draw: str = "member",
     mesh: Mesh | None = None,
+    sigmas: jax.typing.ArrayLike | None = None,
 ) -> Members:
     """A chunk of members of a generation.
+
+    Of floats, σ is an input of what is compiled: another σ compiles nothing anew.
 
     Args:
       params: θ, layers stacked. Where members share it, it is theirs as it is.
@@ -64,6 +68,7 @@ def perturb_members(
       draw: 'member' draws all noise now, 'layer' leaves that of matrices to the layers
         (of floats with full-rank noise).
       mesh: to spread the members over.
+      sigmas: float [M], a σ for each member of floats; by default that of the noise.
     """
     given = params, key, members
     variables = {"params": params, "noise": {}}
@@ -73,9 +78,10 @@ def perturb_members(
             variables["noise"] = draw_overlays(*given, noise, mesh=mesh)
         elif noise.rank or draw == "layer":
             some = draw_factors if noise.rank else draw_lazily
-            variables["noise"] = some(*given, noise, jnp.dtype(dtype), mesh=mesh)
+            dtype = jnp.dtype(dtype)
+            variables["noise"] = some(*given, noise, dtype, sigmas, mesh=mesh)
         else:
-            own = draw_members(*given, noise, jnp.dtype(dtype), mesh=mesh)
+            own = draw_members(*given, noise, jnp.dtype(dtype), sigmas, mesh=mesh)
             variables = {"params": own}
     return Members(variables, _sampling_keys(key, members), mesh)
 
@@ -90,44 +96,67 @@ def _sampling_keys(key: jax.Array, members: jax.Array) -> jax.Array:
 def _of_members(leaf_of_member: Callable) -> Callable:
     """Decorator: makes trees of members, [M, ...], of a function of a leaf.
 
-    The function takes the path, the leaf, the direction key, the sign, the `Noise` and
-    the dtype; the result the first five arguments of `perturb_members`, and `mesh`.
+    The function takes the path, the leaf, the direction key, ±σ (±1 where the leaf is
+    quantised), the `Noise` and the dtype; the result the arguments of
+    `perturb_members` but `draw`, in the order of below.
     """
 
+    def compiled(
+        params: PyTree,
+        key: jax.Array,
+        members: jax.Array,
+        sigmas: jax.Array,
+        noise: Noise,
+        dtype: Any,
+    ) -> PyTree:
+        def draw_member(member: jax.Array, sigma: jax.Array) -> PyTree:
+            own, sign = noise.direction(key, member)
+            return map_leaves(
+                lambda path, leaf: leaf_of_member(
+                    path, leaf, own, sigma * sign, noise, dtype
+                ),
+                params,
+            )
+
+        return jax.vmap(draw_member)(members, sigmas)
+
+    compiled.__name__ = leaf_of_member.__name__
+    spread = by_member(own=["members", "sigmas"], shared=["params", "key"])(compiled)
+    run = program(spread, static_argnames=("noise", "dtype", "mesh"))
+
+    @functools.wraps(leaf_of_member)
     def draw(
         params: PyTree,
         key: jax.Array,
         members: jax.Array,
         noise: Noise,
         dtype: Any = jnp.float32,
+        sigmas: jax.typing.ArrayLike | None = None,
+        *,
+        mesh: Mesh | None = None,
     ) -> PyTree:
-        def draw_member(member: jax.Array) -> PyTree:
-            direction = noise.direction(key, member)
-            return map_leaves(
-                lambda path, leaf: leaf_of_member(path, leaf, *direction, noise, dtype),
-                params,
-            )
+        given = 1.0 if is_quantized(params) else noise.sigma
+        sigmas = given if sigmas is None else sigmas
+        sigmas = np.broadcast_to(np.float32(sigmas), np.shape(members))
+        if not is_quantized(params):
+            noise = dataclasses.replace(noise, sigma=1.0)
+        return run(params, key, members, sigmas, noise, dtype, mesh=mesh)
 
-        return jax.vmap(draw_member)(members)
-
-    draw.__doc__, draw.__name__ = leaf_of_member.__doc__, leaf_of_member.__name__
-    spread = by_member(own=["members"], shared=["params", "key"])(draw)
-    return program(spread, static_argnames=("noise", "dtype", "mesh"))
+    return draw
 
 
 @_of_members
-def draw_members(path, leaf, key, sign, noise, dtype):
+def draw_members(path, leaf, key, scale, noise, dtype):
     """The weights of members; the sum is taken in float32, before the cast."""
-    return _sum(path, leaf, key, sign, noise).astype(leaf.dtype).astype(dtype)
+    return _sum(path, leaf, key, scale, noise).astype(leaf.dtype).astype(dtype)
 
 
 @_of_members
-def draw_factors(path, leaf, key, sign, noise, dtype):
+def draw_factors(path, leaf, key, scale, noise, dtype):
     """Noise of low rank, σε: a `LowRank` for matrices, arrays for vectors.
 
     Only shapes are read of the parameters.
     """
-    scale = noise.sigma * sign
     if not has_matrices(path, leaf.shape):
         return (scale * leaf_noise(key, path, leaf.shape, noise)).astype(dtype)
     draw = DISTRIBUTIONS[noise.distribution]
@@ -136,11 +165,11 @@ def draw_factors(path, leaf, key, sign, noise, dtype):
 
 
 @_of_members
-def draw_lazily(path, leaf, key, sign, noise, dtype):
+def draw_lazily(path, leaf, key, scale, noise, dtype):
     """Noise for the layers to draw: `LazyNoise` for matrices, else `MemberWeight`."""
     if not has_matrices(path, leaf.shape):
-        return MemberWeight(_sum(path, leaf, key, sign, noise).astype(dtype))
-    scale, matrix = noise.sigma * sign, jnp.int32(0)
+        return MemberWeight(_sum(path, leaf, key, scale, noise).astype(dtype))
+    matrix = jnp.int32(0)
     data = jax.random.key_data(leaf_key(key, path))
     if is_stack(path):
         count = leaf.shape[0]
@@ -151,9 +180,9 @@ def draw_lazily(path, leaf, key, sign, noise, dtype):
     return LazyNoise(data, scale, matrix, *settings)
 
 
-def _sum(path, leaf, key, sign, noise):
+def _sum(path, leaf, key, scale, noise):
     drawn = leaf_noise(key, path, leaf.shape, noise)
-    return leaf.astype(jnp.float32) + noise.sigma * sign * drawn
+    return leaf.astype(jnp.float32) + scale * drawn
 
 
 def draw_overlays(
