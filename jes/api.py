@@ -140,6 +140,8 @@ def configured(settings: Mapping[str, Any]) -> ml_collections.ConfigDict:
             hint = f": did you mean {close[0]!r}?" if close else ""
             raise InputError(f"there is no setting {name!r}{hint}")
         try:
+            if name == "sigma" and value == "auto":
+                value = 0.0
             if isinstance(value, Mapping):
                 group[name].update(value)
             else:

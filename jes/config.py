@@ -79,7 +79,7 @@ class Settings:
     # Evolution (2509.24372).
     generations: int = 100
     population: int = 30
-    sigma: float = 0.001
+    sigma: float = 0.001  # 0 chooses σ, and α with it: see `jes.sigma`
     alpha: float = 0.0005
     alpha_half_life: int = 0  # generations after which α is halved, each time; 0 never
     sigma_half_life: int = 0  # the same for σ
@@ -162,6 +162,8 @@ class Settings:
         """The settings of the update."""
         names = {field.name for field in dataclasses.fields(Evolution)}
         own = {name: getattr(self, name) for name in names - {"distribution"}}
+        if not self.sigma:  # until they are chosen
+            own |= {"sigma": Settings.sigma, "alpha": Settings.alpha}
         return Evolution(**own, distribution=self.noise)
 
     @property
@@ -356,6 +358,9 @@ def _float_only(s: Settings) -> dict[str, Any]:
         ),
         f"sigma={s.sigma} is in codes, of which there are 256: it must be smaller": (
             codes and s.sigma >= 2**8
+        ),
+        "sigma=0 ('auto') is for float models: a sigma of codes is in codes": (
+            codes and not s.sigma
         ),
         f"noise={s.noise!r} is for float models: codes have a noise of whole numbers": (
             codes and s.noise != "normal"

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,6 +160,16 @@ def digest(questions: Sequence[Question]) -> str:
         row = [dict(one.example), one.prompt, one.choices, list(one.meta)]
         found.update(json.dumps(row, default=str, sort_keys=True).encode())
     return found.hexdigest()[:16]
+
+
+def settled(experiment: Experiment, resolved: Mapping[str, Any]) -> Experiment:
+    """The experiment with what was chosen where its settings leave something open."""
+    evaluation, settings = experiment.evaluation, experiment.settings
+    rates = {name: resolved[name] for name in ("sigma", "alpha") if name in resolved}
+    return experiment._replace(
+        evaluation=dataclasses.replace(evaluation, slots=resolved.get("slots", 0)),
+        settings=dataclasses.replace(settings, **rates),
+    )
 
 
 def load_trainable(settings: Settings) -> Pretrained:

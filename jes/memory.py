@@ -100,12 +100,6 @@ def choose(experiment: Experiment) -> Held:
     raise too_large(chunk or 1, slots or rows, least, budget)
 
 
-def with_slots(experiment: Experiment, slots: int) -> Experiment:
-    """The experiment with so many slots for members that are trained."""
-    evaluation = dataclasses.replace(experiment.evaluation, slots=slots)
-    return experiment._replace(evaluation=evaluation)
-
-
 def chunk_of(
     evaluation: Evaluation,
     params: PyTree,

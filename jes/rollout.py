@@ -66,11 +66,16 @@ def prepare_rollout(
     return Rollout(evaluation, params, shared, noise, mesh)
 
 
-def members_of(rollout: Rollout, key: jax.Array, numbers: np.ndarray) -> Members:
+def members_of(
+    rollout: Rollout,
+    key: jax.Array,
+    numbers: np.ndarray,
+    sigmas: np.ndarray | None = None,
+) -> Members:
     """These members, in the form that `answer` takes."""
     evaluation, noise = rollout.evaluation, rollout.noise
     settings = {"dtype": evaluation.dtype, "draw": evaluation.draw}
-    settings["mesh"] = rollout.mesh
+    settings |= {"mesh": rollout.mesh, "sigmas": sigmas}
     members = perturb_members(rollout.params, key, numbers, noise, **settings)
     if members.share_params:
         members = members.replace(params=rollout.shared)
@@ -84,10 +89,14 @@ def answer(
     key: jax.Array,
     numbers: np.ndarray,
     batch: PromptBatch | ChoiceBatch,
+    sigmas: np.ndarray | None = None,
 ) -> jax.Array | np.ndarray:
-    """Answers int32 [M, B, max_new_tokens], or log-likelihoods of choices [M, R]."""
+    """Answers int32 [M, B, max_new_tokens], or log-likelihoods of choices [M, R].
+
+    `sigmas` [M] go before the σ of the noise.
+    """
     evaluation = rollout.evaluation
-    members = members_of(rollout, key, numbers)
+    members = members_of(rollout, key, numbers, sigmas)
     if isinstance(batch, ChoiceBatch):
         return log_likelihoods(evaluation.model, members, batch)
     # Layers that draw their noise stay in a loop: unrolled, they compile for minutes.

@@ -31,7 +31,7 @@ from jes.core.anchor import distance
 from jes.core.ledger import append_row
 from jes.core.noise import PyTree
 from jes.errors import InputError
-from jes.experiment import ON_TRAIN, Experiment, State
+from jes.experiment import ON_TRAIN, Experiment, State, settled
 from jes.io import checkpoints, hosts
 from jes.io.console import console
 from jes.io.metrics import Board, finite, keep_rows, read_rows, write_json
@@ -80,8 +80,10 @@ class RunFolder:
         self.writes = hosts.first()
 
     def open(
-        self, experiment: Experiment, resolve: Callable[[Experiment], dict[str, int]]
-    ) -> tuple[dict[str, int], list[np.ndarray]]:
+        self,
+        experiment: Experiment,
+        resolve: Callable[[Experiment, Mapping[str, Any]], dict[str, Any]],
+    ) -> tuple[dict[str, Any], list[np.ndarray]]:
         """Claims the folder; deletes partial checkpoints and those beyond the ledger.
 
         Returns:
@@ -94,14 +96,13 @@ class RunFolder:
         settings = experiment.settings
         self.keeps_ledger = settings.method == "es"
 
-        def opened() -> tuple[dict[str, int], list[list[float]]]:
-            config = dataclasses.asdict(settings)
-            resolved = claim(
-                self.path, config, lambda: resolve(experiment), experiment.identity
-            )
+        def opened() -> tuple[dict[str, Any], list[list[float]]]:
+            config, made = dataclasses.asdict(settings), partial(resolve, experiment)
+            resolved = claim(self.path, config, made, experiment.identity)
             done, fitness = max(checkpoints.saved(self.checkpoints), default=0), []
             if self.keeps_ledger:
-                fitness = open_ledger(experiment, self.ledger).fitness
+                now = settled(experiment, resolved)
+                fitness = open_ledger(now, self.ledger).fitness
                 done = len(fitness)
             check_length(self.path, done, settings.generations)
             checkpoints.tidy(self.checkpoints, done)
@@ -605,7 +606,7 @@ def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
 def claim(
     workdir: Path,
     config: Mapping[str, Any],
-    resolve: Callable[[], dict[str, Any]],
+    resolve: Callable[[Mapping[str, Any]], dict[str, Any]],
     identity: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Makes the folder, which exists, that of this run, or finds that it is: `check`.
@@ -613,7 +614,7 @@ def claim(
     Args:
       workdir: the folder.
       config: all settings.
-      resolve: chooses where they leave something open.
+      resolve: chooses where they leave something open; takes what it chose before.
       identity: hashes of what is asked, see `Experiment.identity`.
 
     Returns:
@@ -636,7 +637,7 @@ def claim(
     before, now = default().to_dict() | record["config"], plain(config)
     changed = any(before.get(name) != now.get(name) for name in MEMORY)
     if changed or "resolved" not in record:
-        record["resolved"] = resolve()
+        record["resolved"] = resolve(record.get("resolved", {}))
     write_json(workdir / "config.json", {**record, "config": now})
     return record["resolved"]
 

@@ -18,7 +18,7 @@ one run, of which the first process alone writes.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,18 +34,19 @@ from jes.core.anchor import displacement, keep_anchor
 from jes.core.drift import predicted_drift
 from jes.core.noise import PyTree, generation_key
 from jes.errors import InputError
-from jes.experiment import Experiment, State, make_experiment, pick
+from jes.experiment import Experiment, State, make_experiment, pick, settled
 from jes.guide import Guide
 from jes.io import command_line, hosts
 from jes.io.compiled import keep_compiled
 from jes.io.console import Bar, console
 from jes.io.interrupts import Stopped, stop_request
-from jes.memory import choose, give_back_freed_blocks, with_slots
+from jes.memory import choose, give_back_freed_blocks
 from jes.metacognition.objectives import objective_fitness
 from jes.models.weights import fingerprint
 from jes.rollout import ask
 from jes.run_folder import RunFolder, alone, finished, report
 from jes.scoring import Score, fitness_of
+from jes.sigma import choose_rates
 from jes.tasks import Data, Given
 from jes.tasks.rewards import RewardError
 from jes.update import first_state, moves_of, replay, tell
@@ -55,8 +56,8 @@ class Method(NamedTuple):
     """What differs between methods of training.
 
     Attributes:
-      resolve: chooses what the settings leave open, by the memory: from the experiment
-        to a dict that `config.json` keeps.
+      resolve: chooses what the settings leave open: from the experiment, and what was
+        chosen before, to a dict that `config.json` keeps.
       init: from the experiment to the optimizer's state before the first generation.
       step: one generation: from the experiment, the state (donated), the anchor, what
         `resolve` chose, and a function to call wherever it is safe to stop, to the next
@@ -64,7 +65,7 @@ class Method(NamedTuple):
         number of tokens generated), and the fitness that replays it, or None.
     """
 
-    resolve: Callable[[Experiment], dict[str, int]]
+    resolve: Callable[[Experiment, Mapping[str, Any]], dict[str, Any]]
     init: Callable[[Experiment], Any]
     step: Callable[..., tuple[State, dict[str, Any], np.ndarray | None]]
 
@@ -166,7 +167,7 @@ def train(
 
 def opened(
     settings: Settings, folder: RunFolder, method: Method, given: Given | None = None
-) -> tuple[Experiment, dict[str, int], list[np.ndarray]]:
+) -> tuple[Experiment, dict[str, Any], list[np.ndarray]]:
     """The experiment, what `method.resolve` chose, and the fitness in the ledger."""
     experiment = make_experiment(settings, given)
     for what, make in {
@@ -176,7 +177,29 @@ def opened(
     }.items():
         hosts.check_same(what, make)
     resolved, fitness = folder.open(experiment, method.resolve)
-    return with_slots(experiment, resolved.get("slots", 0)), resolved, fitness
+    return settled(experiment, resolved), resolved, fitness
+
+
+def resolve_es(
+    experiment: Experiment, before: Mapping[str, Any]
+) -> dict[str, int | float]:
+    """The members held at once, by the memory; σ and α, unless they were chosen before.
+
+    The first process chooses, by itself.
+    """
+    held = choose(experiment)._asdict()
+    if experiment.settings.sigma:
+        return held
+    if "sigma" in before:
+        return held | {name: before[name] for name in ("sigma", "alpha")}
+    rates = choose_rates(settled(experiment, held), held["chunk"])
+    settings = experiment.settings
+    share = rates.asked / (settings.generations * settings.population)
+    console.print(
+        f"sigma {rates.sigma:g}, alpha {rates.alpha:g}: chosen by {rates.asked} "
+        f"members ({100 * share:.1f} % of the run's)"
+    )
+    return held | {"sigma": rates.sigma, "alpha": rates.alpha}
 
 
 def replayed(
@@ -207,7 +230,7 @@ def es_step(
     experiment: Experiment,
     state: State,
     base: PyTree,
-    resolved: dict[str, int],
+    resolved: dict[str, Any],
     check_stop: Callable[[], None],
 ) -> tuple[State, dict[str, Any], np.ndarray]:
     """One generation of ES: ask, then tell; see `Method`."""
@@ -249,14 +272,14 @@ def es_step(
 
 METHODS: dict[str, Method] = {
     "es": Method(
-        resolve=lambda experiment: choose(experiment)._asdict(),
+        resolve=resolve_es,
         init=lambda experiment: first_state(
             experiment.evolution, experiment.pretrained.params
         ),
         step=es_step,
     ),
-    "grpo": Method(grpo.resolve, grpo.init, grpo.step),
-    "sft": Method(sft.resolve, sft.init, sft.step),
+    "grpo": Method(lambda run, _: grpo.resolve(run), grpo.init, grpo.step),
+    "sft": Method(lambda run, _: sft.resolve(run), sft.init, sft.step),
 }
 """How `config.method` trains."""
 

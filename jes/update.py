@@ -51,7 +51,8 @@ def make_optimizer(
         names = tuple(ROUNDINGS)
         raise ValueError(f"rounding must be one of {names}, not {evolution.rounding!r}")
     noise = dataclasses.replace(evolution.noise, partitioned=partitioned)
-    rate, pull = evolution.rate, evolution.pull
+    rate: Any = evolution.rate
+    pull: Any = evolution.pull
     if rates is not None:  # inputs of a compiled function: checked before
         rate, pull = rates.alpha, lambda _: rates.pull
     links = [

@@ -135,11 +135,12 @@ def _of_members(leaf_of_member: Callable) -> Callable:
         *,
         mesh: Mesh | None = None,
     ) -> PyTree:
-        given = 1.0 if is_quantized(params) else noise.sigma
-        sigmas = given if sigmas is None else sigmas
-        sigmas = np.broadcast_to(np.float32(sigmas), np.shape(members))
-        if not is_quantized(params):
+        if is_quantized(params):  # what is drawn depends on σ
+            sigmas = 1.0
+        else:
+            sigmas = noise.sigma if sigmas is None else sigmas
             noise = dataclasses.replace(noise, sigma=1.0)
+        sigmas = np.broadcast_to(np.asarray(sigmas, np.float32), np.shape(members))
         return run(params, key, members, sigmas, noise, dtype, mesh=mesh)
 
     return draw

@@ -35,7 +35,7 @@ def start(command: Callable[[list[str]], None], settings: Sequence[type] = ()) -
             show_help(settings)
             sys.exit(0)
         try:
-            left = flags.FLAGS([with_shipped(argument) for argument in argv])
+            left = flags.FLAGS([with_shipped(argument) for argument in joined(argv)])
             # A file that could not be read raises at the first use of the config.
             getattr(flags.FLAGS["config"].value, "keys")  # noqa: B009
             return left
@@ -84,13 +84,30 @@ def shipped() -> dict[str, Path]:
     return {file.stem: file for file in files}
 
 
+def joined(argv: Sequence[str]) -> list[str]:
+    """The arguments with `--config... value` as `--config...=value`."""
+    found: list[str] = []
+    for argument in argv:
+        before = found[-1] if found else ""
+        waits = re.fullmatch("--?config[^=]*", before)
+        if waits and not argument.startswith("-"):
+            found[-1] += f"={argument}"
+        else:
+            found.append(argument)
+    return found
+
+
 def with_shipped(argument: str) -> str:
     """`--config=NAME[:VARIANT]` with the path of a file that ships, where it is one.
+
+    And `--config.sigma=auto` with the number that stands for it.
 
     Raises:
       InputError: if there is neither such a file nor such a name.
     """
     flag, _, value = argument.partition("=")
+    if flag.lstrip("-") == "config.sigma" and value == "auto":
+        return f"{flag}=0"
     name, colon, variant = value.partition(":")
     if flag not in ("--config", "-config") or not value or Path(name).is_file():
         return argument
