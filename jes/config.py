@@ -19,6 +19,7 @@ from jes.core.evolution import Evolution
 from jes.core.fitness import METHODS as SHAPINGS
 from jes.core.noise import DISTRIBUTIONS
 from jes.errors import InputError
+from jes.io.tracker import TRACKERS
 from jes.metacognition.objectives import OBJECTIVES
 from jes.questions import DRAWS, MODES
 from jes.sampling.generate import Sampling
@@ -151,6 +152,7 @@ class Settings:
     keep: str = "last"  # or 'best': model-best/ too, the best held-out reward so far
     patience: int = 0  # evaluations without a better one until the run ends; 0: never
     checkpoint_every: int = 25
+    tracker: str = ""  # 'wandb' or 'trackio', beside TensorBoard
 
     @property
     def root(self) -> jax.Array:
@@ -220,6 +222,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sft.loss": ("answer", "all"),
     "keep": ("last", "best"),
     "reward_errors": ("stop", "zero"),
+    "tracker": ("", *TRACKERS),
 }
 ES_ALONE = ("rounding", "decay", "shuffle_fitness", "slots", "share_update")
 UNUSED: dict[str, tuple[str, ...]] = {

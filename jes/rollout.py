@@ -20,6 +20,7 @@ from jes.core.population import evaluate, perturb_members
 from jes.core.tree import is_quantized, with_dtype
 from jes.errors import InputError
 from jes.io.hosts import exchange
+from jes.io.interrupts import Before, proceed
 from jes.questions import Evaluation, Question, batch_of, longest_text
 from jes.sampling.continuous_batching import Batching, decode_in_slots
 from jes.sampling.generate import decode, unrolled, unrolled_params
@@ -41,6 +42,7 @@ class Rollout(NamedTuple):
     """What all chunks of a generation have in common.
 
     `shared` is θ in the form in which members share it; `params` where they do not.
+    `before` is called between programs.
     """
 
     evaluation: Evaluation
@@ -48,6 +50,7 @@ class Rollout(NamedTuple):
     shared: PyTree
     noise: Noise | None
     mesh: Mesh | None = None
+    before: Before = proceed
 
 
 def prepare_rollout(
@@ -97,6 +100,7 @@ def answer(
     """
     evaluation = rollout.evaluation
     members = members_of(rollout, key, numbers, sigmas)
+    rollout.before("")
     if isinstance(batch, ChoiceBatch):
         return log_likelihoods(evaluation.model, members, batch)
     # Layers that draw their noise stay in a loop: unrolled, they compile for minutes.
@@ -105,7 +109,9 @@ def answer(
     slots, slice_tokens = evaluation.slots, evaluation.slice_tokens
     if 0 < slots < len(batch.tokens):
         batching = Batching(sampling=sampling, slots=slots, slice_tokens=slice_tokens)
-        return decode_in_slots(model, members, batch, batching)
+        return decode_in_slots(
+            model, members, batch, batching, before_slice=rollout.before
+        )
     return decode(model, members, batch, sampling)
 
 
@@ -124,7 +130,7 @@ def ask(
     noise: Noise,
     population: int,
     chunk: int,
-    before_chunk: Callable[[], None] = lambda: None,
+    before_chunk: Before = proceed,
 ) -> Score:
     """Lets every member of a generation answer the questions.
 
@@ -138,7 +144,8 @@ def ask(
       noise: how members differ.
       population: N.
       chunk: members held in memory at once, on each device.
-      before_chunk: called before each chunk; an exception stops the generation.
+      before_chunk: called before each chunk, and between its programs; an exception
+        stops the generation.
 
     Returns:
       A `Score` of float64 arrays [N].
@@ -146,10 +153,11 @@ def ask(
     mesh = mesh_of(params)
     devices = 1 if mesh is None else mesh.shape[POPULATION]
     rollout = prepare_rollout(evaluation, params, noise, mesh)
+    rollout = rollout._replace(before=before_chunk)
     batch = batch_of(evaluation, questions)
 
     def dispatch(numbers: np.ndarray) -> jax.Array | np.ndarray:
-        before_chunk()
+        before_chunk(f"member {numbers[0] + 1} of {population}")
         return answer(rollout, key, numbers, batch)
 
     count = -(-population // jax.process_count())
@@ -170,7 +178,7 @@ def examine(
     *,
     batch_size: int = 256,
     key: jax.Array | None = None,
-    before_batch: Callable[[], None] = lambda: None,
+    before_batch: Before = proceed,
     listen: Callable[[int, str, np.ndarray], None] | None = None,
 ) -> Score:
     """Evaluates the model itself on any number of questions: a `Score` of floats.
@@ -206,12 +214,12 @@ def _answers(
     key: jax.Array,
     plan: Iterable[tuple[Sequence[Question], int]],
     members: np.ndarray,
-    before_batch: Callable[[], None],
+    before_batch: Before,
 ) -> Iterator[tuple[Sequence[Question], PromptBatch | ChoiceBatch, Any]]:
     """For each batch of the plan its questions, the batch and what is answered."""
-    start = 0
+    start, rollout = 0, rollout._replace(before=before_batch)
     for chosen, size in plan:
-        before_batch()
+        before_batch(f"{rollout.evaluation.task.name}: {start} answers")
         batch = batch_of(rollout.evaluation, chosen, size)
         # Rows sample by their number in the batch. Noise is to be the same in all.
         batch_key = jax.random.fold_in(key, start) if rollout.noise is None else key
@@ -228,7 +236,7 @@ def answer_each(
     *,
     noise: Noise | None,
     batch_size: int = 256,
-    before_batch: Callable[[], None] = lambda: None,
+    before_batch: Before = proceed,
 ) -> Answered:
     """What members [M], in memory at once, answer to any number of questions.
 

@@ -34,9 +34,11 @@ from jes.errors import InputError
 from jes.experiment import ON_TRAIN, Experiment, State, settled
 from jes.io import checkpoints, hosts
 from jes.io.console import console
+from jes.io.interrupts import Before
 from jes.io.metrics import Board, finite, keep_rows, read_rows, write_json
 from jes.io.model_card import beside_model
 from jes.io.plots import training_curves
+from jes.io.tracker import Tracker
 from jes.models.weights import fingerprint
 from jes.questions import Question
 from jes.rollout import examine
@@ -50,7 +52,8 @@ KL_ROWS = 8
 MEMORY = ("chunk", "slots", "slice_tokens", "memory_gb", "devices", "model_parallel")
 MAY_CHANGE = (
     *("eval_every", "eval_batch", "checkpoint_every", "share_update", *MEMORY),
-    *("reward_timeout", "reward_concurrency", "accept_changes"),
+    *("reward_timeout", "reward_concurrency", "accept_changes", "tracker"),
+    *("keep", "patience"),
 )
 """Settings that a run may go on with other values of: they decide when it evaluates and
 saves, and how much memory it takes on which devices, not what it computes (beyond the
@@ -77,6 +80,7 @@ class RunFolder:
         self.saved = 0  # generations of the newest checkpoint
         self.keeps_ledger = False
         self.ended = False  # before its last generation, by patience
+        self.tracker: Tracker | None = None
         self.writes = hosts.first()
 
     def open(
@@ -189,11 +193,18 @@ class RunFolder:
         }
 
     @contextmanager
-    def writing(self, done: int) -> Iterator[None]:
-        """Opens the files of rows, cut back to the first `done` generations."""
+    def writing(self, settings: Settings, done: int) -> Iterator[None]:
+        """Opens the files of rows, cut back to the first `done` generations.
+
+        Raises:
+          InputError: if the tracker of the settings is not installed.
+        """
         if not self.writes:
             yield
             return
+        if settings.tracker:
+            config = _flat(dataclasses.asdict(settings))
+            self.tracker = Tracker(settings.tracker, self.path, config)
         # Its presence says that the run is complete: this one goes on.
         (self.path / "summary.json").unlink(missing_ok=True)
         keep_rows(self.path / "metrics.jsonl", lambda row: row["generation"] < done)
@@ -210,12 +221,16 @@ class RunFolder:
         try:
             yield
         finally:
-            self.board.file.close()
+            self.board.close()
+            if self.tracker is not None:
+                self.tracker.close()
 
     def write(self, name: str, row: Mapping[str, Any]) -> None:
         """Appends a row to `<name>.jsonl` and to TensorBoard, NaN as null."""
         append_row(self.path / f"{name}.jsonl", finite(row))
-        self.board.write(name, row["generation"], row)
+        for board in (self.board, self.tracker):
+            if board is not None:
+                board.write(name, row["generation"], row)
 
     def record(self, row: Mapping[str, Any], fitness: Any) -> None:
         """Writes a generation: its metrics, then the ledger, from when it counts."""
@@ -229,7 +244,7 @@ class RunFolder:
         self,
         experiment: Experiment,
         base: PyTree,
-        check_stop: Callable[[], None],
+        check_stop: Before,
         generation: int,
         params: PyTree,
     ) -> None:
@@ -267,8 +282,11 @@ class RunFolder:
                     f"{experiment.settings.dtype} (bfloat16 overflows later)"
                 )
             row = {"generation": generation, "task": name}
-            for number in sorted(answers):
-                append_row(self.path / "answers.jsonl", finite(row | answers[number]))
+            said = [finite(row | answers[number]) for number in sorted(answers)]
+            for one in said:
+                append_row(self.path / "answers.jsonl", one)
+            if said and self.tracker is not None:
+                self.tracker.answers(generation, said)
             row |= {"examples": len(questions)} | score_row(
                 score, evaluation.task.parts
             )
@@ -389,7 +407,7 @@ def distance_row(
     experiment: Experiment,
     params: PyTree,
     base: PyTree,
-    check_stop: Callable[[], None],
+    check_stop: Before,
 ) -> dict[str, Any]:
     """One row of `distances.jsonl`: ‖θ - θ_0‖, by kind of tensor, and KL(base || θ)."""
     row = distance(params, base)._asdict()
@@ -397,7 +415,7 @@ def distance_row(
     row |= {f"norm/{kind}": norm for kind, norm in norms.items()}
     row |= {f"moved/{kind}": share for kind, share in shares.items()}
     for name, answers in experiment.base_answers.items():
-        check_stop()
+        check_stop(f"KL of {name}")
         evaluation, _ = experiment.evaluations[name]
         kl = divergence(
             experiment.pretrained.model,

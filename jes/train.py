@@ -38,8 +38,8 @@ from jes.experiment import Experiment, State, make_experiment, pick, settled
 from jes.guide import Guide
 from jes.io import command_line, hosts
 from jes.io.compiled import keep_compiled
-from jes.io.console import Bar, console
-from jes.io.interrupts import Stopped, stop_request
+from jes.io.console import Bar, console, doing
+from jes.io.interrupts import Before, Stopped, stop_request
 from jes.memory import choose, give_back_freed_blocks
 from jes.metacognition.objectives import objective_fitness
 from jes.models.weights import fingerprint
@@ -128,9 +128,14 @@ def train(
     with (
         stop_request() as stop,
         Bar(done, settings.generations, shown=hosts.first()) as progress,
-        folder.writing(done),
+        folder.writing(experiment.settings, done),
     ):
-        evaluate = partial(folder.evaluate, experiment, base, stop.check)
+
+        def before(what: str) -> None:
+            progress.now(what)
+            stop.check()
+
+        evaluate = partial(folder.evaluate, experiment, base, before)
         try:
             evaluate(0, start)
             state = replayed(experiment, state, fitness, base)
@@ -146,7 +151,7 @@ def train(
                         break
                 began = time.perf_counter()
                 state, figures, earned = method.step(
-                    experiment, state, base, resolved, stop.check
+                    experiment, state, base, resolved, before
                 )
                 row = metrics_row(experiment, figures, state, base, began)
                 folder.record(row, earned)
@@ -169,14 +174,16 @@ def opened(
     settings: Settings, folder: RunFolder, method: Method, given: Given | None = None
 ) -> tuple[Experiment, dict[str, Any], list[np.ndarray]]:
     """The experiment, what `method.resolve` chose, and the fitness in the ledger."""
-    experiment = make_experiment(settings, given)
+    with doing(f"loading {settings.model} and {settings.task}"):
+        experiment = make_experiment(settings, given)
     for what, make in {
         "other settings": lambda: repr(settings),
         "another base model": lambda: fingerprint(experiment.pretrained.params),
         "other questions or rewards": lambda: repr(experiment.identity),
     }.items():
         hosts.check_same(what, make)
-    resolved, fitness = folder.open(experiment, method.resolve)
+    with doing("compiling, to see what fits the memory"):
+        resolved, fitness = folder.open(experiment, method.resolve)
     return settled(experiment, resolved), resolved, fitness
 
 
@@ -231,7 +238,7 @@ def es_step(
     state: State,
     base: PyTree,
     resolved: dict[str, Any],
-    check_stop: Callable[[], None],
+    check_stop: Before,
 ) -> tuple[State, dict[str, Any], np.ndarray]:
     """One generation of ES: ask, then tell; see `Method`."""
     settings, generation = experiment.settings, state.generation

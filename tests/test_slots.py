@@ -314,7 +314,7 @@ def test_rewards_are_computed_while_the_next_members_answer(
         params,
         jax.random.key(3),
         questions,
-        before_chunk=lambda: chunks_begun.append(1),
+        before_chunk=lambda doing: doing and chunks_begun.append(1),
         **POPULATION,
     )
     assert scores.reward.tolist() == [1.0] * 4
@@ -338,7 +338,7 @@ def test_an_error_in_a_reward_stops_the_generation(small_model: Path) -> None:
             params,
             jax.random.key(3),
             questions,
-            before_chunk=lambda: begun.append(1),
+            before_chunk=lambda doing: doing and begun.append(1),
             noise=POPULATION["noise"],
             population=8,
             chunk=2,

@@ -15,7 +15,7 @@ T prompt tokens, N new tokens, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ from jes.core.placement import on_device
 from jes.core.tree import with_dtype
 from jes.errors import InputError
 from jes.experiment import Experiment, State, pick
+from jes.io.interrupts import Before, proceed
 from jes.questions import Evaluation, Question
 from jes.sampling.generate import decode, trim, unrolled_params
 from jes.sampling.prompts import pad
@@ -175,7 +176,7 @@ def step(
     state: State,
     base: PyTree,
     resolved: dict[str, int],
-    check_stop: Callable[[], None],
+    check_stop: Before,
 ) -> tuple[State, dict[str, Any], None]:
     """One generation: `rollout`, then `improve`; see `jes.train.Method`."""
     settings, model = settings_of(experiment, **resolved), experiment.pretrained.model
@@ -234,7 +235,7 @@ def rollout(
     params: PyTree,
     questions: Sequence[Question],
     key: jax.Array,
-    before_batch: Callable[[], None] = lambda: None,
+    before_batch: Before = proceed,
 ) -> tuple[Batch, np.ndarray, Score]:
     """Samples a group of answers to every question, and rewards them.
 
@@ -260,7 +261,7 @@ def rollout(
     size = min(settings.batch_size, len(rows))
     pieces = []
     for start in range(0, len(rows), size):
-        before_batch()
+        before_batch("")
         # The last batch is filled up so that it has the shape of the others.
         chosen = rows[np.minimum(np.arange(start, start + size), len(rows) - 1)]
         answers = decode(

@@ -21,7 +21,7 @@ tokens those whose logits are needed, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +39,7 @@ from jes.core.noise import PyTree
 from jes.core.tree import with_dtype
 from jes.errors import InputError
 from jes.experiment import Experiment, State, pick
+from jes.io.interrupts import Before, proceed
 from jes.questions import Evaluation, Question
 from jes.sampling.generate import generate
 from jes.sampling.prompts import encode_continuation, pad
@@ -150,7 +151,7 @@ def step(
     state: State,
     base: PyTree,
     resolved: dict[str, int],
-    check_stop: Callable[[], None],
+    check_stop: Before,
 ) -> tuple[State, dict[str, Any], None]:
     """One generation, an optimizer step; see `jes.train.Method`.
 
@@ -170,7 +171,7 @@ def step(
         claims_of(evaluation),
         _width(experiment),
     )
-    check_stop()
+    check_stop("the step")
     before = state.params, state.opt_state
     after, learned = improve(settings, experiment.pretrained.model, before, batch)
     figures = {
@@ -215,14 +216,14 @@ def answer_directly(
     params: PyTree,
     questions: Sequence[Question],
     batch_size: int,
-    before_batch: Callable[[], None] = lambda: None,
+    before_batch: Before = proceed,
 ) -> Direct:
     """Lets the weights answer the direct questions greedily, in batches."""
     weights = with_dtype(params, jnp.dtype(evaluation.dtype))
     size = min(batch_size, len(questions))
     said: list[list[int]] = []
     for start in range(0, len(questions), size):
-        before_batch()
+        before_batch("")
         prompts = [q.prompt for q in questions[start : start + size]]
         # The last batch is filled up so that it has the shape of the others.
         filled = prompts + prompts[-1:] * (size - len(prompts))

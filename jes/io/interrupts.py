@@ -3,12 +3,21 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from jes.io.console import console
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+Before = Callable[[str], None]
+"""Called with what comes next (or '', for more of the same) wherever it is safe to
+stop: it may raise `Stopped`."""
+
+
+def proceed(doing: str = "") -> None:
+    """A `Before` that lets everything go on."""
 
 
 class Stopped(Exception):
@@ -29,8 +38,9 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_number: int | None = None
 
-    def check(self) -> None:
-        """Raises `Stopped` if a signal came; to be called where stopping is safe."""
+    def check(self, doing: str = "") -> None:
+        """Raises `Stopped` if a signal came: a `Before`."""
+        del doing
         if self.signal_number is not None:
             raise Stopped(self.signal_number)
 

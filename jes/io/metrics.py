@@ -60,6 +60,16 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def numbers_of(name: str, row: Mapping[str, Any]) -> dict[str, int | float]:
+    """The numbers of a row, as `<name>/[<task>/]<key>`."""
+    task = f"{row['task']}/" if "task" in row else ""
+    return {
+        f"{name}/{task}{key}": value
+        for key, value in row.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
 class Board:
     """TensorBoard events, written at once.
 
@@ -75,12 +85,14 @@ class Board:
         self._add(start, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, name: str, step: int, row: Mapping[str, Any]) -> None:
-        """Adds the numbers of a row, as `<name>/[<task>/]<key>`."""
-        task = f"{row['task']}/" if "task" in row else ""
-        for key, value in row.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                self._add(step, summary=scalar(f"{name}/{task}{key}", value))
+        """Adds the numbers of a row."""
+        for key, value in numbers_of(name, row).items():
+            self._add(step, summary=scalar(key, value))
         self.file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
 
     def _add(self, step: int, **what: Any) -> None:
         self.file.write_event(Event(step=step, wall_time=time.time(), **what))

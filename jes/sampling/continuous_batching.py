@@ -13,6 +13,7 @@ tokens, R ring slots of the cache, N new tokens.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -82,8 +83,14 @@ def decode_in_slots(
     prompts: PromptBatch,
     batching: Batching,
     limits: Any = None,
+    *,
+    before_slice: Callable[[str], None] = lambda doing: None,
 ) -> np.ndarray:
-    """The answers of `decode`, with a cache of `batching.slots` rows a member."""
+    """The answers of `decode`, with a cache of `batching.slots` rows a member.
+
+    `before_slice` is called with '' before every `batching.slice_tokens` tokens; an
+    exception from it ends the decoding.
+    """
     sampling, mesh = batching.sampling, members.mesh
     total, width = prompts.tokens.shape
     shape, new = (members.count, total), sampling.max_new_tokens
@@ -107,6 +114,7 @@ def decode_in_slots(
             return answers
         if scheduler.enough < scheduler.slots:
             rows = _take(rows, scheduler.shrink(), mesh=mesh)
+        before_slice("")
         given = rows, prefix, scheduler.stop()
         rows, report = _decode_slice(model, members, *given, batching)
         if isinstance(report, Abstract):  # analysed, not run
