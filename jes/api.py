@@ -84,7 +84,8 @@ def fine_tune(
       model: a folder, a hub id, or 'tiny' for the embedded model.
       reward: a function (see `jes.tasks.rewards` for its forms) or several.
       data: rows to train on, or where they are, see `jes.tasks.Data`.
-      task: in place of a reward and data: a `jes.Task`, or a name as in `config.task`.
+      task: in place of a reward: a `jes.Task`, which has its data, or a name as in
+        `config.task`.
       test: held-out rows; without, a share of `data` (`holdout`) is held out.
       workdir: the run folder, where the same call goes on; None for a temporary one.
       on_generation: called with each row of `metrics.jsonl`; True ends the run.
@@ -96,17 +97,18 @@ def fine_tune(
     Raises:
       InputError: if a setting, the model, the data or the reward cannot work.
     """
-    config, given = configured(settings), None
+    config = configured(settings)
     config.model = str(model)
     if (reward is None) == (task is None):
         raise InputError("give a reward and its data, or a task")
+    train, config.data.train = _rows(data)
+    held_out, config.data.test = _rows(test)
     if isinstance(task, str):
         config.task = task
+        given = Given(None, train, held_out) if train or held_out else None
     else:
         what = task if reward is None else reward
         config.task = IN_PYTHON + getattr(what, "name", getattr(what, "__name__", ""))
-        train, config.data.train = _rows(data)
-        held_out, config.data.test = _rows(test)
         given = Given(what, train, held_out)
     folder = Path(workdir or tempfile.mkdtemp(prefix="jes-"))
     finished, result = True, None
@@ -198,6 +200,10 @@ def answer(
     if tokenizer is None:
         raise InputError("the model folder has no tokenizer, which text needs")
     chat = tokenizer.chat_template is not None
+    if system and not chat:
+        raise InputError(
+            "this model has no chat template, which a system message needs"
+        )
     head = [{"role": "system", "content": system}] if system else []
     asked: list[Prompt] = []
     for one in prompts:

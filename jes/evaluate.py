@@ -9,7 +9,6 @@ Accuracy is by lenient extraction; strict is right in exactly the format asked f
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,12 @@ from jes.errors import InputError
 from jes.experiment import make_evaluation, task_for
 from jes.export import load_base, read_ledger, replayed
 from jes.io.command_line import at_least, guarded
-from jes.io.console import console
+from jes.io.console import console, doing
 from jes.io.metrics import write_json
 from jes.models.weights import Pretrained, load
 from jes.questions import prepare
 from jes.rollout import examine
 from jes.run_folder import recorded, score_row, settings_in
-from jes.scoring import Score
 from jes.tasks import TASKS, Asking
 
 
@@ -64,8 +62,8 @@ def evaluate(
     asking: Asking = Asking(),  # noqa: B008  frozen
     batch_size: int = 256,
     **settings: Any,
-) -> dict[str, Score]:
-    """Scores greedy answers on held-out examples of some tasks: floats.
+) -> dict[str, dict[str, float]]:
+    """Scores of greedy answers on held-out examples of some tasks, as `score_row`.
 
     Args:
       pretrained: the model.
@@ -75,26 +73,29 @@ def evaluate(
       batch_size: prompts answered at once.
       settings: `mode` and `dtype`, see `jes.questions.Evaluation`.
     """
-    scores = {}
+    rows = {}
     for name in tasks:
         task = task_for(pretrained, name, asking, **(data or {}))
         evaluation = make_evaluation(pretrained, task, **settings)
         questions = prepare(evaluation, task.test)
-        scores[name] = examine(
-            evaluation, pretrained.params, questions, batch_size=batch_size
-        )
-    return scores
+        with doing(f"{name}: {len(questions)} examples"):
+            score = examine(
+                evaluation, pretrained.params, questions, batch_size=batch_size
+            )
+        rows[name] = score_row(score, task.parts)
+    return rows
 
 
-def table(scores: dict[str, Score]) -> Table:
-    """Rewards, and percentages of the examples; a row a task."""
-    shown = Table(
-        "task", "reward", "accuracy %", "strict %", "formatted %", "truncated %"
-    )
-    for name, score in scores.items():
-        shares = (score.accuracy, score.strict, score.formatted, score.truncated)
-        cells = ["-" if math.isnan(one) else f"{100 * one:.1f}" for one in shares]
-        shown.add_row(name, f"{score.reward:.3f}", *cells)
+def table(rows: Mapping[str, Mapping[str, float]]) -> Table:
+    """Rewards, also by name, and percentages of the examples; a row a task."""
+    shares = "accuracy", "strict", "formatted", "truncated"
+    every = dict.fromkeys(name for row in rows.values() for name in row)
+    parts = [name for name in every if name.startswith("reward/")]
+    shown = Table("task", "reward", *(f"{name} %" for name in shares), *parts)
+    for name, row in rows.items():
+        cells = [f"{100 * row[one]:.1f}" if one in row else "-" for one in shares]
+        cells += [f"{row[one]:.3f}" if one in row else "-" for one in parts]
+        shown.add_row(name, f"{row['reward']:.3f}", *cells)
     return shown
 
 
@@ -133,7 +134,7 @@ def main() -> None:
         data |= {name: value for name, value in given.items() if value is not None}
         names = args.tasks.split(",") if args.tasks else tasks_of(args.model, settings)
         pretrained, dtype = load_model(args.model)
-        scores = evaluate(
+        rows = evaluate(
             pretrained,
             names,
             data=data | {"seed": settings.seed},
@@ -142,9 +143,9 @@ def main() -> None:
             mode=settings.mode,
             dtype=args.dtype or dtype,
         )
-        console.print(table(scores))
+        console.print(table(rows))
         if args.out:
-            write_json(args.out, {name: score_row(one) for name, one in scores.items()})
+            write_json(args.out, rows)
 
     guarded(command)
 

@@ -20,6 +20,7 @@ class Guide:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.said = settings, set[str]()
+        self.last: Mapping[str, Any] = {}
         if settings.method == "es" and settings.population == 1:
             self.say(
                 "one_member",
@@ -35,6 +36,7 @@ class Guide:
 
     def of_generation(self, row: Mapping[str, Any]) -> None:
         """Looks at a row of `metrics.jsonl`."""
+        self.last = row
         at = f"generation {row['generation']}"
         if row.get("fitness_std") == 0 and self.settings.population > 1:
             self.say(
@@ -74,11 +76,8 @@ class Guide:
                 f"more than two standard errors below the {rows[0]['reward']:.3g} of "
                 "the start; a smaller alpha, more members, or decay='l2' helps",
             )
-        metrics = read_rows(workdir / "metrics.jsonl")
-        moved, walked = (
-            metrics[-1].get(name) if metrics else None
-            for name in ("displacement_norm", "displacement_norm_drift")
-        )
+        names = "displacement_norm", "displacement_norm_drift"
+        moved, walked = (self.last.get(name) for name in names)
         late = rows[-1]["generation"] >= EARLY
         if moved and walked and late and gained < both and moved < NOISE_ALONE * walked:
             self.say(

@@ -1,7 +1,7 @@
 """`config.sigma = 0`, or 'auto': σ by trial, before a run begins.
 
-A few members answer the prompts of the first generation, at every σ of a ladder with
-the same noise, in the programs that the run goes on with. What is learned from a member
+A few members answer the prompts of some generations, at every σ of a ladder with the
+same noise, in the programs that the run goes on with. What is learned from a member
 holds for the centre as far as the two still answer alike. So σ is the largest at which
 rewards do: the mean difference between the rewards of a member and of the centre, for
 the same prompt, is `CHANGE` of the mean difference between any two rewards of the
@@ -47,58 +47,71 @@ def choose_rates(experiment: Experiment, chunk: int) -> Rates:
     """σ by trial, and the α that goes with it; `chunk` as in the run.
 
     Raises:
-      InputError: if members earn the same at every σ.
+      InputError: if no σ changes a reward.
     """
     settings = experiment.settings
-    most = int(SHARE * settings.generations * settings.population / len(LADDER))
-    members = min(max(most, FEWEST), MOST)
-    base, own = trial_rewards(experiment, chunk, members)
+    most = int(SHARE * settings.generations * settings.population / (len(LADDER) + 1))
+    base, own = trial_rewards(experiment, chunk, min(max(most, FEWEST), MOST))
     sigma = sigma_of(base, own)
     alpha = sigma / 2 * (settings.population / 30) ** 0.5
-    asked = 1 + members * len(LADDER)
+    asked = own.shape[1] * (len(LADDER) + 1)
     return Rates(float(f"{sigma:.3g}"), float(f"{alpha:.3g}"), asked)
 
 
 def trial_rewards(
     experiment: Experiment, chunk: int, members: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards of the centre [B], and of so many members at each σ: [σ, M, B]."""
+    """Rewards of the centre [M, B], and of so many members at each σ, [σ, M, B].
+
+    As many members as a chunk holds at every σ answer the prompts of one generation,
+    the next ones those of another.
+    """
     evaluation, params = experiment.evaluation, experiment.pretrained.params
-    key, questions = generation_key(experiment.settings.root, 0), pick(experiment, 0)
+    key = generation_key(experiment.settings.root, 0)
     rollout = prepare_rollout(evaluation, params, experiment.evolution.noise)
-    batch = batch_of(evaluation, questions)
-    # The centre is the first, as a member with σ = 0.
-    numbers = np.concatenate([[0], np.tile(np.arange(members), len(LADDER))])
-    sigmas = np.concatenate([[0.0], np.repeat(LADDER, members)])
-    rewards = evaluate(
-        lambda some: answer(rollout, key, numbers[some], batch, sigmas[some]),
-        lambda out: answer_rewards(evaluation, questions, batch, out)[..., 0],
-        np.arange(len(numbers)),
-        chunk * devices_of(params),
-    )
-    return rewards[0], rewards[1:].reshape(len(LADDER), members, -1)
+    at_once = chunk * devices_of(params)
+    together = max(1, (at_once - 1) // len(LADDER))
+
+    def rewards_of(batch_number: int) -> tuple[np.ndarray, np.ndarray]:
+        questions = pick(experiment, batch_number)
+        batch = batch_of(evaluation, questions)
+        own = np.arange(members)[batch_number * together :][:together]
+        # The centre is the first, as a member with σ = 0.
+        numbers = np.concatenate([[0], np.tile(own, len(LADDER))])
+        sigmas = np.concatenate([[0.0], np.repeat(LADDER, len(own))])
+        rewards = evaluate(
+            lambda some: answer(rollout, key, numbers[some], batch, sigmas[some]),
+            lambda out: answer_rewards(evaluation, questions, batch, out)[..., 0],
+            np.arange(len(numbers)),
+            at_once,
+        )
+        shape = len(LADDER), len(own), len(questions)
+        return np.tile(rewards[0], (len(own), 1)), rewards[1:].reshape(shape)
+
+    base, own = zip(*map(rewards_of, range(-(-members // together))), strict=True)
+    return np.concatenate(base), np.concatenate(own, 1)
 
 
 def sigma_of(base: np.ndarray, own: np.ndarray) -> float:
     """The largest σ at which rewards change as little as they may, see above.
 
     Between two σ of the ladder it is interpolated, in logarithms; below the first and
-    beyond the last there is none. At the least it sets some members apart.
+    beyond the last there is none. At the least it changes some reward.
 
     Args:
-      base: of the centre, for each prompt [B].
+      base: of the centre, for each prompt of each member [M, B].
       own: of members at each σ, with the same noise: [σ, M, B].
 
     Raises:
-      InputError: if all members earn the same at every σ.
+      InputError: if no σ changes a reward.
     """
     own = np.where(np.isfinite(own), own, np.nan)
-    apart = np.flatnonzero(own.mean(-1).std(-1) > 0)
-    if not len(apart):
+    changed = np.flatnonzero((own != base).any((1, 2)))
+    if not len(changed):
         raise InputError(
-            f"sigma='auto': with sigma from {LADDER[0]:g} to {LADDER[-1]:g} all "
-            "members earned the same; more prompts, or a reward that gives part of "
-            "the credit, would set them apart; or set sigma"
+            f"sigma='auto': no sigma from {LADDER[0]:g} to {LADDER[-1]:g} changed a "
+            "reward; more prompts, or a reward that gives part of the credit, would "
+            "set members apart; or set sigma"
         )
     every = np.sort(np.append(own[np.isfinite(own)], base))
     # The mean of |x - y| over all pairs, from the sorted values.
@@ -106,12 +119,9 @@ def sigma_of(base: np.ndarray, own: np.ndarray) -> float:
     typical = 2 * (ranks * every).sum() / len(every) ** 2
     changes = np.nan_to_num(abs(own - base).mean((1, 2)) / typical, nan=np.inf)
     changes = np.maximum.accumulate(changes)
-    within = np.searchsorted(changes, CHANGE, "right")
-    steps = np.arange(len(LADDER))
-    if within == 0:
-        step = 0.0
-    elif within == len(LADDER) or not np.isfinite(changes[within]):
-        step = within - 1.0
-    else:
-        step = np.interp(CHANGE, changes[: within + 1], steps[: within + 1])
-    return LADDER[0] * 2.0 ** max(step, apart[0])
+    within = int(np.searchsorted(changes, CHANGE, "right"))
+    step = max(within - 1.0, 0.0)
+    if 0 < within < len(LADDER) and np.isfinite(changes[within]):
+        steps = np.arange(within - 1.0, len(LADDER))
+        step = np.interp(CHANGE, changes[within - 1 :], steps)
+    return LADDER[0] * 2.0 ** max(step, changed[0])

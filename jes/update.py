@@ -52,15 +52,15 @@ def make_optimizer(
         raise ValueError(f"rounding must be one of {names}, not {evolution.rounding!r}")
     noise = dataclasses.replace(evolution.noise, partitioned=partitioned)
     rate: Any = evolution.rate
-    pull: Any = evolution.pull
+    decay: tuple[Any, Any] = evolution.alpha, evolution.decay_coefficient
     if rates is not None:  # inputs of a compiled function: checked before
-        rate, pull = rates.alpha, lambda _: rates.pull
+        rate, decay = rates.alpha, (1.0, lambda _: rates.pull)
     links = [
         es_gradient(noise, shaping=evolution.shaping),
         _scale_by_rates(rate, evolution.scale_alpha),
     ]
     if evolution.decay != "none":
-        links.append(anchored_weight_decay(1.0, pull, None, evolution.decay))
+        links.append(anchored_weight_decay(*decay, None, evolution.decay))
     return ROUNDINGS[evolution.rounding](optax.chain(*links), evolution)
 
 
@@ -151,7 +151,8 @@ def compiled_form(evolution: Evolution) -> tuple[Evolution, Rates | None]:
     """
     if evolution.rounding != "none":
         return evolution, None
-    rates = Rates(np.float32(evolution.rate), np.float32(evolution.pull))
+    pull = evolution.alpha * evolution.decay_coefficient
+    rates = Rates(np.float32(evolution.rate), np.float32(pull))
     same = {"alpha": 1.0, "sigma": 1.0, "decay_coefficient": 0.0}
     for name in ("alpha_half_life", "sigma_half_life", "alpha_cosine", "sigma_cosine"):
         same[name] = 0

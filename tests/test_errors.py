@@ -22,7 +22,6 @@ SETTINGS = {
     "population=0": "population must be at least 1, not 0",
     "sigma=nan": "sigma must be positive and finite, not nan",
     "sigma=inf": "sigma must be positive and finite, not inf",
-    "sigma=0": "sigma must be positive and finite, not 0.0",
     "sigma=-1": "sigma must be positive and finite, not -1.0",
     "alpha=nan": "alpha must be finite, not nan",
     "generations=0": "generations must be at least 1, not 0",

@@ -222,9 +222,9 @@ def test_likelihood_takes_the_best_choice(small_model: Path) -> None:
     )
     for score in scores.values():
         # One of three labels: a random model is right on a third, and never formless.
-        assert 0 < score.accuracy < 0.8
-        assert score.formatted == 1
-        assert score.tokens == 0
+        assert 0 < score["accuracy"] < 0.8
+        assert score["formatted"] == 1
+        assert score["tokens"] == 0
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from jes.config import freeze
 from jes.core.noise import generation_key
 from jes.core.programs import Analysis, TooLargeError, program
 from jes.errors import InputError
-from jes.experiment import Experiment, make_experiment, pick
+from jes.experiment import Experiment, make_experiment, pick, settled
 from jes.memory import Held, Peak, choose, most_that_fit, slot_choices
 from jes.questions import Evaluation, batch_of
 from jes.rollout import ask
@@ -178,7 +178,7 @@ def test_what_is_analysed_is_what_runs(
         assert any("decode" in name for name in compiled)
         compiled.clear()
         settings, evolution = experiment.settings, experiment.evolution
-        experiment = memory.with_slots(experiment, held.slots)
+        experiment = settled(experiment, held._asdict())
         ask(
             experiment.evaluation,
             experiment.pretrained.params,
@@ -262,7 +262,7 @@ def test_a_run_chooses_once(
     def claim(**changes: Any) -> dict[str, Any]:
         changed = with_settings(experiment, **changes)
         settings = dataclasses.asdict(changed.settings)
-        return claim_run(tmp_path, settings, lambda: choose(changed)._asdict())
+        return claim_run(tmp_path, settings, lambda _: choose(changed)._asdict())
 
     expected = {"chunk": 1, "slots": 0}
     assert claim() == expected

@@ -414,7 +414,7 @@ def test_a_graded_task_trains_and_shows_its_rewards(
         ["mytask.py"],
         data={"train": "mydata.jsonl"},
     )
-    assert scores["mytask.py"].reward == pytest.approx(found["reward"]["after"])
+    assert scores["mytask.py"]["reward"] == pytest.approx(found["reward"]["after"])
     assert math.isnan(scores["mytask.py"].accuracy)
 
 

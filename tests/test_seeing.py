@@ -84,8 +84,9 @@ def test_held_out_rewards_and_drift(
     other = {**row, "task": "tiny/max", "reward": 0.0, "generation": 30}
     write(tmp_path / "evaluations.jsonl", [row, then, other])
     drift = {"displacement_norm": moved, "displacement_norm_drift": 1.0}
-    write(tmp_path / "metrics.jsonl", [drift])
-    guide().of_evaluations(tmp_path)
+    warn = guide()
+    warn.of_generation(GENERATION | drift)
+    warn.of_evaluations(tmp_path)
     shown = capsys.readouterr().out
     assert message in shown
     assert bool(shown) == bool(message)
@@ -279,7 +280,7 @@ def test_help_lists_settings() -> None:
         check=True,
     )
     assert "--workdir  Run folder" in done.stdout
-    assert "  sigma = 0.001\n" in done.stdout
+    assert "  sigma = 0.001  # 0 chooses" in done.stdout
     assert "  reward_errors = \"stop\"  # or 'zero'" in done.stdout
     assert "  holdout = 0.1" in done.stdout
     assert "noqa" not in done.stdout

@@ -113,8 +113,3 @@ class Evolution:
             return self.alpha
         mean = 1 if self.divide_by_population else self.population
         return self.alpha / self.sigma * mean
-
-    @property
-    def pull(self) -> float:
-        """The share, or with L1 the length, that the decay takes each generation."""
-        return self.alpha * self.decay_coefficient

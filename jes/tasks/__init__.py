@@ -59,7 +59,7 @@ def load_task(
       InputError: for an unknown name or data that cannot be read.
     """
     source = Data(**data)
-    if given is not None or is_own(name):
+    if (given is not None and given.what is not None) or is_own(name):
         task = own_task(name, source, asking, seed, given)
     elif name not in TASKS:
         close = get_close_matches(name, TASKS, n=1, cutoff=0.8)
@@ -69,7 +69,7 @@ def load_task(
             f"there is no task {name!r}; {hint} are {', '.join(groups)}; or give a "
             "file of your own, mytask.py"
         )
-    elif source.train or source.test or asking.prompt or asking.system:
+    elif given or source.train or source.test or asking.prompt or asking.system:
         raise InputError(
             f"data.train, data.test, prompt and system are for tasks of your own: "
             f"{name} has its examples and its prompts"

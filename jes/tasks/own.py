@@ -59,9 +59,9 @@ class Asking:
 
 
 class Given(NamedTuple):
-    """A task in Python: reward functions or a `Task`, and rows where no path is."""
+    """What is given in Python: rewards or a `Task`, and rows; None where a name is."""
 
-    what: Any
+    what: Any = None
     train: Sequence[Example] | None = None
     test: Sequence[Example] | None = None
 
@@ -79,7 +79,8 @@ def own_task(
     Raises:
       InputError: if the file, the rows, the template and the reward do not fit.
     """
-    found, source = found_at(name) if given is None else (given.what, "")
+    rows = given or Given()
+    found, source = found_at(name) if rows.what is None else (rows.what, "")
     if callable(found) and is_loader(found):
         takes = inspect.signature(found).parameters
         values = {"root": data.root, "seed": seed}
@@ -90,12 +91,11 @@ def own_task(
             )
         found = task
     if isinstance(found, Task):
-        if data.train or data.test:
+        if data.train or data.test or rows.train or rows.test:
             raise InputError(f"{name} has its own examples: leave data.train out")
         return dataclasses.replace(found, name=name, source=found.source or source)
     functions = list(found) if isinstance(found, list | tuple) else [found]
     source = source or "\n".join(map(source_of, functions))
-    rows = given or Given(None)
     train, test = splits(name, data, rows.train, rows.test)
     prompt = prompt_of(asking, train[0])
     for number, row in enumerate([*train, *test]):
