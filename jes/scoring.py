@@ -130,8 +130,18 @@ def answered(
     batch: PromptBatch | ChoiceBatch,
     outputs: jax.Array | np.ndarray,
 ) -> Answered:
-    """Single answers, of the arguments of `score`."""
-    correct = answer_rewards(evaluation, questions, batch, outputs)[..., 1] == 1
+    """Single answers, of the arguments of `score`.
+
+    Raises:
+      InputError: if the task does not say which answers are right.
+    """
+    rewards = answer_rewards(evaluation, questions, batch, outputs)
+    if np.isnan(rewards[..., 1]).all() and not np.isnan(rewards[..., 0]).all():
+        raise InputError(
+            f"task {evaluation.task.name} does not say which answers are right, only "
+            "what they earn: a reward of bool, or jes.Reward(value, correct), does"
+        )
+    correct = rewards[..., 1] == 1
     if isinstance(batch, ChoiceBatch):
         return Answered(correct, choices_taken(questions, batch, outputs)[..., None])
     return Answered(correct, answer_tokens(evaluation, questions, outputs)[:, 0])

@@ -1,12 +1,12 @@
 """`config.sigma = 0`, or 'auto': σ by trial, before a run begins.
 
 A few members answer the prompts of some generations, at every σ of a ladder with the
-same noise, in the programs that the run goes on with. What is learned from a member
-holds for the centre as far as the two still answer alike. So σ is the largest at which
-rewards do: the mean difference between the rewards of a member and of the centre, for
-the same prompt, is `CHANGE` of the mean difference between any two rewards of the
-trial. That does not depend on the scale of rewards, as the z-scores of the update do
-not, and is steadier than the mean or the spread of so few members.
+same noise, in the programs that the run goes on with. σ is the largest at which they
+keep what the centre earns: what a member loses against it, in the mean over the prompts
+and 0 where it gains, is `LOSS` of the mean difference between two rewards of the trial.
+That does not depend on the scale of rewards, as the z-scores of the update do not, and
+is steadier than the mean of so few members. Where the spread between members is largest
+at a smaller σ, that one is taken: beyond it they are all the same, broken.
 
 α follows, in the proportion of 2509.24372 (α = σ/2 at N = 30), with α/√N kept: steps of
 noise alone are then as long, relative to σ, whatever the population.
@@ -27,8 +27,8 @@ from jes.scoring import answer_rewards
 
 LADDER = tuple(0.0005 * 2.0**step for step in range(8))
 """What is tried: from 0.0005 to 0.064."""
-CHANGE = 0.4
-"""How far rewards may change."""
+LOSS = 0.27
+"""What members may lose."""
 SHARE = 0.04
 """Of the members that a run asks, as many may be asked in the trial."""
 FEWEST, MOST = 2, 24
@@ -93,7 +93,7 @@ def trial_rewards(
 
 
 def sigma_of(base: np.ndarray, own: np.ndarray) -> float:
-    """The largest σ at which rewards change as little as they may, see above.
+    """The largest σ at which members lose as little as they may, see above.
 
     Between two σ of the ladder it is interpolated, in logarithms; below the first and
     beyond the last there is none. At the least it changes some reward.
@@ -105,8 +105,8 @@ def sigma_of(base: np.ndarray, own: np.ndarray) -> float:
     Raises:
       InputError: if no σ changes a reward.
     """
-    own = np.where(np.isfinite(own), own, np.nan)
-    changed = np.flatnonzero((own != base).any((1, 2)))
+    gains = np.where(np.isfinite(own), own - base, np.nan)
+    changed = np.flatnonzero((gains != 0).any((1, 2)))
     if not len(changed):
         raise InputError(
             f"sigma='auto': no sigma from {LADDER[0]:g} to {LADDER[-1]:g} changed a "
@@ -117,11 +117,12 @@ def sigma_of(base: np.ndarray, own: np.ndarray) -> float:
     # The mean of |x - y| over all pairs, from the sorted values.
     ranks = 2 * np.arange(len(every)) - len(every) + 1
     typical = 2 * (ranks * every).sum() / len(every) ** 2
-    changes = np.nan_to_num(abs(own - base).mean((1, 2)) / typical, nan=np.inf)
-    changes = np.maximum.accumulate(changes)
-    within = int(np.searchsorted(changes, CHANGE, "right"))
+    losses = np.maximum(-gains, 0).mean((1, 2)) / typical
+    losses = np.maximum.accumulate(np.nan_to_num(losses, nan=np.inf))
+    within = int(np.searchsorted(losses, LOSS, "right"))
     step = max(within - 1.0, 0.0)
-    if 0 < within < len(LADDER) and np.isfinite(changes[within]):
-        steps = np.arange(within - 1.0, len(LADDER))
-        step = np.interp(CHANGE, changes[within - 1 :], steps)
+    if 0 < within < len(LADDER) and np.isfinite(losses[within]):
+        step += (LOSS - losses[within - 1]) / (losses[within] - losses[within - 1])
+    spread = np.nan_to_num(gains.mean(-1).std(-1), nan=-1.0)
+    step = min(step, float(np.argmax(spread)))
     return LADDER[0] * 2.0 ** max(step, changed[0])

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -415,7 +414,7 @@ def test_a_graded_task_trains_and_shows_its_rewards(
         data={"train": "mydata.jsonl"},
     )
     assert scores["mytask.py"]["reward"] == pytest.approx(found["reward"]["after"])
-    assert math.isnan(scores["mytask.py"].accuracy)
+    assert "accuracy" not in scores["mytask.py"]
 
 
 def test_other_rows_or_rewards_are_refused(run_own: Callable, folder: Path) -> None:

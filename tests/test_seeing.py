@@ -17,9 +17,13 @@ import jes
 from jes import export, sample, train
 from jes.config import default, freeze
 from jes.errors import InputError
+from jes.experiment import make_experiment, pick, settled
 from jes.guide import Guide
+from jes.io.console import Bar
+from jes.io.interrupts import Stopped
 from jes.io.plots import training_curves
 from jes.models.weights import fingerprint
+from jes.rollout import ask
 
 
 def write(path: Path, found: list[dict[str, Any]]) -> None:
@@ -336,3 +340,120 @@ def test_a_wheel_has_every_package_and_the_configs() -> None:
     }
     assert set(settings["packages"]) == there | {"jes.configs"}
     assert settings["package-dir"] == {"jes.configs": "configs"}
+
+
+# Trackers, and what goes on.
+
+
+class StandIn:
+    """A module with the functions of wandb and trackio that are used."""
+
+    def __init__(self) -> None:
+        self.begun: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+        self.finished = 0
+
+    def init(self, **settings: Any) -> "StandIn":
+        self.begun.append(settings)
+        return self
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+    @staticmethod
+    def Table(columns: list[str], data: list[list[Any]]) -> Any:
+        return columns, data
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_has_rows_settings_and_answers(
+    name: str, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = StandIn()
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv(f"{name.upper()}_PROJECT", "mine")
+    config = get_config(str(small_model))
+    config.update(generations=2, eval_every=2, tracker=name)
+    train.run(config, tmp_path / "run")
+    config.update(generations=3)
+    train.run(config, tmp_path / "run")
+    first, again = module.begun
+    assert module.finished == 2
+    names = {"project": "mine", "name": "run", "resume": "allow"}
+    assert first.items() >= names.items()
+    assert first["config"]["sigma"] == 0.1
+    assert first["config"]["data.train_examples"] == 64
+    assert first.get("id") == again.get("id")
+    found = [(s, v) for s, v in module.logged if "metrics/fitness_mean" in v]
+    metrics = rows(tmp_path / "run" / "metrics.jsonl")
+    assert [step for step, _ in found] == [row["generation"] for row in metrics]
+    for (_, values), row in zip(found, metrics, strict=True):
+        assert values["metrics/fitness_mean"] == row["fitness_mean"]
+    held_out = [
+        (step, values["evaluations/tiny/reverse/reward"])
+        for step, values in module.logged
+        if "evaluations/tiny/reverse/reward" in values
+    ]
+    evaluated = rows(tmp_path / "run" / "evaluations.jsonl")
+    assert held_out == [(row["generation"], row["reward"]) for row in evaluated]
+    tables = [v for _, v in module.logged if "answers/tiny/reverse" in v]
+    columns, data = tables[0]["answers/tiny/reverse"]
+    said = rows(tmp_path / "run" / "answers.jsonl")
+    assert [dict(zip(columns, row, strict=True)) for row in data] == said[: len(data)]
+    assert len(data) == 8
+
+
+def test_a_tracker_that_is_not_installed(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = get_config(str(small_model))
+    config.tracker = "wandb"
+    with pytest.raises(InputError, match="tracker='wandb' needs a package: pip"):
+        train.run(config, tmp_path / "run")
+
+
+def test_what_goes_on_is_said_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the output is a file: after a minute without a line."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with Bar(2, 40) as progress:
+        progress.now("member 1 of 30")
+        clock[0] = 61.0
+        progress.now("member 2 of 30")
+        progress.now("member 3 of 30")
+        progress.now("")
+    assert capsys.readouterr().out == "generation 3/40 member 2 of 30\n"
+
+
+def test_a_generation_stops_between_its_programs(small_model: Path) -> None:
+    """A long answer is decoded in slices, and a signal is heeded between two."""
+    config = get_config(str(small_model))
+    config.update(slots=4, slice_tokens=1, prompts=16)
+    settings = freeze(config)
+    experiment = settled(make_experiment(settings), {"slots": 4})
+    heard: list[str] = []
+
+    def before(doing: str) -> None:
+        heard.append(doing)
+        if len(heard) == 6:
+            raise Stopped(signal.SIGINT)
+
+    with pytest.raises(Stopped):
+        ask(
+            experiment.evaluation,
+            experiment.pretrained.params,
+            settings.root,
+            pick(experiment, 0),
+            noise=settings.evolution.noise,
+            population=4,
+            chunk=4,
+            before_chunk=before,
+        )
+    # One chunk had begun, and was not finished: it has more programs than that.
+    assert heard == ["member 1 of 4", *[""] * 5]

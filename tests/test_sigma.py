@@ -23,54 +23,61 @@ from jes.experiment import Experiment, make_experiment, pick, settled
 from jes.io import command_line
 from jes.models.weights import fingerprint
 from jes.rollout import ask, examine
-from jes.sigma import CHANGE, LADDER, choose_rates, sigma_of, trial_rewards
+from jes.sigma import LADDER, LOSS, choose_rates, sigma_of, trial_rewards
 from jes.update import _tell
 
 B = 400
 
 
-def rewards(shares: list[float], members: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """Half of the prompts right; of these answers, so many differ at each σ.
+def rewards(shares: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Half of the prompts right; of those, so many lost at each σ, and others won.
 
-    As many go wrong as come right, so that any two rewards differ by 1/2 in the mean.
-    Members differ in which, and by one answer in how many.
+    Any two rewards differ by about 1/2 in the mean. One of two members loses a share
+    more by a tenth, and the other less: their spread grows with the shares.
     """
     base = np.repeat([1.0, 0.0], B // 2)
-    own = np.tile(base, (len(LADDER), members, 1))
+    own = np.tile(base, (len(LADDER), 2, 1))
     for step, share in enumerate(shares):
-        for member in range(members):
-            changed = round(share * B / 2) + (member % 2) - (member // 2 % 2)
-            own[step, member, :changed] = 0
-            own[step, member, B // 2 : B // 2 + round(share * B / 2)] = 1
+        count = round(share * B)
+        for member, more in enumerate((count // 10, -(count // 10))):
+            own[step, member, : count + more] = 0
+            own[step, member, B // 2 : B // 2 + count] = 1
     return base, own
 
 
-def test_sigma_is_where_rewards_have_changed_so_much() -> None:
-    """A change of c in the rewards, of which two differ by 1/2, is 2c of that."""
-    shares = [0.01, 0.02, 0.05, 0.1, 0.15, 0.25, 0.4, 0.5]
-    # 0.4 of 1/2 is 0.2: in the middle between the fifth and the sixth.
-    expected = LADDER[4] * 2**0.5
+def test_sigma_is_where_members_lose_so_much() -> None:
+    """A share lost of all prompts, of rewards that differ by 1/2, is twice that."""
+    shares = [0.01, 0.02, 0.04, 0.06, 0.11, 0.16, 0.3, 0.4]
+    assert LOSS == 0.27  # of 1/2 is 0.135: in the middle between the fifth and sixth
     base, own = rewards(shares)
-    assert CHANGE == 0.4
-    assert sigma_of(base, own) == pytest.approx(expected, rel=0.01)
+    assert sigma_of(base, own) == pytest.approx(LADDER[4] * 2**0.5, rel=0.01)
     # As the update, it does not depend on the scale of rewards.
-    assert sigma_of(3 - 7 * base, 3 - 7 * own) == pytest.approx(sigma_of(base, own))
-    # A dip later on is chance: what has changed so much does not hold further out.
+    assert sigma_of(3 + 7 * base, 3 + 7 * own) == pytest.approx(sigma_of(base, own))
+    # A dip later on is chance: where so much is lost, it is further out too.
     again = own.copy()
-    again[7] = own[0]
-    assert sigma_of(base, again) == sigma_of(base, own)
+    again[7, :, : B // 2] = 1
+    assert sigma_of(base, again) == pytest.approx(sigma_of(base, own), rel=0.05)
     # Weights that overflow have no reward.
     again[5, 0, 0] = np.nan
     assert sigma_of(base, again) == LADDER[4]
 
 
 @pytest.mark.parametrize(
-    ("shares", "step"), [([0.3] * 8, 0), ([0.01] * 8, 7), ([0.01] * 7 + [0.5], 6.4)]
+    ("shares", "step"),
+    [([0.3] * 8, 0), (np.linspace(0.01, 0.1, 8), 7), ([*[0.01] * 6, 0.02, 0.5], 6.24)],
 )
 def test_sigma_stays_on_the_ladder(shares: list[float], step: float) -> None:
-    assert sigma_of(*rewards(shares)) == pytest.approx(
-        LADDER[0] * 2**step, rel=0.1 if step % 1 else 1e-6
-    )
+    found = np.log2(sigma_of(*rewards(shares)) / LADDER[0])
+    assert found == pytest.approx(step, abs=0.05)
+
+
+def test_gains_are_no_losses_but_members_must_differ() -> None:
+    """Where all members earn more and more, until they are all the same."""
+    base, own = rewards(np.linspace(0.01, 0.2, 8))
+    own = np.maximum(own, base)
+    own[:, 0, -20:] = np.arange(8)[:, None] / 8
+    own[6:] = 1.0
+    assert sigma_of(base, own) == LADDER[5]
 
 
 def test_sigma_changes_some_reward() -> None:
