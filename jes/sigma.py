@@ -53,9 +53,14 @@ def choose_rates(experiment: Experiment, chunk: int) -> Rates:
     most = int(SHARE * settings.generations * settings.population / (len(LADDER) + 1))
     base, own = trial_rewards(experiment, chunk, min(max(most, FEWEST), MOST))
     sigma = sigma_of(base, own)
-    alpha = sigma / 2 * (settings.population / 30) ** 0.5
+    alpha = alpha_for(sigma, settings.population)
     asked = own.shape[1] * (len(LADDER) + 1)
     return Rates(float(f"{sigma:.3g}"), float(f"{alpha:.3g}"), asked)
+
+
+def alpha_for(sigma: float, population: int) -> float:
+    """The α that goes with σ: σ/2 for 30 members, as published, and α/√N kept."""
+    return sigma / 2 * (population / 30) ** 0.5
 
 
 def trial_rewards(

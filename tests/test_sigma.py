@@ -24,6 +24,8 @@ from jes.io import command_line
 from jes.models.weights import fingerprint
 from jes.rollout import ask, examine
 from jes.sigma import LADDER, LOSS, choose_rates, sigma_of, trial_rewards
+from jes.studies import sigma as study
+from jes.studies.grid import Grid, read_csv, write_csv
 from jes.update import _tell
 
 B = 400
@@ -237,3 +239,46 @@ def test_mistakes_are_one_line(
     config[name] = type(config[name])(float(value))
     with pytest.raises(InputError, match=message):
         train.run(config, tmp_path / "run")
+
+
+# The study.
+
+
+def test_the_study_compares_what_is_chosen_with_a_grid(
+    small_model: Path, tmp_path: Path, wide: tuple[float, ...]
+) -> None:
+    config = get_config(str(small_model))
+    config.update(generations=1)
+    methods = ["sigma:0.1", "sigma:0.2", "sigma:auto"]
+    study.collect(Grid(config, methods, [0, 1], tmp_path / "runs", tmp_path))
+    found = read_csv(tmp_path / "sigma.csv")
+    assert [row["method"] for row in found] == [m for m in methods for _ in (0, 1)]
+    assert [row["sigma"] for row in found[:4]] == [0.1, 0.1, 0.2, 0.2]
+    for row in found:
+        folder = tmp_path / "runs" / row["method"].replace(":", "-")
+        folder /= f"seed-{row['seed']}"
+        ledger = ledgers.read(folder / "ledger.jsonl").header["evolution"]
+        assert ledger["sigma"] == pytest.approx(row["sigma"])
+        assert ledger["alpha"] == pytest.approx(row["alpha"])
+        assert row["alpha"] == pytest.approx(row["sigma"] / 2 * (4 / 30) ** 0.5, 0.01)
+        last = rows(folder / "evaluations.jsonl")[-1]
+        assert row["after"] == pytest.approx(last["reward"], rel=1e-5)
+
+
+def test_its_table(tmp_path: Path) -> None:
+    row = {"task": "t", "before": 0.1, "examples": 64, "alpha": 0.1}
+    after = {"sigma:1": (0.2, 0.4), "sigma:2": (0.5, 0.5), study.AUTO: (0.4, 0.5)}
+    chosen = {"sigma:1": (1, 1), "sigma:2": (2, 2), study.AUTO: (1.5, 1.25)}
+    lines = [
+        {"method": name, "seed": seed, **row}
+        | {"sigma": chosen[name][seed], "after": after[name][seed]}
+        for name in after
+        for seed in (0, 1)
+    ]
+    write_csv(tmp_path / "sigma.csv", lines)
+    text = study.draw(tmp_path)
+    assert text == (tmp_path / "sigma.md").read_text()
+    assert "`t`, 0.100 ± 0.000 at the start, 64 examples" in text
+    assert "| 1 | 0.300 ± 0.100 | 60 |" in text
+    assert "| 2 | 0.500 ± 0.000 | 100 |" in text
+    assert "| chosen: 1.5, 1.25 | 0.450 ± 0.050 | 90 |" in text

@@ -12,6 +12,7 @@ A method is a name with numbers; several are joined by `+`, such as `n:10+l2:1`:
     answers:N     a population of N for as many answers in all
     shuffled      rewards permuted at random: pure drift, of the same length
     rate:FACTOR   the learning rate α times FACTOR
+    sigma:σ       another σ, or 'auto', and the α that follows it, see `jes.sigma`
     half_alpha:G  α halved every G generations; half_sigma:G the same for σ
     objective:F   another fitness, see `jes.metacognition.objectives`
     replay[:K:γ]  quantized: the residual is replayed over K generations, decay γ
@@ -43,6 +44,7 @@ from jes.io import command_line
 from jes.io.console import console
 from jes.memory import give_back_freed_blocks
 from jes.run_folder import finished
+from jes.sigma import alpha_for
 
 Row = dict[str, Any]
 
@@ -54,6 +56,14 @@ def _answers(config: ConfigDict, population: str) -> Row:
     return {"population": size, **same}
 
 
+def _sigma(config: ConfigDict, sigma: str) -> Row:
+    """Another σ with its α; 0 chooses both."""
+    if sigma == "auto":
+        return {"sigma": 0.0}
+    value = float(sigma)
+    return {"sigma": value, "alpha": alpha_for(value, config.population)}
+
+
 METHODS: dict[str, Callable[..., Row]] = {
     "es": lambda config: {},
     "l1": lambda config, x: {"decay": "l1", "decay_coefficient": float(x)},
@@ -62,6 +72,7 @@ METHODS: dict[str, Callable[..., Row]] = {
     "answers": _answers,
     "shuffled": lambda config: {"shuffle_fitness": True},
     "rate": lambda config, factor: {"alpha": float(factor) * config.alpha},
+    "sigma": _sigma,
     "half_alpha": lambda config, g: {"alpha_half_life": int(g)},
     "half_sigma": lambda config, g: {"sigma_half_life": int(g)},
     "objective": lambda config, name: {"objective": name},
