@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,17 @@ TIMEOUT = 30
 pytestmark = pytest.mark.slow
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def processes(
     count: int, model: Path, workdir: Path, *changes: str, **last: Any
 ) -> list[dict[str, Any]]:
     """Jobs that are one run; `last` is of the last one. Others get other folders."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    jobs = []
+    port, jobs = free_port(), []
     for number in range(count):
         own = workdir if number == 0 else workdir.with_name(f"{workdir.name}-{number}")
         argv = [
@@ -141,3 +146,21 @@ def test_other_settings_are_refused_by_all(results: dict) -> None:
         assert result["status"] == 2, result
         message = "process 1 has other settings than the first"
         assert message in result["stderr"]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_peer_that_never_comes_is_one_line(process: int, tmp_path: Path) -> None:
+    """JAX would abort the process, with status 134 and a dump."""
+    address = f"--coordinator=localhost:{free_port()}", "--processes=2"
+    flags = *address, f"--process={process}", "--process_timeout=2"
+    done = subprocess.run(
+        [sys.executable, "-m", "jes.train", *flags, f"--workdir={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    said = "error: the processes did not connect: not all came within 2 s"
+    assert done.stderr.splitlines()[-1] == said
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -9,6 +9,9 @@ with an exchange of status codes.
 
 import hashlib
 import json
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -22,6 +25,10 @@ from jes.io.interrupts import Stopped
 
 RUNNING, DONE, FAILED = 0, 100, 101
 """Status codes of a process; any other is the number of the signal that stopped it."""
+
+
+LONGER = 30
+"""Seconds that JAX would wait longer for a process than this one does."""
 
 
 class PeerLost(InputError):
@@ -54,17 +61,29 @@ def join(
         raise InputError(f"--coordinator={coordinator} must be host:port")
     # SIGTERM stops the run; JAX would take it for a preemption notice.
     jax.config.update("jax_enable_preemption_service", False)
+    # JAX aborts the process, with a dump, when a peer does not come in time.
+    waiting = threading.Timer(timeout, _give_up, (timeout,))
+    waiting.start()
     try:
         jax.distributed.initialize(
             *address,
             cluster_detection_method="deactivate" if named else None,
-            initialization_timeout=timeout,
+            initialization_timeout=timeout + LONGER,
             heartbeat_timeout_seconds=timeout,
             shutdown_timeout_seconds=timeout,
         )
     except (ValueError, RuntimeError) as error:
         line = str(error).strip().partition("\n")[0]
         raise InputError(f"the processes did not connect: {line}") from error
+    finally:
+        waiting.cancel()
+
+
+def _give_up(timeout: int) -> None:
+    """Ends this process, whose main thread waits for others in JAX."""
+    message = f"error: the processes did not connect: not all came within {timeout} s"
+    print(message, file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def first() -> bool:
