@@ -51,10 +51,11 @@ def choose_rates(experiment: Experiment, chunk: int) -> Rates:
     """
     settings = experiment.settings
     most = int(SHARE * settings.generations * settings.population / (len(LADDER) + 1))
-    base, own = trial_rewards(experiment, chunk, min(max(most, FEWEST), MOST))
+    members = min(max(most, FEWEST), MOST)
+    base, own = trial_rewards(experiment, chunk, members)
     sigma = sigma_of(base, own)
     alpha = alpha_for(sigma, settings.population)
-    asked = own.shape[1] * (len(LADDER) + 1)
+    asked = members * (len(LADDER) + 1)  # at most
     return Rates(float(f"{sigma:.3g}"), float(f"{alpha:.3g}"), asked)
 
 
@@ -69,13 +70,15 @@ def trial_rewards(
     """Rewards of the centre [M, B], and of so many members at each σ, [σ, M, B].
 
     As many members as a chunk holds at every σ answer the prompts of one generation,
-    the next ones those of another.
+    the next ones those of another; the centre answers all of them.
     """
     evaluation, params = experiment.evaluation, experiment.pretrained.params
     key = generation_key(experiment.settings.root, 0)
     rollout = prepare_rollout(evaluation, params, experiment.evolution.noise)
     at_once = chunk * devices_of(params)
     together = max(1, (at_once - 1) // len(LADDER))
+    if experiment.prompts == len(experiment.train):  # the same in all generations
+        together = members
 
     def rewards_of(batch_number: int) -> tuple[np.ndarray, np.ndarray]:
         questions = pick(experiment, batch_number)
@@ -123,11 +126,10 @@ def sigma_of(base: np.ndarray, own: np.ndarray) -> float:
     ranks = 2 * np.arange(len(every)) - len(every) + 1
     typical = 2 * (ranks * every).sum() / len(every) ** 2
     losses = np.maximum(-gains, 0).mean((1, 2)) / typical
-    losses = np.maximum.accumulate(np.nan_to_num(losses, nan=np.inf))
-    within = int(np.searchsorted(losses, LOSS, "right"))
-    step = max(within - 1.0, 0.0)
-    if 0 < within < len(LADDER) and np.isfinite(losses[within]):
-        step += (LOSS - losses[within - 1]) / (losses[within] - losses[within - 1])
+    kept = int(np.max(np.flatnonzero(losses <= LOSS), initial=-1))
+    step = max(kept, 0.0)
+    if 0 <= kept < len(LADDER) - 1 and np.isfinite(losses[kept + 1]):
+        step += (LOSS - losses[kept]) / (losses[kept + 1] - losses[kept])
     spread = np.nan_to_num(gains.mean(-1).std(-1), nan=-1.0)
     step = min(step, float(np.argmax(spread)))
     return LADDER[0] * 2.0 ** max(step, changed[0])

@@ -1,12 +1,14 @@
 """Tasks of one's own: files, rows, prompts and reward functions."""
 
 import asyncio
+import dataclasses
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from small_run import get_config, rows
@@ -15,7 +17,10 @@ import jes
 from jes import evaluate, train
 from jes.config import default, freeze
 from jes.errors import InputError
-from jes.tasks import Asking, Given, Reward, Rewarding, load_task
+from jes.experiment import make_evaluation
+from jes.questions import prepare
+from jes.rollout import answer_each
+from jes.tasks import Asking, Given, Reward, Rewarding, Task, load_task
 from jes.tasks.rewards import RewardError, make_rewards, reward_of
 
 ROWS = [{"question": f"rev a{c}:", "answer": f"{c}a"} for c in "bcdefghijklmnopqrstu"]
@@ -534,12 +539,28 @@ def test_fine_tune(small_model: Path, tmp_path: Path) -> None:
     assert not temporary.exists()
 
 
+@pytest.mark.parametrize("rows_or_file", [ROWS, "mydata.jsonl"])
+def test_fine_tune_takes_a_task_by_its_name(
+    rows_or_file: Any, small_model: Path, folder: Path
+) -> None:
+    settings = SMALL | {"generations": 1, "system": ""}
+    named = {"task": "mytask.py", "data": rows_or_file, "test": ROWS[:3]}
+    result = jes.fine_tune(str(small_model), **named, **settings)
+    assert result.evaluations[0]["task"] == "mytask.py"
+    assert result.evaluations[0]["examples"] == 3
+
+
+OWN = Task("own", ROWS, ROWS, lambda row: row["question"], lambda row, x: Reward(1), 3)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"generatoins": 3}, "'generatoins': did you mean 'generations'"),
         ({"population": "many"}, "population='many'"),
         ({"reward": None}, "give a reward and its data, or a task"),
+        ({"reward": None, "task": "tiny/min"}, "are for tasks of your own: tiny/min"),
+        ({"reward": None, "task": OWN}, "own has its own examples: leave data"),
         ({"data": "none.jsonl"}, "there is no file none.jsonl"),
         ({"grpo": {"clip": 1}}, "grpo="),
     ],
@@ -558,6 +579,24 @@ def test_answers_are_text(small_model: Path) -> None:
     assert jes.answer(pretrained, ["12+7="], 4) == once[1:]
     warm = jes.answer(pretrained, ["rev ab:"], 4, temperature=2.0)
     assert warm == jes.answer(pretrained, ["rev ab:"], 4, temperature=2.0)
+
+
+def test_a_system_message_needs_a_template(small_model: Path) -> None:
+    base = jes.load(small_model)
+    base.tokenizer.chat_template = None
+    with pytest.raises(InputError, match="no chat template, which a system message"):
+        jes.answer(base, ["rev ab:"], 4, system="Be brief.")
+
+
+def test_what_earns_is_not_what_is_right(small_model: Path) -> None:
+    """A probe counts right answers, and a number does not say which are."""
+    pretrained = jes.load(small_model)
+    task = dataclasses.replace(OWN, max_new_tokens=3)
+    evaluation = make_evaluation(pretrained, task, buckets=(16,))
+    questions = prepare(evaluation, ROWS)
+    some = jax.random.key(0), questions, np.zeros(1, int)
+    with pytest.raises(InputError, match="own does not say which answers are right"):
+        answer_each(evaluation, pretrained.params, *some, noise=None)
 
 
 def test_eval_tasks_may_be_one_text() -> None:
