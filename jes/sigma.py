@@ -5,8 +5,10 @@ same noise, in the programs that the run goes on with. σ is the largest at whic
 keep what the centre earns: what a member loses against it, in the mean over the prompts
 and 0 where it gains, is `LOSS` of the mean difference between two rewards of the trial.
 That does not depend on the scale of rewards, as the z-scores of the update do not, and
-is steadier than the mean of so few members. Where the spread between members is largest
-at a smaller σ, that one is taken: beyond it they are all the same, broken.
+is steadier than the mean of so few members. Nor may the mean fall so far below that of
+a smaller σ, which matters where the centre has little to lose; and where the spread
+between members is largest at a smaller σ, that one is taken: beyond it they are all the
+same, broken.
 
 α follows, in the proportion of 2509.24372 (α = σ/2 at N = 30), with α/√N kept: steps of
 noise alone are then as long, relative to σ, whatever the population.
@@ -50,8 +52,8 @@ def choose_rates(experiment: Experiment, chunk: int) -> Rates:
       InputError: if no σ changes a reward.
     """
     settings = experiment.settings
-    most = int(SHARE * settings.generations * settings.population / (len(LADDER) + 1))
-    members = min(max(most, FEWEST), MOST)
+    most = SHARE * settings.generations * settings.population / (len(LADDER) + 1)
+    members = min(max(round(most), FEWEST), MOST)
     base, own = trial_rewards(experiment, chunk, members)
     sigma = sigma_of(base, own)
     alpha = alpha_for(sigma, settings.population)
@@ -125,7 +127,10 @@ def sigma_of(base: np.ndarray, own: np.ndarray) -> float:
     # The mean of |x - y| over all pairs, from the sorted values.
     ranks = 2 * np.arange(len(every)) - len(every) + 1
     typical = 2 * (ranks * every).sum() / len(every) ** 2
-    losses = np.maximum(-gains, 0).mean((1, 2)) / typical
+    losses, mean = np.maximum(-gains, 0).mean((1, 2)), gains.mean((1, 2))
+    # The centre may have little to lose: neither may they fall below a smaller σ.
+    fallen = np.fmax.accumulate(np.fmax(mean, 0)) - mean
+    losses = np.maximum(losses, fallen) / typical
     kept = int(np.max(np.flatnonzero(losses <= LOSS), initial=-1))
     step = max(kept, 0.0)
     if 0 <= kept < len(LADDER) - 1 and np.isfinite(losses[kept + 1]):

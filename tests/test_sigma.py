@@ -59,9 +59,12 @@ def test_sigma_is_where_members_lose_so_much() -> None:
     own[5:, 0, 0] = np.nan
     assert sigma_of(base, own) == LADDER[4]
     # More lost at a smaller one was chance, or the reward likes what is broken.
-    again = np.array([*own[:4], own[7], own[4], *own[6:]])
-    again[4] = np.nan_to_num(again[4])
-    assert sigma_of(base, again) == LADDER[5]
+    base, own = rewards(shares)
+    own[[2, 4]] = own[[4, 2]]
+    own[[3, 5]] = own[[5, 3]]
+    own[5, 0, :80] = 0  # as much spread as before
+    own[5, 1, :40] = 0
+    assert LADDER[4] < sigma_of(base, own) < LADDER[6]
 
 
 @pytest.mark.parametrize(
@@ -73,13 +76,22 @@ def test_sigma_stays_on_the_ladder(shares: list[float], step: float) -> None:
     assert found == pytest.approx(step, abs=0.05)
 
 
-def test_gains_are_no_losses_but_members_must_differ() -> None:
-    """Where all members earn more and more, until they are all the same."""
-    base, own = rewards(np.linspace(0.01, 0.2, 8))
-    own = np.maximum(own, base)
-    own[:, 0, -20:] = np.arange(8)[:, None] / 8
-    own[6:] = 1.0
+def test_where_there_is_nothing_to_lose() -> None:
+    """Members earn more with σ, up to a point, and then less, though never less than 0.
+
+    Two rewards differ by 0.33 or so, of which a fall of 0.27 is 0.09.
+    """
+    means = np.array([0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.36, 0.1])
+    base, places = np.zeros(B), (np.arange(B) + 0.5) / B
+    own = np.stack([[places < m * 0.9, places < m * 1.1] for m in means]).astype(float)
+    # Spread is largest at the sixth; the seventh keeps the mean, the eighth does not.
     assert sigma_of(base, own) == LADDER[5]
+    own[6, 0] = 0  # now at the seventh
+    own[6, 1] = places < 0.72
+    assert LADDER[6] <= sigma_of(base, own) < LADDER[6] * 1.5
+    own[5] = places < 0.6  # of which it keeps too little
+    own[6] = [places < 0.2, places < 0.3]
+    assert LADDER[5] <= sigma_of(base, own) < LADDER[6]
 
 
 def test_sigma_changes_some_reward() -> None:
