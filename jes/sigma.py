@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jes.core.mesh import mesh_of
 from jes.core.noise import generation_key
 from jes.core.population import evaluate
 from jes.errors import InputError
@@ -76,7 +77,8 @@ def trial_rewards(
     """
     evaluation, params = experiment.evaluation, experiment.pretrained.params
     key = generation_key(experiment.settings.root, 0)
-    rollout = prepare_rollout(evaluation, params, experiment.evolution.noise)
+    noise, mesh = experiment.evolution.noise, mesh_of(params)
+    rollout = prepare_rollout(evaluation, params, noise, mesh)
     at_once = chunk * devices_of(params)
     together = max(1, (at_once - 1) // len(LADDER))
     if experiment.prompts == len(experiment.train):  # the same in all generations

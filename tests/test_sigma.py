@@ -111,7 +111,14 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> tuple[float, ...]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "chunk"), [({}, 3), ({"rank": 1}, 17), ({"draw": "layer"}, 3)]
+    ("changes", "chunk"),
+    [
+        ({"devices": 1}, 3),
+        ({"devices": 2}, 3),
+        ({"devices": 1, "rank": 1}, 17),
+        ({"devices": 2, "draw": "layer"}, 3),
+        ({"devices": 2, "model_parallel": 2}, 3),
+    ],
 )
 def test_the_trial_asks_members_of_each_sigma(
     changes: dict, chunk: int, small_model: Path, wide: tuple[float, ...]
