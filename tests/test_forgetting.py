@@ -201,7 +201,7 @@ def test_plain_es_is_shrunk_to_the_norm_of_others(
         ["tiny/max"],
         data={"test_examples": config.data.test_examples},
     )
-    assert shrunk["evaluations"]["tiny/max"]["after"] == scores["tiny/max"].accuracy
+    assert shrunk["evaluations"]["tiny/max"]["after"] == scores["tiny/max"]["accuracy"]
 
 
 def test_tables_say_what_the_runs_say(studied: tuple[Path, ConfigDict]) -> None:

@@ -169,10 +169,8 @@ def test_labels_follow_what_the_weights_answer(experiment: Experiment) -> None:
 
     task = dataclasses.replace(experiment.evaluation.task, reward=reward)
     evaluation = dataclasses.replace(experiment.evaluation, task=task)
-    checks: list[None] = []
-    direct = answer_directly(
-        evaluation, params, questions, 5, lambda: checks.append(None)
-    )
+    checks: list[str] = []
+    direct = answer_directly(evaluation, params, questions, 5, checks.append)
     said = generate(
         evaluation.model,
         params,

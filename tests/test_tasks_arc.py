@@ -155,4 +155,4 @@ def test_trains_and_evaluates_on_a_data_folder(
         data={"root": str(root)},
         mode="likelihood",
     )
-    assert scores["arc_c"].accuracy == summary["evaluations"]["arc_c"]["after"]
+    assert scores["arc_c"]["accuracy"] == summary["evaluations"]["arc_c"]["after"]
