@@ -28,10 +28,14 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
+
+# Another process is still writing a program: it is compiled here as well.
+warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
 
 
 def place(at: str) -> tuple[Any, str]:
