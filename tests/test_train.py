@@ -365,6 +365,7 @@ def test_nothing_is_compiled_after_the_first_generation_and_evaluation(
     try:
         # Shapes that no other test has compiled.
         settings = {"prompts": 40, "data.test_examples": 12, "eval_every": 2}
+        settings["population"] = 6
         settings |= {"decay": "l2", "decay_coefficient": 1.0}
         run_toy(vowels, generations=5, **settings)
     finally:
