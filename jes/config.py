@@ -15,7 +15,7 @@ import jax
 import ml_collections
 
 from jes.core.anchor import PLACES
-from jes.core.evolution import Evolution
+from jes.core.evolution import SCHEDULES, Evolution
 from jes.core.fitness import METHODS as SHAPINGS
 from jes.core.noise import DISTRIBUTIONS
 from jes.errors import InputError
@@ -192,8 +192,7 @@ AT_LEAST: dict[str, int] = {
     **dict.fromkeys(("generations", "eval_every", "checkpoint_every", "eval_batch"), 1),
     **dict.fromkeys(("kl_max_new_tokens", "model_parallel", "slice_tokens"), 1),
     **dict.fromkeys(("prompts", "max_new_tokens", "chunk", "slots", "kl_prompts"), 0),
-    **dict.fromkeys(("memory_gb", "devices", "alpha_half_life", "sigma_half_life"), 0),
-    **dict.fromkeys(("alpha_cosine", "sigma_cosine"), 0),
+    **dict.fromkeys(("memory_gb", "devices", *SCHEDULES), 0),
     **dict.fromkeys(("data.train_examples", "data.test_examples", "seed"), 0),
     **dict.fromkeys(("grpo.minibatch", "reward_timeout"), 0),
     **{"reward_concurrency": 1, "patience": 0},

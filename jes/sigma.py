@@ -38,7 +38,7 @@ FEWEST, MOST = 2, 24
 """Members at each sigma."""
 
 
-class Rates(NamedTuple):
+class Choice(NamedTuple):
     """What is chosen, and how many members were asked for it."""
 
     sigma: float
@@ -46,7 +46,7 @@ class Rates(NamedTuple):
     asked: int
 
 
-def choose_rates(experiment: Experiment, chunk: int) -> Rates:
+def choose_rates(experiment: Experiment, chunk: int) -> Choice:
     """σ by trial, and the α that goes with it; `chunk` as in the run.
 
     Raises:
@@ -59,7 +59,7 @@ def choose_rates(experiment: Experiment, chunk: int) -> Rates:
     sigma = sigma_of(base, own)
     alpha = alpha_for(sigma, settings.population)
     asked = members * (len(LADDER) + 1)  # at most
-    return Rates(float(f"{sigma:.3g}"), float(f"{alpha:.3g}"), asked)
+    return Choice(float(f"{sigma:.3g}"), float(f"{alpha:.3g}"), asked)
 
 
 def alpha_for(sigma: float, population: int) -> float:

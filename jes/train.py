@@ -182,7 +182,7 @@ def opened(
         "other questions or rewards": lambda: repr(experiment.identity),
     }.items():
         hosts.check_same(what, make)
-    with doing("compiling, to see what fits the memory"):
+    with doing("compiling, to choose what the settings leave open"):
         resolved, fitness = folder.open(experiment, method.resolve)
     return settled(experiment, resolved), resolved, fitness
 

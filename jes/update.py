@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from jes.core.codes import pack
-from jes.core.evolution import Evolution
+from jes.core.evolution import SCHEDULES, Evolution
 from jes.core.low_rank import is_stack
 from jes.core.mesh import mesh_of, model_is_spread, replicated
 from jes.core.noise import PyTree, generation_key
@@ -153,10 +153,9 @@ def compiled_form(evolution: Evolution) -> tuple[Evolution, Rates | None]:
         return evolution, None
     pull = evolution.alpha * evolution.decay_coefficient
     rates = Rates(np.float32(evolution.rate), np.float32(pull))
-    same = {"alpha": 1.0, "sigma": 1.0, "decay_coefficient": 0.0}
-    for name in ("alpha_half_life", "sigma_half_life", "alpha_cosine", "sigma_cosine"):
-        same[name] = 0
-    return dataclasses.replace(evolution, **same), rates  # type: ignore[arg-type]
+    same: dict[str, Any] = {"alpha": 1.0, "sigma": 1.0, "decay_coefficient": 0.0}
+    same |= dict.fromkeys(SCHEDULES, 0)
+    return dataclasses.replace(evolution, **same), rates
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))

@@ -137,10 +137,12 @@ def predicted_drift(evolution: Evolution, parameters: int, generations: int) -> 
     more, squared. NaN where rounding loses steps or adds some, for a decay of codes or
     with a falling α, and for shaping 'none', whose steps scale with the rewards.
     """
-    # As many steps of the first length as have the same sum of squares.
-    step, steps = evolution.alpha, evolution.squared_steps(generations)
-    if steps != generations and evolution.decay != "none":
-        return math.nan
+    step, steps = evolution.alpha, float(generations)
+    if evolution.alpha_half_life or evolution.alpha_cosine:
+        if evolution.decay != "none":
+            return math.nan
+        # As many steps of the first length as have the same sum of squares.
+        steps = evolution.squared_steps(generations)
     if evolution.rounding != "none":
         kept = {"residual": math.inf, "replay": evolution.window}
         lossless = evolution.residual_decay == 1 and evolution.decay == "none"

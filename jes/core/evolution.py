@@ -9,6 +9,8 @@ from jes.core.noise import Noise
 
 RENAMED = {"law": "distribution"}
 """Names of settings in older ledgers -> today's."""
+SCHEDULES = ("alpha_half_life", "sigma_half_life", "alpha_cosine", "sigma_cosine")
+"""Settings, in generations, that change alpha or sigma on the way; 0 for never."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,13 +83,10 @@ class Evolution:
     @property
     def changes(self) -> bool:
         """Whether α or σ changes from generation to generation."""
-        lengths = self.alpha_half_life, self.sigma_half_life
-        return any((*lengths, self.alpha_cosine, self.sigma_cosine))
+        return any(getattr(self, name) for name in SCHEDULES)
 
     def squared_steps(self, generations: int) -> float:
         """The sum of (α_t / α_0)² over so many generations."""
-        if not (self.alpha_half_life or self.alpha_cosine):
-            return float(generations)
         shares = (
             self._share(generation, self.alpha_half_life, self.alpha_cosine)
             for generation in range(generations)
