@@ -21,7 +21,14 @@ from jes.errors import InputError
 from jes.io.console import console
 from jes.models.weights import Pretrained
 from jes.quantize import load_base
-from jes.questions import Evaluation, Question, longest, padded_lengths, prepare
+from jes.questions import (
+    Evaluation,
+    Question,
+    longest,
+    padded_lengths,
+    prepare,
+    shape_for,
+)
 from jes.sampling.generate import Sampling
 from jes.sampling.kl import Answers, sample_answers
 from jes.sampling.prompts import TEMPLATE_KWARGS, bucket
@@ -30,6 +37,8 @@ from jes.update import ROUNDINGS, count_trained, flip_rate
 
 ON_TRAIN = " (train)"
 """After a task's name: an evaluation on the training examples."""
+SEEN = 32
+"""Generations whose questions are looked at to choose one shape for all."""
 MANY_FLIPS = 0.1
 """Warn when noise changes more than this share of the codes in a generation."""
 
@@ -121,6 +130,9 @@ def make_experiment(settings: Settings, given: Given | None = None) -> Experimen
         raise InputError(
             f"prompts={settings.prompts}, but {name} has {len(train)} to train on"
         )
+    picks = []
+    if settings.prompts not in (0, len(train)):
+        picks = [picked(settings, len(train), generation) for generation in range(SEEN)]
     # Members may sample their answers; evaluations are greedy.
     sampling = dataclasses.replace(trained.sampling, temperature=0.0)
     greedy = dataclasses.replace(trained, sampling=sampling)
@@ -131,7 +143,7 @@ def make_experiment(settings: Settings, given: Given | None = None) -> Experimen
         settings=settings,
         pretrained=pretrained,
         parameters=count_trained(pretrained.params, settings.evolution),
-        evaluation=one_bucket(trained, train),
+        evaluation=one_shape(trained, train, picks),
         train=train,
         evaluations=evaluations,
         base_answers=_base_answers(settings, pretrained, evaluations),
@@ -351,23 +363,36 @@ def _base_answers(
     }
 
 
-def one_bucket(evaluation: Evaluation, questions: Sequence[Question]) -> Evaluation:
-    """The evaluation with one prompt length for all questions: one compiled shape.
+def one_shape(
+    evaluation: Evaluation,
+    questions: Sequence[Question],
+    picks: Sequence[Sequence[int]] = (),
+) -> Evaluation:
+    """The evaluation with one shape for all batches: one compiled program.
 
-    Where the prompts share a prefix, one length for that and one for the rest.
+    Where the prompts share a prefix, one length for that and one for the rest. `picks`
+    are the numbers of the questions of some batches; all are one without them.
     """
     prefix, rest = padded_lengths(evaluation, questions)
-    return dataclasses.replace(
+    evaluation = dataclasses.replace(
         evaluation,
         buckets=(bucket(longest(questions), evaluation.buckets),),
         parts=(prefix, rest) if prefix else (),
     )
+    shape = shape_for(evaluation, questions, picks or [range(len(questions))])
+    return dataclasses.replace(evaluation, shape=shape)
+
+
+def picked(settings: Settings, total: int, generation: int) -> Sequence[int]:
+    """The numbers of a generation's questions: drawn without replacement, or all."""
+    if settings.prompts in (0, total):
+        return range(total)
+    rng = np.random.default_rng([settings.seed, generation])
+    return rng.choice(total, settings.prompts, replace=False).tolist()
 
 
 def pick(experiment: Experiment, generation: int) -> list[Question]:
-    """The questions of a generation: drawn without replacement, or all of them."""
-    count, questions = experiment.prompts, experiment.train
-    if count == len(questions):
-        return questions
-    rng = np.random.default_rng([experiment.settings.seed, generation])
-    return [questions[i] for i in rng.choice(len(questions), count, replace=False)]
+    """The questions of a generation."""
+    questions = experiment.train
+    numbers = picked(experiment.settings, len(questions), generation)
+    return [questions[i] for i in numbers]

@@ -24,10 +24,8 @@ from jes.core.noise import Noise, PyTree
 from jes.core.programs import Analysis, TooLargeError, bytes_of
 from jes.errors import InputError
 from jes.experiment import Experiment, pick
-from jes.questions import Evaluation, batch_of
+from jes.questions import Batch, Evaluation, batch_of, rows_of
 from jes.rollout import answer, prepare_rollout
-from jes.sampling.likelihood import ChoiceBatch
-from jes.sampling.prompts import PromptBatch
 from jes.update import first_state
 
 SHARE = {"cpu": 0.6}
@@ -74,8 +72,8 @@ def choose(experiment: Experiment) -> Held:
     """
     evaluation, settings = experiment.evaluation, experiment.settings
     params, noise = experiment.pretrained.params, experiment.evolution.noise
-    batch = batch_of(evaluation, pick(experiment, 0))  # all generations have its shape
-    rows = rows_of(batch)
+    questions = pick(experiment, 0)  # all generations have their shape
+    rows = rows_of(batch_of(evaluation, questions))
     members = -(-settings.population // (jax.process_count() * devices_of(params)))
     sizes = [settings.slots if settings.slots < rows else 0]
     if not settings.slots and evaluation.mode == "generate":
@@ -88,6 +86,7 @@ def choose(experiment: Experiment) -> Held:
     useful = useful_members(members, sizes[0] or rows)
     for slots in sizes:
         in_slots = dataclasses.replace(evaluation, slots=slots)
+        batch = batch_of(in_slots, questions)
         peak = partial(peak_of, in_slots, params, noise, batch, budget)
         if chunk:
             least = peak(chunk)
@@ -104,7 +103,7 @@ def chunk_of(
     evaluation: Evaluation,
     params: PyTree,
     noise: Noise | None,
-    batch: PromptBatch | ChoiceBatch,
+    batch: Batch,
     members: int,
     memory_gb: float,
 ) -> int:
@@ -141,7 +140,7 @@ def peak_of(
     evaluation: Evaluation,
     params: PyTree,
     noise: Noise | None,
-    batch: PromptBatch | ChoiceBatch,
+    batch: Batch,
     budget: int,
     members: int,
 ) -> Peak:
@@ -209,11 +208,6 @@ def slot_choices(rows: int, new: int) -> list[int]:
         slots = -(-slots // 2)
         choices.append(slots)
     return choices if choices and new >= LONG_ANSWERS else [0, *choices]
-
-
-def rows_of(batch: PromptBatch | ChoiceBatch) -> int:
-    """How many rows of tokens each member computes."""
-    return len((batch.rows if isinstance(batch, ChoiceBatch) else batch).tokens)
 
 
 def devices_of(params: PyTree) -> int:

@@ -8,16 +8,21 @@ import jax.numpy as jnp
 
 from jes.errors import InputError
 from jes.sampling.generate import Sampling
-from jes.sampling.likelihood import ChoiceBatch, pad_choices
+from jes.sampling.likelihood import Choices, choice_tree, pack_choices
+from jes.sampling.packing import Packed, Shape, pack_prompts, shape_of, trees_of
 from jes.sampling.prompts import (
     BUCKETS,
     PromptBatch,
+    bucket,
+    common_prefix,
     encode,
     encode_continuation,
     share,
 )
 from jes.tasks.task import Example, Task
 
+Batch = Packed | PromptBatch | Choices
+"""Questions as tokens: prompts, or prompts with choices."""
 MODES = ("generate", "likelihood")
 DRAWS = ("member", "layer")
 
@@ -39,6 +44,7 @@ class Evaluation:
         answers; 'layer', again in every pass through a layer, to hold one layer only.
       parts: lengths to pad a common prefix and the rest of the prompts to: None for
         `buckets`, () to compute every prompt in full.
+      shape: that all batches are packed to; None for that of each.
       slots: prompts that a member answers at a time by continuous batching; 0 for all.
       slice_tokens: of continuous batching, most tokens between two looks of the host.
     """
@@ -52,6 +58,7 @@ class Evaluation:
     buckets: tuple[int, ...] = BUCKETS
     draw: str = "member"
     parts: tuple[int, ...] | None = None
+    shape: Shape | None = None
     slots: int = 0
     slice_tokens: int = 32
 
@@ -134,26 +141,76 @@ def padded_lengths(
     evaluation: Evaluation, questions: Sequence[Question]
 ) -> tuple[int, int]:
     """Tokens of the common prefix, 0 for none, and of the rest, both padded."""
-    batch = batch_of(evaluation, questions)
-    rows = batch.rows if isinstance(batch, ChoiceBatch) else batch
-    prefix = 0 if rows.prefix is None else rows.prefix.tokens.shape[1]
-    return prefix, rows.tokens.shape[1]
+    prompts = prompts_of(evaluation, questions)
+    batch = share(prompts, evaluation.buckets, parts=evaluation.parts)
+    prefix = 0 if batch.prefix is None else batch.prefix.tokens.shape[1]
+    return prefix, batch.tokens.shape[1]
+
+
+def prompts_of(
+    evaluation: Evaluation, questions: Sequence[Question]
+) -> list[list[int]]:
+    """All prompts; then, where the task has second ones, all of these."""
+    prompts = [question.prompt for question in questions]
+    if evaluation.task.meta is not None:
+        prompts += [list(question.meta) for question in questions]
+    return prompts
 
 
 def batch_of(
     evaluation: Evaluation, questions: Sequence[Question], size: int = 0
-) -> PromptBatch | ChoiceBatch:
+) -> Batch:
     """Questions as a batch of prompts; in mode 'likelihood', of prompts with choices.
 
     All prompts first, then, where the task has second ones, all of these. The last
     question is repeated up to `size`, for one shape of all batches.
     """
     filled = [*questions, *[questions[-1]] * (size - len(questions))]
-    prompts = [question.prompt for question in filled]
-    buckets, parts = evaluation.buckets, evaluation.parts
+    prompts = prompts_of(evaluation, filled)
+    lengths = evaluation.buckets, evaluation.parts
     if evaluation.mode == "likelihood":
         choices = [question.choices for question in filled]
-        return pad_choices(prompts, choices, buckets, parts)
-    if evaluation.task.meta is not None:
-        prompts += [list(question.meta) for question in filled]
-    return share(prompts, buckets, parts=parts)
+        return pack_choices(prompts, choices, *lengths, evaluation.shape)
+    if 0 < evaluation.slots < len(prompts):
+        return share(prompts, lengths[0], parts=lengths[1])
+    asks = 1 if evaluation.task.meta is None else 2
+    return pack_prompts(prompts, *lengths, asks=asks, shape=evaluation.shape)
+
+
+def rows_of(batch: Batch) -> int:
+    """How many prompts each member answers."""
+    if isinstance(batch, Choices):
+        return len(batch.lengths)
+    return len(batch.next_position)
+
+
+def texts_in(batch: Batch) -> Packed | PromptBatch:
+    """What of a batch is read."""
+    return batch.texts if isinstance(batch, Choices) else batch
+
+
+def shape_for(
+    evaluation: Evaluation,
+    questions: Sequence[Question],
+    picks: Sequence[Sequence[int]],
+) -> Shape:
+    """The shape to pack batches to of which each has some of the questions.
+
+    `picks` are the numbers of the questions of some batches.
+    """
+    count = len(questions)
+    prompts = prompts_of(evaluation, questions)
+    _, common = common_prefix(prompts, evaluation.buckets, evaluation.parts)
+    if evaluation.mode == "likelihood":
+        trees = [choice_tree(q.prompt[common:], q.choices) for q in questions]
+        reads = [sum(map(len, q.choices)) for q in questions]
+        width = padded = 0
+    else:
+        trees = trees_of([p[common:] for p in prompts], len(prompts) // count)
+        reads = [max(1, len(tree.branches)) for tree in trees]
+        width = max(map(len, prompts)) - common
+        longest = bucket(width, evaluation.parts or evaluation.buckets)
+        padded = longest * sum(reads[i] for i in picks[0])
+    sizes = [tree.size for tree in trees]
+    batches = [([sizes[i] for i in some], [reads[i] for i in some]) for some in picks]
+    return shape_of(batches, longest=max(sizes), width=width, padded=padded)

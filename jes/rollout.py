@@ -1,7 +1,6 @@
 """Members answer questions: variables x questions -> tokens, and their scores.
 
-Axis letters: M members of a chunk, N members of a generation, B prompts, R rows of
-choices.
+Axis letters: M members of a chunk, N members of a generation, B prompts, C choices.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,11 +20,19 @@ from jes.core.tree import is_quantized, with_dtype
 from jes.errors import InputError
 from jes.io.hosts import exchange
 from jes.io.interrupts import Before, proceed
-from jes.questions import Evaluation, Question, batch_of, longest_text
+from jes.questions import (
+    Batch,
+    Evaluation,
+    Question,
+    batch_of,
+    longest_text,
+    rows_of,
+)
 from jes.sampling.continuous_batching import Batching, decode_in_slots
 from jes.sampling.generate import decode, unrolled, unrolled_params
-from jes.sampling.likelihood import ChoiceBatch, log_likelihoods
-from jes.sampling.prompts import PromptBatch, batches
+from jes.sampling.likelihood import Choices, log_likelihoods
+from jes.sampling.packing import Packed
+from jes.sampling.prompts import batches
 from jes.scoring import (
     Answered,
     Score,
@@ -91,23 +98,23 @@ def answer(
     rollout: Rollout,
     key: jax.Array,
     numbers: np.ndarray,
-    batch: PromptBatch | ChoiceBatch,
+    batch: Batch,
     sigmas: np.ndarray | None = None,
 ) -> jax.Array | np.ndarray:
-    """Answers int32 [M, B, max_new_tokens], or log-likelihoods of choices [M, R].
+    """Answers int32 [M, B, max_new_tokens], or log-likelihoods [M, B, C].
 
     `sigmas` [M] go before the σ of the noise.
     """
     evaluation = rollout.evaluation
     members = members_of(rollout, key, numbers, sigmas)
     rollout.before("")
-    if isinstance(batch, ChoiceBatch):
+    if isinstance(batch, Choices):
         return log_likelihoods(evaluation.model, members, batch)
     # Layers that draw their noise stay in a loop: unrolled, they compile for minutes.
     model = evaluation.model if _lazy(rollout) else evaluation.model.unrolled()
     sampling = evaluation.sampling
     slots, slice_tokens = evaluation.slots, evaluation.slice_tokens
-    if 0 < slots < len(batch.tokens):
+    if 0 < slots < rows_of(batch) and not isinstance(batch, Packed):
         batching = Batching(sampling=sampling, slots=slots, slice_tokens=slice_tokens)
         return decode_in_slots(
             model, members, batch, batching, before_slice=rollout.before
@@ -215,7 +222,7 @@ def _answers(
     plan: Iterable[tuple[Sequence[Question], int]],
     members: np.ndarray,
     before_batch: Before,
-) -> Iterator[tuple[Sequence[Question], PromptBatch | ChoiceBatch, Any]]:
+) -> Iterator[tuple[Sequence[Question], Batch, Any]]:
     """For each batch of the plan its questions, the batch and what is answered."""
     start, rollout = 0, rollout._replace(before=before_batch)
     for chosen, size in plan:

@@ -1,7 +1,7 @@
 """Scores of answers and the fitness of members, on the host.
 
 Axis letters: M members, A prompts of an example (1, or 2 with a second one), B
-examples, T new tokens, R rows of choices, N members of a generation.
+examples, T new tokens, C choices, N members of a generation.
 """
 
 import math
@@ -13,10 +13,9 @@ import numpy as np
 
 from jes.errors import InputError
 from jes.metacognition.objectives import objective_fitness
-from jes.questions import Evaluation, Question
+from jes.questions import Batch, Evaluation, Question
 from jes.sampling.generate import lengths_of, trim
-from jes.sampling.likelihood import ChoiceBatch
-from jes.sampling.prompts import PromptBatch
+from jes.sampling.likelihood import Choices
 
 
 class Score(NamedTuple):
@@ -68,7 +67,7 @@ class Answered(NamedTuple):
 def score(
     evaluation: Evaluation,
     questions: Sequence[Question],
-    batch: PromptBatch | ChoiceBatch,
+    batch: Batch,
     outputs: jax.Array | np.ndarray,
 ) -> Score:
     """Scores of members, arrays [M].
@@ -78,7 +77,7 @@ def score(
       questions: B of them.
       batch: that they were asked in, which may be filled up with more.
       outputs: tokens [M, A x rows, T], all first prompts before all second ones; or
-        log-likelihoods [M, R].
+        log-likelihoods [M, rows, C].
     """
     rewards = answer_rewards(evaluation, questions, batch, outputs)
     return mean_score(rewards, *generated(evaluation, questions, batch, outputs))
@@ -87,14 +86,14 @@ def score(
 def generated(
     evaluation: Evaluation,
     questions: Sequence[Question],
-    batch: PromptBatch | ChoiceBatch,
+    batch: Batch,
     outputs: jax.Array | np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The share of answers that were cut off, and the tokens generated: [M] each.
 
     Arguments are those of `score`.
     """
-    if isinstance(batch, ChoiceBatch):
+    if isinstance(batch, Choices):
         none = np.zeros(len(outputs))
         return none, none
     tokens = answer_tokens(evaluation, questions, outputs)
@@ -106,11 +105,11 @@ def generated(
 def texts_of(
     evaluation: Evaluation,
     questions: Sequence[Question],
-    batch: PromptBatch | ChoiceBatch,
+    batch: Batch,
     outputs: jax.Array | np.ndarray,
 ) -> list[str]:
     """What the first member answers to each question, as text."""
-    if isinstance(batch, ChoiceBatch):
+    if isinstance(batch, Choices):
         assert evaluation.task.choices is not None
         taken = choices_taken(questions, batch, outputs)[0]
         pairs = zip(questions, taken, strict=True)
@@ -127,7 +126,7 @@ def decoded(tokenizer: Any, answers: Sequence[Sequence[int]]) -> list[str]:
 def answered(
     evaluation: Evaluation,
     questions: Sequence[Question],
-    batch: PromptBatch | ChoiceBatch,
+    batch: Batch,
     outputs: jax.Array | np.ndarray,
 ) -> Answered:
     """Single answers, of the arguments of `score`.
@@ -142,7 +141,7 @@ def answered(
             "what they earn: a reward of bool, or jes.Reward(value, correct), does"
         )
     correct = rewards[..., 1] == 1
-    if isinstance(batch, ChoiceBatch):
+    if isinstance(batch, Choices):
         return Answered(correct, choices_taken(questions, batch, outputs)[..., None])
     return Answered(correct, answer_tokens(evaluation, questions, outputs)[:, 0])
 
@@ -150,7 +149,7 @@ def answered(
 def answer_rewards(
     evaluation: Evaluation,
     questions: Sequence[Question],
-    batch: PromptBatch | ChoiceBatch,
+    batch: Batch,
     outputs: jax.Array | np.ndarray,
 ) -> np.ndarray:
     """Rewards of single answers, of the arguments of `score`.
@@ -159,11 +158,12 @@ def answer_rewards(
       float64 [M, B, 5 + parts], the fields of a `Reward`; NaN for what the task does
       not ask, and where what a member computes is not finite.
     """
-    if isinstance(batch, ChoiceBatch):
+    if isinstance(batch, Choices):
         assert evaluation.task.answer is not None
         right = [evaluation.task.answer(question.example) for question in questions]
         correct = (choices_taken(questions, batch, outputs) == right).astype(float)
-        correct[~np.isfinite(np.asarray(outputs)).all(-1)] = np.nan
+        fine = np.isfinite(np.asarray(outputs)) | (batch.lengths == 0)
+        correct[~fine.all((1, 2))] = np.nan
         formatted, yes = np.ones_like(correct), np.full_like(correct, np.nan)
         return np.stack([correct, correct, correct, formatted, yes], -1)
     tokens = answer_tokens(evaluation, questions, outputs)
@@ -190,12 +190,11 @@ def answer_tokens(
 
 
 def choices_taken(
-    questions: Sequence[Question], batch: ChoiceBatch, outputs: jax.Array | np.ndarray
+    questions: Sequence[Question], batch: Choices, outputs: jax.Array | np.ndarray
 ) -> np.ndarray:
     """The choice with the highest log-likelihood per token: int [M, B]."""
-    per_token = np.asarray(outputs) / batch.scored.sum(-1)
-    numbers = range(len(questions))
-    return np.stack([per_token[:, batch.owners == i].argmax(-1) for i in numbers], 1)
+    per_token = np.asarray(outputs) / np.maximum(batch.lengths, 1)
+    return per_token[:, : len(questions)].argmax(-1)
 
 
 def mean_score(rewards: np.ndarray, truncated: Any, tokens: Any) -> Score:

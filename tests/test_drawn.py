@@ -27,7 +27,7 @@ from jes.models.qwen import Decoder
 from jes.questions import Evaluation, prepare
 from jes.rollout import ask, examine
 from jes.sampling.generate import Sampling, decode, unrolled
-from jes.sampling.likelihood import log_likelihoods, pad_choices
+from jes.sampling.likelihood import log_likelihoods, pack_choices
 from jes.sampling.prompts import pad
 
 KEY = jax.random.key(5)
@@ -136,7 +136,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_likelihoods_are_those_of_members(kind: str) -> None:
     """With a number of words that no number of blocks divides, too."""
     model, params = decoder_of(**KINDS[kind])
-    batch = pad_choices(PROMPTS, [[[1], [2, 3]]] * 3, (16,))
+    batch = pack_choices(PROMPTS, [[[1], [2, 3]]] * 3, (16,))
     members, lazy = both(params, Noise(sigma=0.1))
     np.testing.assert_allclose(
         log_likelihoods(model, lazy, batch),
@@ -204,7 +204,7 @@ def test_one_layer_is_there_at_a_time() -> None:
     model, params = decoder_of(
         num_hidden_layers=24, hidden_size=64, intermediate_size=512
     )
-    batch = pad_choices(PROMPTS, [[[1], [2]]] * 3, (16,))
+    batch = pack_choices(PROMPTS, [[[1], [2]]] * 3, (16,))
     _, lazy = both(params, Noise(sigma=0.1))
 
     def scratch(members: Members) -> int:

@@ -17,7 +17,7 @@ from jes.sampling.generate import (
     unrolled,
     unrolled_params,
 )
-from jes.sampling.likelihood import log_likelihoods, pad_choices
+from jes.sampling.likelihood import log_likelihoods, pack_choices
 from jes.sampling.prompts import encode, pad
 
 MODEL = decoder()
@@ -202,7 +202,7 @@ def test_left_padding() -> None:
 def test_choice_likelihoods_are_sums_of_log_softmax(params: dict) -> None:
     prompts = [PROMPTS[0], PROMPTS[3]]
     choices = [[[4], [5, 6, 7]], [[8, 9], [1], [2]]]
-    batch = pad_choices(prompts, choices, (16,))
+    batch = pack_choices(prompts, choices, (16,))
     (got,) = log_likelihoods(MODEL, unperturbed(params), batch)
     expected = []
     for prompt, some in zip(prompts, choices, strict=True):
@@ -210,8 +210,9 @@ def test_choice_likelihoods_are_sums_of_log_softmax(params: dict) -> None:
             logits, _ = MODEL.apply({"params": params}, jnp.array([prompt + choice]))
             log_p = jax.nn.log_softmax(logits[0, len(prompt) - 1 : -1])
             expected.append(sum(float(log_p[i, t]) for i, t in enumerate(choice)))
-    np.testing.assert_allclose(got, expected, rtol=2e-5)
-    assert batch.owners.tolist() == [0, 0, 1, 1, 1]
+    assert batch.lengths.tolist() == [[1, 3, 0], [2, 1, 1]]
+    assert got[0, 2] == -np.inf
+    np.testing.assert_allclose(got[batch.lengths > 0], expected, rtol=2e-5)
 
 
 def test_prompts_are_encoded_as_text_or_through_the_chat_template() -> None:

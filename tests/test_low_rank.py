@@ -41,7 +41,7 @@ from jes.export import evolution_of, rebuild
 from jes.models.member_layers import thin_product
 from jes.models.weights import Pretrained, fingerprint
 from jes.sampling.generate import Sampling, decode, unrolled, unrolled_params
-from jes.sampling.likelihood import log_likelihoods, pad_choices
+from jes.sampling.likelihood import log_likelihoods, pack_choices
 from jes.sampling.prompts import share
 from jes.update import first_state, tell
 
@@ -408,7 +408,7 @@ def test_likelihoods_of_members_are_the_materialised_ones(
     materialised: Materialised,
 ) -> None:
     pretrained, thin, full = materialised
-    choices = pad_choices(PROMPTS, [[[3], [4, 5]]] * 3, (64,), (16, 48))
+    choices = pack_choices(PROMPTS, [[[3], [4, 5]]] * 3, (64,), (16, 48))
     assert choices.rows.prefix is not None
     low, dense = (
         log_likelihoods(pretrained.model, each, choices) for each in (thin, full)

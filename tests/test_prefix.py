@@ -18,7 +18,8 @@ from jes.quantize import quantize
 from jes.questions import MODES, Evaluation, padded_lengths, prepare
 from jes.rollout import answer_each, ask, examine
 from jes.sampling.generate import Sampling, decode, unrolled
-from jes.sampling.likelihood import log_likelihoods, pad_choices
+from jes.sampling.likelihood import log_likelihoods, pack_choices
+from jes.sampling.packing import computed_tokens, text_tokens
 from jes.sampling.prompts import batches, pad, share
 from jes.tasks.task import Reward, Task
 
@@ -124,11 +125,11 @@ def test_likelihoods_are_the_same(params: dict) -> None:
     choices = [[[4], [5, 6, 7]]] * len(PROMPTS)
     noise = Noise(sigma=0.05)
     members = perturb_members(params, jax.random.key(2), jnp.arange(2), noise)
-    batch = pad_choices(PROMPTS, choices, BUCKETS, None)
-    assert batch.rows.prefix is not None
-    assert batch.rows.tokens.shape == (10, 24)
-    whole = pad_choices(PROMPTS, choices, BUCKETS)
-    assert whole.rows.prefix is None
+    batch = pack_choices(PROMPTS, choices, BUCKETS, None)
+    assert batch.texts.prefix is not None
+    whole = pack_choices(PROMPTS, choices, BUCKETS)
+    assert whole.texts.prefix is None
+    assert computed_tokens(batch.texts) < computed_tokens(whole.texts) / 2
     got = log_likelihoods(MODEL, members, batch)
     np.testing.assert_allclose(got, log_likelihoods(MODEL, members, whole), rtol=1e-5)
 
@@ -141,12 +142,12 @@ def test_the_shortest_prefix_that_is_shared() -> None:
         assert found == shared
 
 
-def test_a_row_keeps_the_token_before_its_choice() -> None:
-    """Which predicts the choice's first; of 32 tokens in common 24 are shared then."""
-    batch = pad_choices([SHOTS[:32]] * 4, [[[4], [5]]] * 4, BUCKETS, None)
-    assert batch.rows.prefix is not None
-    assert (batch.rows.prefix.positions >= 0).sum() == 24
-    assert ((batch.rows.positions >= 0).sum(1) == 9).all()
+def test_a_prompt_keeps_the_token_before_its_choices() -> None:
+    """Which predicts the first of each; of 32 tokens in common 24 are shared then."""
+    batch = pack_choices([SHOTS[:32]] * 4, [[[4], [5]]] * 4, BUCKETS, None)
+    assert batch.texts.prefix is not None
+    assert text_tokens(batch.texts.prefix) == 24
+    assert text_tokens(batch.texts) == 24 + 4 * 8
 
 
 def test_prompts_of_a_family_are_answered_together() -> None:

@@ -29,7 +29,7 @@ from jes.errors import InputError
 from jes.experiment import Experiment, make_experiment
 from jes.questions import Question
 from jes.sampling.generate import generate
-from jes.sampling.likelihood import log_likelihoods, pad_choices
+from jes.sampling.likelihood import log_likelihoods, pack_choices
 from jes.tasks.task import Reward
 
 slopes = jax.jit(
@@ -138,7 +138,7 @@ def test_loss_is_the_likelihood_of_the_answers(experiment: Experiment) -> None:
     model, params = experiment.pretrained.model, experiment.pretrained.params
     got, _ = jax.jit(Sft.loss, static_argnums=0)(model, params, batch)
     answers = [claims[0] if right else claims[1] for right in CORRECT]
-    choices = pad_choices(metas, [[answer] for answer in answers], (24,))
+    choices = pack_choices(metas, [[answer] for answer in answers], (24,))
     (logs,) = log_likelihoods(model, unperturbed(params), choices)
     lengths = np.array([len(answer) for answer in answers])
     # float32 sums in another order: some ulps of logits near 10.

@@ -77,7 +77,8 @@ class Bar(Progress):
             )
         else:  # trained on labels, not on rewards
             learned = f"loss {row['loss']:.3f} right {100 * row['accuracy']:.1f} %"
-        figures = f"{learned} {row['tokens_per_second']:,.0f} tok/s"
+        text = row["tokens"] + row.get("prompt_tokens", 0)  # read and written
+        figures = f"{learned} {text / row['seconds']:,.0f} tok/s"
         self.update(self.number, completed=done, figures=figures)
         self.done = done
         if self.every and (done % self.every == 0 or done == self.total):

@@ -14,7 +14,7 @@ heads, G query heads per key-value head, H head dimension, S cache slots, V voca
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -27,8 +27,28 @@ from jes.models.config import ModelConfig, RopeScaling
 from jes.models.member_layers import embed, matmul, parameter, unembed
 from jes.models.quantized import Quantized
 
+BRANCHES = 256
+"""Segments from a multiple of this on, up to the next, go on with the text of the
+first: the answers to a question, say."""
 MASKED = -1e30
 """Score of a masked slot: finite, so that a row of padding gives no NaN."""
+
+
+class Place(NamedTuple):
+    """Where tokens stand: position and segment, int [B, T] (None for one text)."""
+
+    position: jax.Array
+    segment: jax.Array | None = None
+
+
+def sees(queries: Place, keys: Place) -> jax.Array:
+    """Which keys a query attends to, bool [B, T, S]: of its text, not after itself."""
+    position = keys.position[:, None, :]
+    visible = (position <= queries.position[:, :, None]) & (position != PADDING)
+    if queries.segment is None or keys.segment is None:
+        return visible
+    of_key, own = keys.segment[:, None, :], queries.segment[:, :, None]
+    return visible & ((of_key == own) | (of_key == own - own % BRANCHES))
 
 
 class Decoder(nn.Module):
@@ -45,22 +65,27 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         *,
         last: int | None = None,
+        at: jax.Array | None = None,
         prefix: Cache | None = None,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Logits of the next token at every position, and the cache.
 
         Args:
           tokens: int [B, T].
-          positions: int [B, T], -1 for left padding; by default 0..T-1, or what
+          positions: int [B, T], -1 for padding; by default 0..T-1, or what
             follows `cache.length`.
           cache: keys and values of earlier tokens, with room for T more. Without
             it the T tokens see each other only, and the returned cache holds them.
-          last: how many of the last positions to give logits for; None for all.
+          last: how many of the last tokens to give logits for; None for all.
+          at: int [B, Q], which tokens to give logits for instead.
           prefix: a cache of batch 1 with tokens that come before those of every row.
             Positions count from its first token on. It is read only.
+          segments: int [B, T], where rows hold several texts; not with a `cache`. A
+            token sees its own segment and what that branches from, see `BRANCHES`.
 
         Returns:
-          float32 logits [B, T or `last`, V], and the new `Cache`.
+          float32 logits [B, T, `last` or Q, V], and the new `Cache`.
         """
         chex.assert_rank(tokens, 2)
         cfg = self.config
@@ -70,25 +95,25 @@ class Decoder(nn.Module):
             start += 0 if prefix is None else prefix.positions.max() + 1
             positions = jnp.broadcast_to(start + jnp.arange(length), tokens.shape)
         chex.assert_equal_shape([tokens, positions])
-        seen, slot = positions, jnp.int32(0)
+        slot, own = jnp.int32(0), Place(positions, segments)
+        seen = own
         if cache is not None:
             slot = cache.length
-            seen = write(cache.positions, positions, slot, 1)
-        key_positions = seen
+            seen = Place(write(cache.positions, positions, slot, 1))
+        visible = sees(own, seen)
         if prefix is not None:
-            shape = (tokens.shape[0], prefix.positions.shape[1])
-            before = jnp.broadcast_to(prefix.positions, shape)
-            seen = jnp.concatenate([before, seen], axis=1)
-        # [B, T, S]: a token sees the tokens at or before its own position.
-        seen = seen[:, None, :]
-        visible = (seen <= positions[:, :, None]) & (seen != PADDING)
+            shape = (*visible.shape[:2], prefix.positions.shape[1])
+            shared = sees(own, Place(prefix.positions))
+            visible = jnp.concatenate([jnp.broadcast_to(shared, shape), visible], 2)
         given = visible, rope_angles(positions, cfg), slot
 
         table, noise = Embedding(cfg.vocab_size, cfg.hidden_size, name="embed")()
         x = embed(table, noise, tokens)
         run = self._scanned if self.scan_layers else self._unrolled
         x, keys, values = run(x, cache and cache[:2], prefix and prefix[:2], given)
-        if last is not None:
+        if at is not None:
+            x = jnp.take_along_axis(x, at[..., None], axis=1)
+        elif last is not None:
             x = x[:, -last:]
         x = RMSNorm(cfg.rms_norm_eps, name="final_norm")(x)
         head = table
@@ -97,7 +122,7 @@ class Decoder(nn.Module):
             head = self.param("lm_head", nn.initializers.normal(0.02), shape)
             noise = self.get_variable("noise", "lm_head")
         logits = unembed(x, head, noise, tied=cfg.tie_word_embeddings)
-        return logits, Cache(keys, values, key_positions, slot + length)
+        return logits, Cache(keys, values, seen.position, slot + length)
 
     def _scanned(self, x, cache, prefix, given):
         """Layers on a leading axis: one compiled layer, whatever their number."""

@@ -15,6 +15,8 @@ import numpy as np
 from jes.core.members import Members, by_member, unperturbed
 from jes.core.programs import program
 from jes.core.tree import is_quantized
+from jes.models.cache import PADDING, Cache, write
+from jes.sampling.packing import Packed, Rows, block_of, over_blocks, zeros
 from jes.sampling.prompts import BUCKETS, PromptBatch, batches, share
 
 
@@ -51,7 +53,7 @@ class Sampling:
 def decode(
     model: Any,
     members: Members,
-    prompts: PromptBatch,
+    prompts: PromptBatch | Packed,
     sampling: Sampling,
     limits: jax.Array | None = None,
 ) -> jax.Array:
@@ -69,15 +71,18 @@ def decode(
       int32 [M, B, N]; after an end token, or its limit, a row holds `sampling.fill`.
     """
     new, prefix = sampling.max_new_tokens, prompts.prefix
-    row_keys = keys_of_rows(members.keys, jnp.arange(prompts.tokens.shape[0])[None])
-    next_position = jnp.asarray(prompts.positions[:, -1:]) + 1
+    next_position = jnp.asarray(prompts.next_position)
+    row_keys = keys_of_rows(members.keys, jnp.arange(len(next_position))[None])
     forward = partial(next_logits, model)
 
     def prefill(variables: Any) -> Any:
         shared = None
         if prefix is not None:
             _, shared = forward(variables, *prefix[:2])
-        logits, cache = forward(variables, *prompts[:2], prefix=shared)
+        if isinstance(prompts, Packed):
+            logits, cache = read(model, variables, prompts, shared)
+        else:
+            logits, cache = forward(variables, *prompts[:2], prefix=shared)
         return logits, cache.extended(new - 1), shared
 
     # A vmapped loop would copy the whole cache at each step to keep the rows of
@@ -97,10 +102,10 @@ def decode(
         ends = is_end(token, sampling.eos_ids)
         return ends if limits is None else ends | (index + 1 >= limits)
 
-    read = jax.vmap(
+    begin = jax.vmap(
         prefill, in_axes=(members.axes,), out_axes=axes, axis_size=members.count
     )
-    logits, cache, shared = read(members.variables)
+    logits, cache, shared = begin(members.variables)
     token = choose(logits, jnp.int32(0))
     answers = jnp.full((*token.shape, new), sampling.fill, jnp.int32)
     answers = answers.at[..., 0].set(token)
@@ -133,6 +138,15 @@ def next_logits(
     prefix: Any = None,
 ) -> tuple[jax.Array, Any]:
     """Logits [R, V] after the last of a member's tokens [R, T], and the cache."""
+    settings = {"cache": cache, "prefix": prefix, "last": 1}
+    logits, cache = apply(model, variables, tokens, positions, **settings)
+    return logits[:, 0], cache
+
+
+def apply(
+    model: Any, variables: Any, tokens: Any, positions: Any, **settings: Any
+) -> tuple[jax.Array, Any]:
+    """`model.apply`, with layers that are stacked taken out where they are used."""
     tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
     params = variables["params"]
     if "layers" in params and not model.scan_layers:
@@ -140,10 +154,53 @@ def next_logits(
         # take all layers out of the stack before the first token, and hold them twice.
         first = (positions.reshape(-1)[0] < -1).astype(jnp.int32)
         variables = variables | {"params": model.unrolled_params(params, first)}
-    logits, cache = model.apply(
-        variables, tokens, positions, cache, last=1, prefix=prefix
+    return model.apply(variables, tokens, positions, **settings)
+
+
+def read(
+    model: Any, variables: Any, prompts: Packed, prefix: Any = None
+) -> tuple[jax.Array, Cache]:
+    """One member reads packed prompts: logits [B, V], and a cache with a row for each.
+
+    `prefix` is the cache of what all begin with.
+    """
+    blocks, size, length = prompts.rows.tokens.shape
+    slots = jnp.asarray(prompts.slots)
+
+    def apply_to(rows: Rows) -> tuple[jax.Array, Any]:
+        settings = {"segments": rows.segments, "at": rows.at, "prefix": prefix}
+        given = rows.tokens, rows.positions
+        logits, cache = apply(model, variables, *given, **settings)
+        return logits.reshape(-1, logits.shape[-1]), tuple(cache[:2])
+
+    def step(state: Any, rows: Rows, number: Any) -> Any:
+        logits, kept = state
+        after, new = apply_to(rows)
+        logits = logits.at[rows.number.reshape(-1)].set(after, mode="drop")
+        return logits, jax.tree.map(
+            lambda a, b: write(a, b, number * size, 0), kept, new
+        )
+
+    after, new = jax.eval_shape(apply_to, block_of(prompts, 0))
+    logits = zeros(variables, (len(slots), after.shape[-1]), after.dtype)
+    kept = jax.tree.map(
+        lambda leaf: zeros(variables, (blocks * size, *leaf.shape[1:]), leaf.dtype), new
     )
-    return logits[:, 0], cache
+    logits, kept = over_blocks(step, prompts, (logits, kept))
+
+    def take(leaf: jax.Array, axis: int) -> jax.Array:
+        def one(row: jax.Array, column: jax.Array) -> jax.Array:
+            return jnp.take(leaf[row], column, axis)
+
+        return jax.vmap(one)(slots[:, -1] // length, slots % length)
+
+    keys, values = (
+        tuple(take(leaf, axis) for leaf in part)
+        for part, axis in zip(kept, (-1, -2), strict=True)
+    )
+    positions = jnp.asarray(prompts.rows.positions).reshape(-1)[slots]
+    positions = jnp.where(slots < 0, PADDING, positions)
+    return logits, Cache(keys, values, positions, jnp.int32(slots.shape[1]))
 
 
 def keys_of_rows(keys: jax.Array, numbers: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """Log-likelihood of given continuations: scoring without generating.
 
-Axis letters: M members, R rows (a prompt with one of its choices), T tokens,
-K tokens of the longest choice.
+A prompt is read once, and its choices go on from there.
+
+Axis letters: M members, B prompts, C choices of a prompt, T tokens.
 """
 
 from collections.abc import Sequence
@@ -14,72 +15,103 @@ import numpy as np
 
 from jes.core.members import Members, by_member
 from jes.core.programs import program
-from jes.sampling.prompts import BUCKETS, PromptBatch, share
+from jes.sampling.packing import (
+    Packed,
+    Rows,
+    Shape,
+    Tree,
+    over_blocks,
+    pack,
+    reads_of_choices,
+    shape_of,
+    zeros,
+)
+from jes.sampling.prompts import BUCKETS, bucket, common_prefix
 
 
-class ChoiceBatch(NamedTuple):
-    """Prompts with their choices, a row each, left-padded.
+class Choices(NamedTuple):
+    """Prompts with their choices, packed.
 
     Attributes:
-      rows: the tokens of prompt and choice.
-      scored: bool [R, K], which of a row's last K tokens belong to its choice.
-      owners: int [R], the prompt that a row belongs to.
+      texts: a tree for each prompt, and the targets of its choices.
+      lengths: int32 [B, C], tokens of each choice; 0 where a prompt has fewer.
     """
 
-    rows: PromptBatch
-    scored: np.ndarray
-    owners: np.ndarray
+    texts: Packed
+    lengths: Any
 
 
-def pad_choices(
+def choice_tree(prompt: Sequence[int], choices: Sequence[Sequence[int]]) -> Tree:
+    """A prompt with the tokens of its choices that predict others."""
+    if not min(map(len, choices), default=0):
+        raise ValueError("a choice is empty: it has no likelihood")
+    return Tree(prompt, [choice[:-1] for choice in choices])
+
+
+def pack_choices(
     prompts: Sequence[Sequence[int]],
     choices: Sequence[Sequence[Sequence[int]]],
     buckets: Sequence[int] = BUCKETS,
     parts: Sequence[int] | None = (),
-) -> ChoiceBatch:
-    """One row for each choice of each prompt.
+    shape: Shape | None = None,
+) -> Choices:
+    """The choices of each prompt, as a tree of tokens.
 
     Args:
       prompts: token ids of each prompt.
       choices: for each prompt, the token ids of its choices (none empty).
-      buckets, parts: row lengths to pad to, as for `prompts.share`.
+      buckets: lengths of the longest prompt with its choices, to pad to.
+      parts: lengths to pad what all prompts begin with to; () shares nothing.
+      shape: to pack to.
     """
-    owners = [i for i, some in enumerate(choices) for _ in some]
-    tails = [choice for some in choices for choice in some]
-    if not min((len(tail) for tail in tails), default=0):
-        raise ValueError("a choice is empty: it has no likelihood")
-    rows = [[*prompts[i], *tail] for i, tail in zip(owners, tails, strict=True)]
-    lengths = np.array([len(tail) for tail in tails])
-    longest = lengths.max()
-    scored = np.arange(longest) >= longest - lengths[:, None]
-    # A row keeps the token before its choice too, which predicts the choice's first.
-    batch = share(rows, buckets, parts=parts, own=int(longest) + 1)
-    return ChoiceBatch(batch, scored, np.array(owners))
-
-
-def choice_log_likelihoods(model: Any, variables: Any, batch: ChoiceBatch) -> jax.Array:
-    """Summed log-probability in nats of every row's choice: float32 [R].
-
-    The layers of the model and its variables are stacked.
-    """
-    tokens, positions = map(jnp.asarray, batch.rows[:2])
-    longest = batch.scored.shape[1]
-    prefix = batch.rows.prefix
-    if prefix is not None:
-        _, prefix = model.apply(variables, *map(jnp.asarray, prefix[:2]), last=1)
-    logits, _ = model.apply(
-        variables, tokens, positions, last=longest + 1, prefix=prefix
+    most = max(map(len, choices))
+    prefix, count = common_prefix(prompts, buckets, parts)
+    trees = [
+        choice_tree(prompt[count:], some)
+        for prompt, some in zip(prompts, choices, strict=True)
+    ]
+    reads = [
+        reads_of_choices(tree, some, i * most)
+        for i, (tree, some) in enumerate(zip(trees, choices, strict=True))
+    ]
+    sizes = [tree.size for tree in trees]
+    shape = shape or shape_of(
+        [(sizes, [*map(len, reads)])], longest=bucket(max(sizes), buckets), width=0
     )
-    log_probabilities = jax.nn.log_softmax(logits[:, :-1], axis=-1)
-    targets = tokens[:, -longest:, None]
-    chosen = jnp.take_along_axis(log_probabilities, targets, axis=-1)[..., 0]
-    return jnp.where(batch.scored, chosen, 0).sum(-1)
+    lengths = np.zeros((len(prompts), most), np.int32)
+    for i, some in enumerate(choices):
+        lengths[i, : len(some)] = [*map(len, some)]
+    return Choices(pack(trees, reads, shape, prefix, count), lengths)
+
+
+def choice_log_likelihoods(model: Any, variables: Any, batch: Choices) -> jax.Array:
+    """Summed log-probability in nats of every choice: float32 [B, C].
+
+    -inf where a prompt has fewer choices. The layers of the model and its variables
+    are stacked.
+    """
+    texts, prefix = batch.texts, None
+    if texts.prefix is not None:
+        given = map(jnp.asarray, texts.prefix[:2])
+        _, prefix = model.apply(variables, *given, last=1)
+
+    def score(sums: jax.Array, rows: Rows, _: Any) -> jax.Array:
+        settings = {"segments": rows.segments, "at": rows.at, "prefix": prefix}
+        logits, _ = model.apply(variables, rows.tokens, rows.positions, **settings)
+        chosen = jnp.take_along_axis(logits, rows.targets[..., None], axis=-1)[..., 0]
+        chosen -= jax.nn.logsumexp(logits, axis=-1)
+        return sums.at[rows.number.reshape(-1)].add(chosen.reshape(-1), mode="drop")
+
+    lengths = jnp.asarray(batch.lengths)
+    sums = zeros(variables, (lengths.size,), jnp.float32)
+    sums = over_blocks(score, texts, sums).reshape(lengths.shape)
+    return jnp.where(lengths > 0, sums, -jnp.inf)
 
 
 @program(static_argnums=0)
 @by_member(shared=["batch"])
-def log_likelihoods(model: Any, members: Members, batch: ChoiceBatch) -> jax.Array:
-    """`choice_log_likelihoods` under every member: float32 [M, R]."""
+def log_likelihoods(model: Any, members: Members, batch: Choices) -> jax.Array:
+    """`choice_log_likelihoods` under every member: float32 [M, B, C]."""
     score = partial(choice_log_likelihoods, model, batch=batch)
     if members.count == 1:  # vmap would transpose the stack of layers to scan it
         return score(members[0])[None]

@@ -42,6 +42,11 @@ class PromptBatch(NamedTuple):
     positions: np.ndarray
     prefix: "PromptBatch | None" = None
 
+    @property
+    def next_position(self) -> np.ndarray:
+        """Of the token that follows each prompt: int32 [B, 1]."""
+        return self.positions[:, -1:] + 1
+
 
 def encode(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
     """Token ids of a prompt.
@@ -101,6 +106,17 @@ def pad(
     Raises:
       ValueError: if a prompt is empty, or longer than the longest bucket.
     """
+    check_lengths(prompts, buckets)
+    lengths = [len(p) for p in prompts]
+    width = bucket(max(lengths), buckets)
+    tokens = np.array([[0] * (width - len(p)) + list(p) for p in prompts], np.int32)
+    numbers = np.arange(width) - (width - np.array(lengths)[:, None])
+    positions = np.where(numbers < 0, -1, numbers + first)
+    return PromptBatch(tokens, positions.astype(np.int32))
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], buckets: Sequence[int]) -> None:
+    """Raises as `pad`."""
     lengths = [len(p) for p in prompts]
     if not min(lengths, default=0):
         raise ValueError("a prompt is empty: there is nothing to continue")
@@ -109,11 +125,6 @@ def pad(
             f"prompt {int(np.argmax(lengths))} has {max(lengths)} tokens, more than "
             f"the longest bucket ({max(buckets)}); add a longer one to `buckets`"
         )
-    width = bucket(max(lengths), buckets)
-    tokens = np.array([[0] * (width - len(p)) + list(p) for p in prompts], np.int32)
-    numbers = np.arange(width) - (width - np.array(lengths)[:, None])
-    positions = np.where(numbers < 0, -1, numbers + first)
-    return PromptBatch(tokens, positions.astype(np.int32))
 
 
 def bucket(length: int, buckets: Sequence[int]) -> int:
@@ -126,7 +137,6 @@ def share(
     buckets: Sequence[int] = BUCKETS,
     *,
     parts: Sequence[int] | None = None,
-    own: int = 1,
 ) -> PromptBatch:
     """Prompts as a batch, with their common prefix apart where that saves tokens.
 
@@ -135,21 +145,35 @@ def share(
       buckets: lengths to pad whole prompts to.
       parts: lengths to pad the prefix and the rest to; None for `buckets`, () to share
         nothing.
-      own: fewest tokens that each prompt keeps.
 
     Raises:
       ValueError: as `pad`.
     """
+    prefix, count = common_prefix(prompts, buckets, parts)
+    if prefix is None:
+        return pad(prompts, buckets)
     parts = buckets if parts is None else parts
-    whole, lengths = pad(prompts, buckets), [len(prompt) for prompt in prompts]
+    rest = pad([prompt[count:] for prompt in prompts], parts, first=count)
+    return rest._replace(prefix=prefix)
+
+
+def common_prefix(
+    prompts: Sequence[Sequence[int]],
+    buckets: Sequence[int] = BUCKETS,
+    parts: Sequence[int] | None = None,
+) -> tuple[PromptBatch | None, int]:
+    """What all prompts begin with where reading it once saves tokens, and its length.
+
+    Arguments and errors are those of `share`.
+    """
+    check_lengths(prompts, buckets)
+    parts = buckets if parts is None else parts
+    lengths = [len(prompt) for prompt in prompts]
     # What the least and the greatest in the order of lists agree in, all do.
     common = agreement(min(prompts, key=tuple), max(prompts, key=tuple))
-    common = min(common, min(lengths) - own)
+    common = min(common, min(lengths) - 1)
     count, _ = prefix_to_share(lengths, common, len(prompts), buckets, parts)
-    if not count:
-        return whole
-    rest = pad([prompt[count:] for prompt in prompts], parts, first=count)
-    return rest._replace(prefix=pad([prompts[0][:count]], parts))
+    return (pad([prompts[0][:count]], parts) if count else None), count
 
 
 def prefix_to_share(

@@ -37,7 +37,7 @@ from jes.metacognition import auroc2, best_threshold, bootstrap, counts, d_prime
 from jes.models.weights import Pretrained
 from jes.questions import Evaluation, Question, prepare
 from jes.sampling.generate import generate
-from jes.sampling.likelihood import log_likelihoods, pad_choices
+from jes.sampling.likelihood import log_likelihoods, pack_choices
 from jes.sampling.prompts import encode_continuation
 from jes.scoring import rewards_of
 from jes.studies.grid import tidy, write_csv
@@ -179,9 +179,9 @@ def confidence(
         metas = [list(questions[i].meta) for i in chosen]
         metas += metas[-1:] * (size - len(metas))
         sizes = evaluation.buckets, evaluation.parts
-        batch = pad_choices(metas, [claims] * size, *sizes)
+        batch = pack_choices(metas, [claims] * size, *sizes)
         (logs,) = log_likelihoods(evaluation.model, unperturbed(params), batch)
-        yes, no = np.asarray(logs, float).reshape(-1, 2).T
+        yes, no = np.asarray(logs, float).T
         differences[chosen] = (yes - no)[: len(chosen)]
     return differences
 

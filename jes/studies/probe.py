@@ -34,7 +34,7 @@ from jes.core.noise import Noise, PyTree, generation_key
 from jes.core.population import chunks
 from jes.core.tree import is_quantized
 from jes.errors import InputError
-from jes.experiment import one_bucket, task_evaluation
+from jes.experiment import one_shape, task_evaluation
 from jes.io import command_line
 from jes.io.console import console
 from jes.io.interrupts import Stopped, StopRequest, stop_request
@@ -237,7 +237,8 @@ def make_subject(
     needed = f"probe.pool={probe.pool} and probe.fresh={probe.fresh}"
     count = probe.pool + probe.fresh
     questions = draw_questions(evaluation, count, probe.pool_seed, needed)
-    evaluation = one_bucket(evaluation, questions)
+    cuts = np.array_split(np.arange(count), -(-count // config.eval_batch))
+    evaluation = one_shape(evaluation, questions, [cut.tolist() for cut in cuts])
     return Subject(config, pretrained, evaluation, questions, stop)
 
 

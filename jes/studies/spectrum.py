@@ -47,7 +47,7 @@ from jes.core.ledger import append_row
 from jes.core.noise import Noise, PyTree, generation_key
 from jes.core.population import perturb_members
 from jes.errors import InputError
-from jes.experiment import one_bucket, task_evaluation
+from jes.experiment import one_shape, task_evaluation
 from jes.io.console import console
 from jes.io.metrics import keep_rows, read_rows, write_json
 from jes.landscape import curvature, lanczos
@@ -58,12 +58,13 @@ from jes.questions import Evaluation, Question, batch_of
 from jes.rollout import answer, prepare_rollout
 from jes.run_folder import claim
 from jes.sampling.likelihood import (
-    ChoiceBatch,
+    Choices,
     choice_log_likelihoods,
+    choice_tree,
     log_likelihoods,
-    pad_choices,
 )
-from jes.sampling.prompts import encode_continuation
+from jes.sampling.packing import Shape, pack, reads_of_choices
+from jes.sampling.prompts import bucket, check_lengths, encode_continuation
 from jes.scoring import answer_rewards
 from jes.studies import grid
 from jes.studies.probe import (
@@ -92,7 +93,7 @@ class Subject:
     pretrained: Pretrained
     evaluation: Evaluation
     questions: list[Question]
-    references: ChoiceBatch  # the prompts with their reference answers
+    references: Choices  # the prompts with their reference answers
 
     @property
     def size(self) -> int:
@@ -182,7 +183,7 @@ def make_subject(
             f"{folder} has results of another model: give another --workdir"
         )
     write_json(path, found)
-    evaluation = one_bucket(evaluation, questions)
+    evaluation = one_shape(evaluation, questions)
     subject = Subject(
         name, folder, config, pretrained, evaluation, questions, references
     )
@@ -214,9 +215,7 @@ def reference(task: Task, example: Example) -> str:
     return answer
 
 
-def reference_batch(
-    evaluation: Evaluation, questions: Sequence[Question]
-) -> ChoiceBatch:
+def reference_batch(evaluation: Evaluation, questions: Sequence[Question]) -> Choices:
     """Prompts with their reference answers and the end token, a row an example.
 
     Raises:
@@ -224,15 +223,23 @@ def reference_batch(
     """
     task, tokenizer, end = evaluation.task, evaluation.tokenizer, evaluation.eos_ids[:1]
     texts = [reference(task, question.example) for question in questions]
-    answers = [[encode_continuation(tokenizer, text) + list(end)] for text in texts]
-    prompts = [question.prompt for question in questions]
+    answers = [[*encode_continuation(tokenizer, text), *end] for text in texts]
+    whole = [[*q.prompt, *text] for q, text in zip(questions, answers, strict=True)]
     try:
-        return pad_choices(prompts, answers, evaluation.buckets)
+        check_lengths(whole, evaluation.buckets)
     except ValueError as error:
         raise InputError(f"{task.name}: {error}") from error
+    longest = bucket(max(map(len, whole)), evaluation.buckets)
+    pairs = [*zip(questions, answers, strict=True)]
+    trees = [choice_tree(question.prompt, [text]) for question, text in pairs]
+    given = enumerate(zip(trees, answers, strict=True))
+    reads = [reads_of_choices(tree, [text], i) for i, (tree, text) in given]
+    shape, rows = Shape(1, len(trees), longest, 0, 0), np.arange(len(trees))
+    packed = pack(trees, reads, shape, rows=rows)
+    return Choices(packed, np.array([[len(text)] for text in answers]))
 
 
-def surrogate_loss(model: Any, params: PyTree, batch: ChoiceBatch) -> jax.Array:
+def surrogate_loss(model: Any, params: PyTree, batch: Choices) -> jax.Array:
     """Minus the log-likelihood in nats of a reference answer, the mean over the rows.
 
     Args:
@@ -243,14 +250,16 @@ def surrogate_loss(model: Any, params: PyTree, batch: ChoiceBatch) -> jax.Array:
     return -choice_log_likelihoods(model, {"params": params}, batch).mean()
 
 
-def mean_over_rows(function: Any, batch: ChoiceBatch, microbatch: int = 0) -> PyTree:
+def mean_over_rows(function: Any, batch: Choices, microbatch: int = 0) -> PyTree:
     """The mean of a function of a part of the batch, at most `microbatch` rows each."""
-    arrays = jax.tree.map(jnp.asarray, batch)
 
     def part(rows: jax.Array) -> tuple[tuple[()], PyTree]:
-        return (), function(jax.tree.map(lambda array: array[rows], arrays))
+        some = jax.tree.map(lambda array: jnp.asarray(array)[:, rows], batch.texts.rows)
+        some = some._replace(number=some.number - rows[0])
+        texts = batch.texts._replace(rows=some)
+        return (), function(Choices(texts, jnp.asarray(batch.lengths)[rows]))
 
-    return mean_gradient(part, jnp.arange(len(batch.scored)), microbatch)[1]
+    return mean_gradient(part, jnp.arange(len(batch.lengths)), microbatch)[1]
 
 
 def surrogate_product(
@@ -268,8 +277,8 @@ def surrogate_product(
     """
     _, unravel = ravel_pytree(params)
 
-    def product(vector: jax.Array, params: PyTree, batch: ChoiceBatch) -> jax.Array:
-        def part(batch: ChoiceBatch) -> jax.Array:
+    def product(vector: jax.Array, params: PyTree, batch: Choices) -> jax.Array:
+        def part(batch: Choices) -> jax.Array:
             loss = partial(surrogate_loss, model, batch=batch)
             return ravel_pytree(curvature.hvp(loss, params, unravel(vector)))[0]
 
@@ -389,7 +398,7 @@ def values_of(
     exact = perturb_members(params, key, jnp.asarray(members), noise)
     with jax.default_matmul_precision("highest"):
         logs = log_likelihoods(evaluation.model, exact, subject.references)
-    surrogate = np.asarray(logs, np.float64)
+    surrogate = np.asarray(logs, np.float64)[..., 0]
     if not np.isfinite(surrogate).all():
         raise InputError(
             f"{subject.name}: likelihoods of members are not finite: a smaller sigma?"
@@ -405,7 +414,7 @@ def vectors_of(subject: Subject, run: Path | None) -> list[Row]:
     """
     params, model = subject.pretrained.params, subject.pretrained.model
 
-    def slope(batch: ChoiceBatch) -> PyTree:
+    def slope(batch: Choices) -> PyTree:
         return jax.grad(partial(surrogate_loss, model, batch=batch))(params)
 
     mean = partial(mean_over_rows, slope, microbatch=subject.microbatch)
