@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jes.core.mesh import POPULATION, mesh_of
 from jes.core.noise import Noise, PyTree
-from jes.core.programs import Analysis, TooLargeError, bytes_of
+from jes.core.programs import Abstract, Analysis, TooLargeError, bytes_of
 from jes.errors import InputError
 from jes.experiment import Experiment, pick
 from jes.questions import Batch, Evaluation, batch_of, rows_of
@@ -149,14 +149,30 @@ def peak_of(
     Nothing more is compiled as soon as more than the budget, in bytes, is needed.
     """
     analysis = Analysis(budget)
-    numbers: Any = analysis.stand_in(jnp.zeros(members * devices_of(params), int))
     abstract = jax.tree.map(analysis.stand_in, params)
     try:
-        rollout = prepare_rollout(evaluation, abstract, noise, mesh_of(params))
-        answer(rollout, jax.random.key(0), numbers, batch)
+        analyse(analysis, evaluation, abstract, noise, batch, members)
     except TooLargeError:
         return Peak(analysis.peak, complete=False)
     return Peak(analysis.peak, complete=True)
+
+
+def analyse(
+    analysis: Analysis,
+    evaluation: Evaluation,
+    params: PyTree,
+    noise: Noise | None,
+    batch: Batch,
+    members: int,
+) -> None:
+    """The programs by which so many members on each device answer a batch.
+
+    `params` are stand-ins of the analysis.
+    """
+    like = jax.ShapeDtypeStruct((members * devices_of(params),), jnp.int32)
+    numbers: Any = Abstract(analysis, like, None)
+    rollout = prepare_rollout(evaluation, params, noise, mesh_of(params))
+    answer(rollout, jax.random.key(0), numbers, batch)
 
 
 def most_that_fit(

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from jes.core.evolution import SCHEDULES, Evolution
 from jes.core.low_rank import is_stack
 from jes.core.mesh import mesh_of, model_is_spread, replicated
 from jes.core.noise import PyTree, generation_key
+from jes.core.programs import program
 from jes.core.tree import is_codes, map_leaves, merge, split
 from jes.transforms import (
     anchored_weight_decay,
@@ -158,7 +158,7 @@ def compiled_form(evolution: Evolution) -> tuple[Evolution, Rates | None]:
     return dataclasses.replace(evolution, **same), rates
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
+@program(static_argnums=(0, 1, 2), donate_argnums=(3, 4))
 def _tell(
     evolution: Evolution,
     mesh: Mesh | None,

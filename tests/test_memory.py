@@ -19,7 +19,7 @@ from jes.core.programs import Analysis, TooLargeError, program
 from jes.errors import InputError
 from jes.experiment import Experiment, make_experiment, pick, settled
 from jes.memory import Held, Peak, choose, most_that_fit, slot_choices
-from jes.questions import Evaluation, batch_of
+from jes.questions import Evaluation, batch_of, rows_of
 from jes.rollout import ask
 from jes.run_folder import claim as claim_run
 from jes.scoring import Score
@@ -54,7 +54,7 @@ class Machine:
     ) -> Peak:
         budget, members = sizes
         self.analysed.append((members, evaluation.slots))
-        rows = evaluation.slots or len(batch.tokens)
+        rows = evaluation.slots or rows_of(batch)
         weights, rest = 100 * members, 10 * members * rows
         complete = weights <= budget
         return Peak(weights + rest * complete, complete)

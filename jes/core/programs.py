@@ -6,6 +6,7 @@
     analysis = Analysis()
     decode(model, jax.tree.map(analysis.stand_in, members), prompts)
     analysis.peak  # bytes
+    analysis.compiled  # a `Compiled` for each program
 
 JAX keeps the compiled program: the same function called with arrays of these shapes
 runs it, and nothing is compiled twice.
@@ -13,9 +14,10 @@ runs it, and nothing is compiled twice.
 
 import functools
 import math
+import time
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -24,12 +26,24 @@ class TooLargeError(Exception):
     """A program takes more memory than an analysis allows."""
 
 
+class Compiled(NamedTuple):
+    """What the compiler says of a program: seconds, and bytes of each device."""
+
+    name: str
+    seconds: float
+    arguments: int
+    results: int
+    temporaries: int
+
+
 class Abstract(jax.ShapeDtypeStruct):
     """Stands in for an array in an `Analysis`."""
 
     def __init__(self, analysis: "Analysis", like: Any, sharding: Any) -> None:
-        on_mesh = sharding if isinstance(sharding, jax.NamedSharding) else None
-        super().__init__(like.shape, like.dtype, sharding=on_mesh)
+        # Where it is a single device that is left out, as it is when arrays are given;
+        # a device that is not there has to be named.
+        named = isinstance(sharding, jax.NamedSharding) or analysis.elsewhere
+        super().__init__(like.shape, like.dtype, sharding=sharding if named else None)
         self.analysis = analysis
 
 
@@ -41,11 +55,15 @@ class Analysis:
 
     Attributes:
       budget: bytes; `TooLargeError` is raised as soon as more are needed.
+      elsewhere: whether the devices are none of this machine.
       peak: most bytes at a time so far, without what `stand_in` stands for.
+      compiled: the programs so far.
     """
 
-    def __init__(self, budget: float = math.inf) -> None:
-        self.budget, self.peak, self._held = budget, 0, 0
+    def __init__(self, budget: float = math.inf, elsewhere: bool = False) -> None:
+        self.budget, self.elsewhere = budget, elsewhere
+        self.peak, self._held = 0, 0
+        self.compiled: list[Compiled] = []
 
     def stand_in(self, array: jax.Array) -> Abstract:
         """For an array that is there, and is not counted."""
@@ -57,9 +75,13 @@ class Analysis:
         donated = [arg for arg in jax.tree.leaves(lowered.args_info) if arg.donated]
         # Raises before compiling where the results alone are too large.
         self._need(max(0, bytes_of(lowered.out_info) - bytes_of(donated)))
+        began = time.perf_counter()
         compiled = lowered.compile()
+        seconds = time.perf_counter() - began
         found = compiled.memory_analysis()
         new = found.output_size_in_bytes - found.alias_size_in_bytes
+        size = found.argument_size_in_bytes, new, found.temp_size_in_bytes
+        self.compiled.append(Compiled(jitted.__name__, seconds, *size))
         self._need(new + found.temp_size_in_bytes)
         return jax.tree.map(self._hold, lowered.out_info, compiled.output_shardings)
 
