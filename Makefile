@@ -37,3 +37,10 @@ check: .venv/.installed-dev
 .venv/.installed-dev: .venv/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
+
+# Compilers for accelerators that are not there, for jes.plan: in a folder of their own,
+# because JAX would look for their devices in every process.
+.venv/.installed-aot: .venv/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/aot libtpu nvidia-cuda-nvcc-cu12 \
+	  $(addsuffix ==$(shell $(BIN)/python -c 'import jax; print(jax.__version__)'),jax-cuda12-plugin jax-cuda12-pjrt)
+	touch $@

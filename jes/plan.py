@@ -8,7 +8,8 @@ The programs of a generation are compiled by the accelerator's own compiler, whi
 what they hold: a table of them, how many members fit, and by the rates of the data
 sheet the least time of a generation. The model may be a folder, of which only
 config.json is read, or one of the shapes in `jes.models.shapes`. All prompts are as
-long as `--prompt_tokens` says.
+long as `--prompt_tokens` says. Targets: h100, h200, a100, v5e, v5p, v6e, tpu7x, and cpu
+for this machine; h100:8 for eight of them in one host.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from jes.core.programs import Abstract, Analysis, Compiled, bytes_of
 from jes.errors import InputError
 from jes.io import command_line
 from jes.io.console import console, doing
-from jes.memory import analyse
+from jes.memory import analyse, free_bytes
 from jes.models.config import ModelConfig
 from jes.models.partition import leaf_sharding
 from jes.models.qwen import Decoder
@@ -94,6 +95,7 @@ TARGETS = {
     "v6e": Target(32e9, 918e12, 1.64e12, FLAT),
     "v5p": Target(95e9, 459e12, 2.77e12, DEEP),
     "tpu7x": Target(192e9, 2307e12, 7.4e12, DEEP),
+    "cpu": Target(0, 0, 0),  # this machine
 }
 SHARE = 0.9
 """Of a device's memory that a run uses."""
@@ -152,6 +154,8 @@ def devices_of(name: str, count: int) -> Sequence[jax.Device]:
     if name not in TARGETS:
         raise InputError(f"--target is one of {', '.join(TARGETS)}, not {name!r}")
     target = TARGETS[name]
+    if name == "cpu":
+        return jax.local_devices()[:count]
     if not target.grids:
         card = target.card
         major, minor = card["compute_capability"]
@@ -259,7 +263,8 @@ def plan(settings: Settings, target: str, tokens: int) -> Plan:
     except ValueError as error:
         raise InputError(str(error)) from error
     evaluation, batch = questions(settings, config, tokens)
-    evolution, memory = settings.evolution, TARGETS[name].memory * SHARE
+    evolution = settings.evolution
+    memory = free_bytes() if name == "cpu" else TARGETS[name].memory * SHARE
     share = len(devices) // settings.model_parallel
 
     analysis = Analysis(elsewhere=True)
@@ -306,6 +311,8 @@ def least_seconds(
     update by the 110 integer operations of a random number, of which a device does a
     fiftieth of what its matrix units do.
     """
+    if not target.rate:
+        return {}
     sizes = leaf_shapes(config)
     every = sum(jnp.prod(jnp.array(shape)).item() for shape in sizes.values())
     table = config.vocab_size * config.hidden_size

@@ -16,13 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 import small_run
-from random_checkpoint import QWEN2, write_checkpoint
+from random_checkpoint import write_checkpoint
 
 import jes
 from jes import train
 from jes.core.anchor import keep_anchor
 from jes.core.evolution import Evolution
 from jes.core.mesh import make_mesh, mesh_of
+from jes.models.shapes import QWEN2
 from jes.models.weights import Pretrained
 from jes.questions import MODES, Evaluation, batch_of, prepare
 from jes.rollout import answer, ask, prepare_rollout

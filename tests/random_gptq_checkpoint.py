@@ -14,11 +14,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from random_checkpoint import GENERATION, SHAPES, random_tensor, write_json
+from random_checkpoint import GENERATION, random_tensor, write_json
 
 from jes.models import gptq
 from jes.models.config import ModelConfig
 from jes.models.safetensors_files import Tensor, write_tensors
+from jes.models.shapes import SHAPES
 from jes.models.weights import MAX_SHARD_BYTES, expected_tensors
 
 WEIGHT_DEVIATION = 0.01

@@ -29,7 +29,9 @@ SHAPE = {
 
 def write_model(folder: Path, seed: int = 0) -> Path:
     """Writes a model folder with random weights and the embedded model's tokenizer."""
-    from random_checkpoint import QWEN2, write_checkpoint
+    from random_checkpoint import write_checkpoint
+
+    from jes.models.shapes import QWEN2
 
     vocabulary = json.loads((EMBEDDED / "config.json").read_text())["vocab_size"]
     shape = QWEN2 | SHAPE | {"vocab_size": vocabulary}

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from random_checkpoint import QWEN2, write_checkpoint
+from random_checkpoint import write_checkpoint
 from small_run import EMBEDDED, SHAPE, outcome, rows, run_jobs, train_command
 
 from jes.core import ledger as ledgers
 from jes.export import rebuild
+from jes.models.shapes import QWEN2
 from jes.models.weights import fingerprint
 
 pytestmark = pytest.mark.slow

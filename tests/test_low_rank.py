@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from marks import slow_except
-from random_checkpoint import QWEN2, QWEN3, write_checkpoint
+from random_checkpoint import write_checkpoint
 from small_run import SHAPE, get_config, outcome, rows
 
 import jes
@@ -39,6 +39,7 @@ from jes.core.population import (
 from jes.errors import InputError
 from jes.export import evolution_of, rebuild
 from jes.models.member_layers import thin_product
+from jes.models.shapes import QWEN2, QWEN3
 from jes.models.weights import Pretrained, fingerprint
 from jes.sampling.generate import Sampling, decode, unrolled, unrolled_params
 from jes.sampling.likelihood import log_likelihoods, pack_choices

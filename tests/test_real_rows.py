@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from random_checkpoint import QWEN2, write_checkpoint
+from random_checkpoint import write_checkpoint
 
 import jes
+from jes.models.shapes import QWEN2
 from jes.models.weights import Pretrained
 from jes.questions import Evaluation, longest, prepare
 from jes.rollout import examine

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from random_checkpoint import QWEN2, write_checkpoint
+from random_checkpoint import write_checkpoint
 from small_run import EMBEDDED, SHAPE, rows
 
+from jes.models.shapes import QWEN2
 from jes.studies import probe, spectrum
 
 NANO = {"hidden_size": 8, "intermediate_size": 12}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from make_goldens import CONFIGS
-from random_checkpoint import GENERATION, SHAPES, write_checkpoint, write_json
+from random_checkpoint import GENERATION, write_checkpoint, write_json
 
 from jes.models import safetensors_files, weights
 from jes.models.config import ModelConfig
@@ -25,6 +25,7 @@ from jes.models.safetensors_files import (
     read_json,
     write_tensors,
 )
+from jes.models.shapes import SHAPES
 
 
 @pytest.fixture

@@ -27,28 +27,27 @@ from jes.models.config import ModelConfig, RopeScaling
 from jes.models.member_layers import embed, matmul, parameter, unembed
 from jes.models.quantized import Quantized
 
-BRANCHES = 256
-"""Segments from a multiple of this on, up to the next, go on with the text of the
-first: the answers to a question, say."""
 MASKED = -1e30
 """Score of a masked slot: finite, so that a row of padding gives no NaN."""
 
 
 class Place(NamedTuple):
-    """Where tokens stand: position and segment, int [B, T] (None for one text)."""
+    """Where tokens stand, int [B, T]: segment and trunk are None for one text a row."""
 
     position: jax.Array
     segment: jax.Array | None = None
+    trunk: jax.Array | None = None
 
 
 def sees(queries: Place, keys: Place) -> jax.Array:
     """Which keys a query attends to, bool [B, T, S]: of its text, not after itself."""
     position = keys.position[:, None, :]
     visible = (position <= queries.position[:, :, None]) & (position != PADDING)
-    if queries.segment is None or keys.segment is None:
+    if queries.segment is None or queries.trunk is None or keys.segment is None:
         return visible
-    of_key, own = keys.segment[:, None, :], queries.segment[:, :, None]
-    return visible & ((of_key == own) | (of_key == own - own % BRANCHES))
+    segment = keys.segment[:, None, :]
+    own, trunk = queries.segment[:, :, None], queries.trunk[:, :, None]
+    return visible & ((segment == own) | (segment == trunk))
 
 
 class Decoder(nn.Module):
@@ -67,7 +66,7 @@ class Decoder(nn.Module):
         last: int | None = None,
         at: jax.Array | None = None,
         prefix: Cache | None = None,
-        segments: jax.Array | None = None,
+        segments: tuple[jax.Array, jax.Array] | tuple[()] = (),
     ) -> tuple[jax.Array, Cache]:
         """Logits of the next token at every position, and the cache.
 
@@ -81,8 +80,8 @@ class Decoder(nn.Module):
           at: int [B, Q], which tokens to give logits for instead.
           prefix: a cache of batch 1 with tokens that come before those of every row.
             Positions count from its first token on. It is read only.
-          segments: int [B, T], where rows hold several texts; not with a `cache`. A
-            token sees its own segment and what that branches from, see `BRANCHES`.
+          segments: where rows hold several texts, the segment of each token, and that
+            which it branches from, int [B, T]: it sees these two. Not with a `cache`.
 
         Returns:
           float32 logits [B, T, `last` or Q, V], and the new `Cache`.
@@ -95,7 +94,7 @@ class Decoder(nn.Module):
             start += 0 if prefix is None else prefix.positions.max() + 1
             positions = jnp.broadcast_to(start + jnp.arange(length), tokens.shape)
         chex.assert_equal_shape([tokens, positions])
-        slot, own = jnp.int32(0), Place(positions, segments)
+        slot, own = jnp.int32(0), Place(positions, *segments)
         seen = own
         if cache is not None:
             slot = cache.length

@@ -15,7 +15,6 @@ import numpy as np
 from jes.core.members import Members, by_member, unperturbed
 from jes.core.programs import program
 from jes.core.tree import is_quantized
-from jes.models.cache import PADDING, Cache, write
 from jes.sampling.packing import Packed, Rows, block_of, over_blocks, zeros
 from jes.sampling.prompts import BUCKETS, PromptBatch, batches, share
 
@@ -159,7 +158,7 @@ def apply(
 
 def read(
     model: Any, variables: Any, prompts: Packed, prefix: Any = None
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Any]:
     """One member reads packed prompts: logits [B, V], and a cache with a row for each.
 
     `prefix` is the cache of what all begin with.
@@ -168,23 +167,24 @@ def read(
     slots = jnp.asarray(prompts.slots)
 
     def apply_to(rows: Rows) -> tuple[jax.Array, Any]:
-        settings = {"segments": rows.segments, "at": rows.at, "prefix": prefix}
         given = rows.tokens, rows.positions
-        logits, cache = apply(model, variables, *given, **settings)
-        return logits.reshape(-1, logits.shape[-1]), tuple(cache[:2])
+        logits, cache = apply(model, variables, *given, **rows.settings(prefix))
+        return logits.reshape(-1, logits.shape[-1]), cache
 
     def step(state: Any, rows: Rows, number: Any) -> Any:
         logits, kept = state
         after, new = apply_to(rows)
         logits = logits.at[rows.number.reshape(-1)].set(after, mode="drop")
-        return logits, jax.tree.map(
-            lambda a, b: write(a, b, number * size, 0), kept, new
+        put = partial(
+            jax.lax.dynamic_update_slice_in_dim, start_index=number * size, axis=0
         )
+        return logits, jax.tree.map(put, kept, tuple(new[:2]))
 
     after, new = jax.eval_shape(apply_to, block_of(prompts, 0))
     logits = zeros(variables, (len(slots), after.shape[-1]), after.dtype)
     kept = jax.tree.map(
-        lambda leaf: zeros(variables, (blocks * size, *leaf.shape[1:]), leaf.dtype), new
+        lambda leaf: zeros(variables, (blocks * size, *leaf.shape[1:]), leaf.dtype),
+        tuple(new[:2]),
     )
     logits, kept = over_blocks(step, prompts, (logits, kept))
 
@@ -199,8 +199,11 @@ def read(
         for part, axis in zip(kept, (-1, -2), strict=True)
     )
     positions = jnp.asarray(prompts.rows.positions).reshape(-1)[slots]
-    positions = jnp.where(slots < 0, PADDING, positions)
-    return logits, Cache(keys, values, positions, jnp.int32(slots.shape[1]))
+    positions = jnp.where(slots < 0, -1, positions)
+    slot = jnp.int32(slots.shape[1])
+    return logits, new._replace(
+        keys=keys, values=values, positions=positions, length=slot
+    )
 
 
 def keys_of_rows(keys: jax.Array, numbers: jax.Array) -> jax.Array:

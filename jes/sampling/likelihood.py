@@ -96,8 +96,8 @@ def choice_log_likelihoods(model: Any, variables: Any, batch: Choices) -> jax.Ar
         _, prefix = model.apply(variables, *given, last=1)
 
     def score(sums: jax.Array, rows: Rows, _: Any) -> jax.Array:
-        settings = {"segments": rows.segments, "at": rows.at, "prefix": prefix}
-        logits, _ = model.apply(variables, rows.tokens, rows.positions, **settings)
+        given = rows.tokens, rows.positions
+        logits, _ = model.apply(variables, *given, **rows.settings(prefix))
         chosen = jnp.take_along_axis(logits, rows.targets[..., None], axis=-1)[..., 0]
         chosen -= jax.nn.logsumexp(logits, axis=-1)
         return sums.at[rows.number.reshape(-1)].add(chosen.reshape(-1), mode="drop")

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jes.models.qwen import BRANCHES
 from jes.sampling.prompts import (
     BUCKETS,
     STEP,
@@ -70,7 +69,9 @@ class Rows(NamedTuple):
     """Texts in rows: all, with a leading axis of blocks, or one block.
 
     Attributes:
-      tokens, positions, segments: int32 [K, R, L], as the model takes them.
+      tokens, positions: int32 [K, R, L].
+      segments, trunks: int32 [K, R, L], the part of a row that a token belongs to, and
+        that which this goes on from: it sees these two.
       at: int32 [K, R, X], which tokens of a row to give logits for.
       number: int32 [K, R, X], what each of them is for; a number past all for none.
       targets: int32 [K, R, X], the tokens that follow, where they are given.
@@ -79,9 +80,15 @@ class Rows(NamedTuple):
     tokens: Any
     positions: Any
     segments: Any
+    trunks: Any
     at: Any
     number: Any
     targets: Any
+
+    def settings(self, prefix: Any) -> dict[str, Any]:
+        """How the model is applied to a block, after the cache of a prefix."""
+        parts = self.segments, self.trunks
+        return {"segments": parts, "at": self.at, "prefix": prefix}
 
 
 class Packed(NamedTuple):
@@ -222,7 +229,7 @@ def pack(
     used = -(-int(rows.max() + 1) // size)
     blocks = max(shape.blocks, used)
     count = sum(wanted) if width else 0
-    tokens, segments = np.zeros((2, blocks * size, length), np.int32)
+    tokens, segments, trunks = np.zeros((3, blocks * size, length), np.int32)
     positions = np.full_like(tokens, -1)
     at, targets = np.zeros((2, blocks * size, most), np.int32)
     number = np.full_like(at, np.iinfo(np.int32).max)
@@ -230,12 +237,15 @@ def pack(
     ends, filled = np.zeros((2, blocks * size), int)
     held = np.zeros(blocks * size, int)
     for tree, some, row in zip(trees, reads, rows, strict=True):
-        start, trunk, text = ends[row], len(tree.trunk), held[row] * BRANCHES
-        for i, part in enumerate((tree.trunk, *tree.branches)):
+        start, trunk = ends[row], held[row]
+        for part in (tree.trunk, *tree.branches):
             here = slice(ends[row], ends[row] + len(part))
-            tokens[row, here], segments[row, here] = part, text + i
-            positions[row, here] = first + (trunk if i else 0) + np.arange(len(part))
+            tokens[row, here] = part
+            segments[row, here], trunks[row, here] = held[row], trunk
+            after = 0 if held[row] == trunk else len(tree.trunk)
+            positions[row, here] = first + after + np.arange(len(part))
             ends[row] += len(part)
+            held[row] += 1
         for read in some:
             place = row, filled[row]
             at[place], number[place] = start + read.at, read.number
@@ -244,11 +254,10 @@ def pack(
             if width:
                 path = np.arange(start, start + read.at + 1)
                 # Of the branches before it a prompt has nothing.
-                own = segments[row, path] % BRANCHES
-                path = path[(own == 0) | (own == own[-1])]
+                own = segments[row, path]
+                path = path[(own == trunk) | (own == own[-1])]
                 slots[read.number, width - len(path) :] = row * length + path
-        held[row] += 1
-    arrays = tokens, positions, segments, at, number, targets
+    arrays = tokens, positions, segments, trunks, at, number, targets
     filled_rows = Rows(*(array.reshape(blocks, size, -1) for array in arrays))
     return Packed(filled_rows, slots, np.int32(used), prefix)
 

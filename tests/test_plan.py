@@ -1,0 +1,114 @@
+"""Programs of a run, compiled for accelerators that are not there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jes.config import default, freeze
+from jes.errors import InputError
+from jes.models.shapes import SHAPES
+from jes.plan import DEEP, FLAT, TARGETS, devices_of, model_config, plan
+
+ROOT = Path(__file__).parents[1]
+AOT = ROOT / ".venv" / "aot"
+"""Where `make .venv/.installed-aot` puts the compilers: among its own packages JAX
+would look for their devices in every process."""
+
+
+def run(*flags: str, compilers: bool = False) -> subprocess.CompletedProcess:
+    environment = dict(os.environ)
+    for name in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):  # those of CPU tests
+        environment.pop(name, None)
+    if compilers:
+        path = (str(AOT), environment.get("PYTHONPATH"))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    command = [sys.executable, "-m", "jes.plan", *flags]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+
+
+def settings(**changes: Any) -> Any:
+    config = default()
+    config.update({"model": "tiny", "population": 4, "prompts": 4, "chunk": 2})
+    config.max_new_tokens = 4
+    config.update(changes)
+    return freeze(config)
+
+
+def test_this_machine_is_a_target_too() -> None:
+    found = plan(settings(), "cpu", tokens=16)
+    names = [program.name for program in found.programs]
+    assert names == [
+        "draw_members",
+        "_sampling_keys",
+        "_unrolled_by_member",
+        "decode",
+        "_tell",
+    ]
+    assert found.held["weights"] == found.held["anchor"] == 4 * 752_512
+    # Two members and their layers, in float32.
+    drawn = found.programs[0]
+    assert drawn.results == 2 * found.held["weights"]
+    assert found.peak >= sum(found.held.values()) + 2 * drawn.results
+    assert (found.chunk, found.seconds) == (2, {})
+
+
+def test_what_cannot_be_planned_is_said() -> None:
+    for changes, target, message in (
+        ({}, "h1000", "--target is one of h100, "),
+        ({}, "v5e:65", "at most 64 devices of v5e"),
+        ({"model": "qwen2.5-8b"}, "cpu", "no folder qwen2.5-8b, nor a shape: qwen2.5"),
+        ({"quantize": "int4", "rounding": "replay"}, "cpu", "ES on float models"),
+        ({"model_parallel": 3}, "cpu", "model_parallel=3 does not divide"),
+    ):
+        with pytest.raises(InputError, match=message):
+            plan(settings(**changes), target, tokens=16)
+
+
+def test_shapes_and_targets() -> None:
+    assert model_config("qwen2.5-72b").hidden_size == 8192
+    assert all(model_config(name).vocab_size > 150_000 for name in SHAPES)
+    assert {"h100", "h200", "a100", "v5e", "v5p", "v6e", "tpu7x", "cpu"} == {*TARGETS}
+    for grids in (FLAT, DEEP):
+        for count, grid in grids.items():
+            sizes = [int(size) for size in grid.split("x")]
+            product = 1
+            for size in sizes:
+                product *= size
+            assert product == count
+    assert len(devices_of("cpu", 1)) == 1
+
+
+@pytest.mark.skipif(AOT.exists(), reason="is there")
+def test_a_compiler_that_is_not_there_is_named() -> None:
+    done = run("--config=tiny", "--target=h100")
+    assert done.returncode == 2
+    assert "pip install --no-deps jax-cuda12-plugin" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+FLAGS = "--config=tiny", "--config.chunk=8", "--config.population=8", "--json"
+KNOWN = {
+    "h100": {"draw_members": 5_664, "decode": 529_008_384, "_tell": 1_451_560},
+    "v5e": {"draw_members": 442_368, "decode": 293_797_888, "_tell": 1_343_488},
+}
+"""Temporaries in bytes, 27 November 2026, jax 0.10.2: more than twice as much fails."""
+
+
+@pytest.mark.skipif(not AOT.exists(), reason="make .venv/.installed-aot")
+@pytest.mark.parametrize("target", KNOWN)
+def test_accelerators_take_the_programs_and_hold_what_they_held(target: str) -> None:
+    done = run(*FLAGS, f"--target={target}", compilers=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    sizes = {each["name"]: each["temporaries"] for each in found["programs"]}
+    for name, size in KNOWN[target].items():
+        assert sizes[name] <= 2 * size + 2**20
+    assert found["chunk"] == 8
+    assert found["seconds"]["reading"] > 0
