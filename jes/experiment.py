@@ -27,11 +27,12 @@ from jes.questions import (
     longest,
     padded_lengths,
     prepare,
+    prompts_of,
     shape_for,
 )
 from jes.sampling.generate import Sampling
 from jes.sampling.kl import Answers, sample_answers
-from jes.sampling.prompts import TEMPLATE_KWARGS, bucket
+from jes.sampling.prompts import STEP, TEMPLATE_KWARGS, bucket, common_prefix
 from jes.tasks import Asking, Given, Task, load_task
 from jes.update import ROUNDINGS, count_trained, flip_rate
 
@@ -379,7 +380,16 @@ def one_shape(
         buckets=(bucket(longest(questions), evaluation.buckets),),
         parts=(prefix, rest) if prefix else (),
     )
-    shape = shape_for(evaluation, questions, picks or [range(len(questions))])
+    batches = [[questions[i] for i in numbers] for numbers in picks]
+    shape = shape_for(evaluation, batches or [questions])
+    if shape.blocks:  # where padding costs much, not to the length of a bucket either
+        lengths = evaluation.buckets, evaluation.parts
+        _, common = common_prefix(prompts_of(evaluation, questions), *lengths)
+        most = longest(questions), longest(questions) - common
+        whole, own = (count + -count % STEP for count in most)
+        parts = (prefix, own) if prefix else ()
+        evaluation = dataclasses.replace(evaluation, buckets=(whole,), parts=parts)
+        shape = shape_for(evaluation, batches or [questions])
     return dataclasses.replace(evaluation, shape=shape)
 
 

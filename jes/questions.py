@@ -8,13 +8,11 @@ import jax.numpy as jnp
 
 from jes.errors import InputError
 from jes.sampling.generate import Sampling
-from jes.sampling.likelihood import Choices, choice_tree, pack_choices
-from jes.sampling.packing import Packed, Shape, pack_prompts, shape_of, trees_of
+from jes.sampling.likelihood import Choices, pack_choices, shape_of_choices
+from jes.sampling.packing import Packed, Shape, pack_prompts, shape_of_prompts
 from jes.sampling.prompts import (
     BUCKETS,
     PromptBatch,
-    bucket,
-    common_prefix,
     encode,
     encode_continuation,
     share,
@@ -189,28 +187,13 @@ def texts_in(batch: Batch) -> Packed | PromptBatch:
     return batch.texts if isinstance(batch, Choices) else batch
 
 
-def shape_for(
-    evaluation: Evaluation,
-    questions: Sequence[Question],
-    picks: Sequence[Sequence[int]],
-) -> Shape:
-    """The shape to pack batches to of which each has some of the questions.
-
-    `picks` are the numbers of the questions of some batches.
-    """
-    count = len(questions)
-    prompts = prompts_of(evaluation, questions)
-    _, common = common_prefix(prompts, evaluation.buckets, evaluation.parts)
+def shape_for(evaluation: Evaluation, batches: Sequence[Sequence[Question]]) -> Shape:
+    """The shape to pack each of some batches of questions to."""
+    lengths = evaluation.buckets, evaluation.parts
     if evaluation.mode == "likelihood":
-        trees = [choice_tree(q.prompt[common:], q.choices) for q in questions]
-        reads = [sum(map(len, q.choices)) for q in questions]
-        width = padded = 0
-    else:
-        trees = trees_of([p[common:] for p in prompts], len(prompts) // count)
-        reads = [max(1, len(tree.branches)) for tree in trees]
-        width = max(map(len, prompts)) - common
-        longest = bucket(width, evaluation.parts or evaluation.buckets)
-        padded = longest * sum(reads[i] for i in picks[0])
-    sizes = [tree.size for tree in trees]
-    batches = [([sizes[i] for i in some], [reads[i] for i in some]) for some in picks]
-    return shape_of(batches, longest=max(sizes), width=width, padded=padded)
+        choices = [[question.choices for question in batch] for batch in batches]
+        prompts = [[question.prompt for question in batch] for batch in batches]
+        return shape_of_choices([*zip(prompts, choices, strict=True)], *lengths)
+    asks = 1 if evaluation.task.meta is None else 2
+    texts = [prompts_of(evaluation, batch) for batch in batches]
+    return shape_of_prompts(texts, *lengths, asks=asks)

@@ -3,6 +3,7 @@
 Axis letters: M members of a chunk, N members of a generation, B prompts, C choices.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,12 +28,13 @@ from jes.questions import (
     batch_of,
     longest_text,
     rows_of,
+    shape_for,
 )
 from jes.sampling.continuous_batching import Batching, decode_in_slots
 from jes.sampling.generate import decode, unrolled, unrolled_params
 from jes.sampling.likelihood import Choices, log_likelihoods
-from jes.sampling.packing import Packed
-from jes.sampling.prompts import batches
+from jes.sampling.packing import Packed, Shape, shared_shapes
+from jes.sampling.prompts import batches, bucket
 from jes.scoring import (
     Answered,
     Score,
@@ -200,7 +202,11 @@ def examine(
     new = evaluation.max_new_tokens if evaluation.mode == "generate" else 0
     lengths = evaluation.buckets, evaluation.parts
     planned = list(batches(texts, batch_size, new, *lengths))
-    plan = [([questions[i] for i in numbers], size) for numbers, size in planned]
+    order, sizes = zip(*planned, strict=True)
+    chosen = [[questions[i] for i in numbers] for numbers in order]
+    longest = [bucket(max(len(texts[i]) for i in some), lengths[0]) for some in order]
+    shapes = shared_shapes(chosen, longest, partial(shape_for, evaluation))
+    plan = zip(chosen, sizes, shapes, strict=True)
     answers = _answers(rollout, key, plan, np.zeros(1, int), before_batch)
     rewards, truncated, tokens = [], 0.0, 0.0
     for (numbers, _), given in zip(planned, answers, strict=True):
@@ -219,15 +225,16 @@ def examine(
 def _answers(
     rollout: Rollout,
     key: jax.Array,
-    plan: Iterable[tuple[Sequence[Question], int]],
+    plan: Iterable[tuple[Sequence[Question], int, Shape | None]],
     members: np.ndarray,
     before_batch: Before,
 ) -> Iterator[tuple[Sequence[Question], Batch, Any]]:
     """For each batch of the plan its questions, the batch and what is answered."""
     start, rollout = 0, rollout._replace(before=before_batch)
-    for chosen, size in plan:
+    for chosen, size, shape in plan:
         before_batch(f"{rollout.evaluation.task.name}: {start} answers")
-        batch = batch_of(rollout.evaluation, chosen, size)
+        evaluation = dataclasses.replace(rollout.evaluation, shape=shape)
+        batch = batch_of(evaluation, chosen, size)
         # Rows sample by their number in the batch. Noise is to be the same in all.
         batch_key = jax.random.fold_in(key, start) if rollout.noise is None else key
         yield chosen, batch, answer(rollout, batch_key, members, batch)
@@ -253,7 +260,8 @@ def answer_each(
     rollout = prepare_rollout(evaluation, params, noise)
     size = -(-len(questions) // -(-len(questions) // batch_size))
     starts = range(0, len(questions), size)
-    plan = [(questions[start : start + size], size) for start in starts]
+    shape = evaluation.shape
+    plan = [(questions[start : start + size], size, shape) for start in starts]
     parts = [
         answered(evaluation, *given)
         for given in _answers(rollout, key, plan, members, before_batch)

@@ -15,8 +15,17 @@ import numpy as np
 from jes.core.members import Members, by_member, unperturbed
 from jes.core.programs import program
 from jes.core.tree import is_quantized
-from jes.sampling.packing import Packed, Rows, block_of, over_blocks, zeros
-from jes.sampling.prompts import BUCKETS, PromptBatch, batches, share
+from jes.sampling.packing import (
+    Packed,
+    Rows,
+    block_of,
+    over_blocks,
+    pack_prompts,
+    shape_of_prompts,
+    shared_shapes,
+    zeros,
+)
+from jes.sampling.prompts import BUCKETS, PromptBatch, batches, bucket
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -347,9 +356,16 @@ def generate(
     if not is_quantized(params):
         params = unrolled_params(model, params)
     answers: dict[int, list[int]] = {}
-    for chosen, size in batches(prompts, batch_size, max_new_tokens, buckets, parts):
-        filled = chosen + chosen[-1:] * (size - len(chosen))
-        batch = share([prompts[i] for i in filled], buckets, parts=parts)
+    plan = batches(prompts, batch_size, max_new_tokens, buckets, parts)
+    filled = [
+        [prompts[i] for i in chosen + chosen[-1:] * (size - len(chosen))]
+        for chosen, size in plan
+    ]
+    longest = [bucket(max(map(len, texts)), buckets) for texts in filled]
+    shape_of = partial(shape_of_prompts, buckets=buckets, parts=parts)
+    shapes = shared_shapes(filled, longest, shape_of)
+    for (chosen, _), texts, shape in zip(plan, filled, shapes, strict=True):
+        batch = pack_prompts(texts, buckets, parts, shape=shape)
         itself = unperturbed(params, jax.random.fold_in(key, len(answers)))
         out = decode(model.unrolled(), itself, batch, sampling)
         rows = trim(np.asarray(out[0]), eos_ids, keep_end=keep_end)

@@ -74,14 +74,27 @@ def pack_choices(
         reads_of_choices(tree, some, i * most)
         for i, (tree, some) in enumerate(zip(trees, choices, strict=True))
     ]
-    sizes = [tree.size for tree in trees]
-    shape = shape or shape_of(
-        [(sizes, [*map(len, reads)])], longest=bucket(max(sizes), buckets), width=0
-    )
+    shape = shape or shape_of_choices([(prompts, choices)], buckets, parts)
     lengths = np.zeros((len(prompts), most), np.int32)
     for i, some in enumerate(choices):
         lengths[i, : len(some)] = [*map(len, some)]
     return Choices(pack(trees, reads, shape, prefix, count), lengths)
+
+
+def shape_of_choices(
+    batches: Sequence[tuple[Sequence[Sequence[int]], Sequence[Any]]],
+    buckets: Sequence[int] = BUCKETS,
+    parts: Sequence[int] | None = (),
+) -> Shape:
+    """A shape for batches of prompts with choices, as for `pack_choices`."""
+    found, longest = [], 0
+    for prompts, choices in batches:
+        _, common = common_prefix(prompts, buckets, parts)
+        pairs = zip(prompts, choices, strict=True)
+        sizes = [choice_tree(prompt, some).size - common for prompt, some in pairs]
+        found.append((sizes, [sum(map(len, some)) for some in choices]))
+        longest = max(longest, *sizes)
+    return shape_of(found, longest=bucket(longest, buckets), width=0)
 
 
 def choice_log_likelihoods(model: Any, variables: Any, batch: Choices) -> jax.Array:

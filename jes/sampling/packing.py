@@ -291,28 +291,56 @@ def pack_prompts(
       buckets: lengths to pad the longest to, and in a padded batch all.
       parts: as for `share`.
       asks: prompts of a question, see `trees_of`.
-      shape: to pack to, for one shape of several batches.
+      shape: to pack to, from `shape_of_prompts` of several batches.
 
     Raises:
       ValueError: as `share`.
     """
-    prefix, common = common_prefix(prompts, buckets, parts)
-    own = [prompt[common:] for prompt in prompts]
-    trees, count = trees_of(own, asks), len(prompts) // asks
-    reads = [reads_of_prompts(tree, i, count) for i, tree in enumerate(trees)]
-    if shape is None:
-        padding = buckets if parts is None or not common else parts
-        longest = bucket(max(map(len, own)), padding)
-        sizes = [tree.size for tree in trees]
-        shape = shape_of(
-            [(sizes, [*map(len, reads)])],
-            longest=max(longest, *sizes),
-            width=longest,
-            padded=longest * len(prompts),
-        )
+    shape = shape or shape_of_prompts([prompts], buckets, parts, asks=asks)
     if not shape.blocks:
         return share(prompts, buckets, parts=parts)
+    prefix, common = common_prefix(prompts, buckets, parts)
+    trees = trees_of([prompt[common:] for prompt in prompts], asks)
+    reads = [reads_of_prompts(tree, i, len(trees)) for i, tree in enumerate(trees)]
     return pack(trees, reads, shape, prefix, common)
+
+
+def shape_of_prompts(
+    batches: Sequence[Sequence[Sequence[int]]],
+    buckets: Sequence[int] = BUCKETS,
+    parts: Sequence[int] | None = None,
+    *,
+    asks: int = 1,
+) -> Shape:
+    """A shape for batches of prompts; arguments are those of `pack_prompts`."""
+    found, longest, width, padded = [], 0, 0, 0
+    for prompts in batches:
+        _, common = common_prefix(prompts, buckets, parts)
+        own = [prompt[common:] for prompt in prompts]
+        trees = trees_of(own, asks)
+        found.append(([tree.size for tree in trees], [asks] * len(trees)))
+        lengths = parts if common and parts is not None else buckets
+        width = max(width, bucket(max(map(len, own)), lengths))
+        longest = max(longest, *found[-1][0])
+        padded = max(padded, width * len(prompts))
+    longest = bucket(longest, buckets) if asks == 1 else longest
+    return shape_of(found, longest=longest, width=width, padded=padded)
+
+
+def shared_shapes(
+    batches: Sequence[Any],
+    lengths: Sequence[int],
+    shape: Callable[[Sequence[Any]], Shape],
+) -> list[Shape]:
+    """The shape of each batch: one for all that have the same length, by a function.
+
+    So batches of the questions of an evaluation compile few programs.
+    """
+    found = {
+        length: shape([b for b, n in zip(batches, lengths, strict=True) if n == length])
+        for length in dict.fromkeys(lengths)
+    }
+    return [found[length] for length in lengths]
 
 
 def over_blocks(
