@@ -8,6 +8,8 @@ generation  a generation (ask and tell) over N times the answers of the model it
 pytorch     tokens per second over the published way of 2509.24372: perturb in place,
             `transformers.generate`, restore (`pip install jes[parity]`);
 rollouts    answers of long-tailed lengths: the plain loop over continuous batching;
+ragged      reading prompts of many lengths padded over packed; likelihoods of letters
+            over one generated token;
 prefix      reading prompts in full over reading their common prefix once;
 low_rank    decoding with noise of low rank: its throughput over the model's own, and a
             generation's time, and the memory, over those with noise of full rank;
@@ -42,6 +44,7 @@ ROWS: dict[str, Callable[[int], Iterable[Row]]] = {
     "generation": generations.over_inference,
     "pytorch": generations.over_pytorch,
     "rollouts": rollouts.long_tails,
+    "ragged": rollouts.ragged,
     "prefix": rollouts.shared_prefix,
     "low_rank": noise.low_rank,
     "rounding": noise.rounding,

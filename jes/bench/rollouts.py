@@ -17,6 +17,8 @@ from jes.memory import slot_choices, useful_members
 from jes.models.weights import Pretrained
 from jes.sampling.continuous_batching import Batching, decode_in_slots
 from jes.sampling.generate import Sampling, decode, unrolled, unrolled_params
+from jes.sampling.likelihood import log_likelihoods, pack_choices
+from jes.sampling.packing import computed_tokens, pack_prompts, text_tokens
 from jes.sampling.prompts import pad, share
 
 PROMPTS, PROMPT_TOKENS, MEDIAN, LONGEST = 200, 32, 15, 20
@@ -92,8 +94,31 @@ def shared_prefix(repeats: int) -> Iterator[Row]:
     prompts = alike(tiny.config.vocab_size, count)
     what = "prompts read in full / what they share once: tiny"
     what += f", {count} prompts x ({COMMON} + {OWN}) tokens"
-    runs = reading(tiny, prompts, ()), reading(tiny, prompts, None)
-    yield compare(what, ">= 5", runs, repeats)
+    runs = (reading(tiny, share(prompts, parts=parts)) for parts in ((), None))
+    yield compare(what, ">= 5", [*runs], repeats)
+
+
+def ragged(repeats: int) -> Iterator[Row]:
+    """What packing saves where prompts differ in length, and likelihoods in one read.
+
+    The lengths are those of 64 questions of a data set: log-normal, the longest 2.3
+    times the mean.
+    """
+    model, count = model_of("4.5M"), 64
+    lengths = np.minimum(long_tailed(count, 84, 2.5), 207)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, model.config.vocab_size, n).tolist() for n in lengths]
+    tokens = f"{count} prompts x {lengths.min()} to {lengths.max()} tokens"
+    padded, packed = pad(prompts), pack_prompts(prompts)
+    runs = reading(model, padded), reading(model, packed)
+    text = computed_tokens(packed) / text_tokens(packed)
+    what = f"prompts padded / packed: 4.5M, {tokens} ({text:.2f} computed a token)"
+    yield compare(what, ">= 2", runs, repeats)
+    letters = pack_choices(prompts, [[[1], [2], [3], [4]]] * count)
+    itself = unperturbed(model.params)
+    likelihoods = partial(log_likelihoods, model.model, itself, letters)
+    what = f"likelihoods of four letters / one generated: 4.5M, {tokens}"
+    yield compare(what, "<= 1.2", (likelihoods, reading(model, packed)), repeats)
 
 
 def alike(vocabulary: int, count: int) -> list[list[int]]:
@@ -103,9 +128,8 @@ def alike(vocabulary: int, count: int) -> list[list[int]]:
     return [common + rng.integers(0, vocabulary, OWN).tolist() for _ in range(count)]
 
 
-def reading(pretrained: Pretrained, prompts: list[list[int]], parts: Any) -> Run:
+def reading(pretrained: Pretrained, batch: Any) -> Run:
     """A function that reads prompts, up to their first new token."""
-    model = pretrained.model
+    model, sampling = pretrained.model, Sampling(max_new_tokens=1)
     itself = unperturbed(unrolled_params(model, pretrained.params))
-    batch, sampling = share(prompts, parts=parts), Sampling(max_new_tokens=1)
     return lambda: decode(model.unrolled(), itself, batch, sampling)
