@@ -9,7 +9,15 @@ import numpy as np
 
 from jes.core.noise import PyTree, leaf_path
 from jes.core.placement import on_device
-from jes.core.tree import is_codes, is_quantized, map_leaves, merge, split, values_of
+from jes.core.tree import (
+    is_codes,
+    is_quantized,
+    map_leaves,
+    merge,
+    rounded,
+    split,
+    values_of,
+)
 
 PLACES = ("device", "bfloat16", "host", "none")
 MOVED = 1e-6
@@ -61,8 +69,7 @@ def _narrow(leaf: jax.Array, place: str, stored: Any) -> jax.Array:
 @partial(jax.jit, static_argnums=1)
 def _cast(leaf: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """The leaf in another dtype, and whether that loses nothing."""
-    small = leaf.astype(dtype)
-    return small, (small.astype(leaf.dtype) == leaf).all()
+    return leaf.astype(dtype), (rounded(leaf, dtype) == leaf).all()
 
 
 class Distance(NamedTuple):

@@ -88,6 +88,16 @@ def _cast(leaf: jax.Array, dtype: Any) -> jax.Array:
     return leaf.astype(dtype)
 
 
+def rounded(values: jax.Array, dtype: Any) -> jax.Array:
+    """Float32 values as another float dtype holds them, in float32.
+
+    There and back by `astype` is what the compilers of accelerators leave out.
+    """
+    if jnp.dtype(dtype) == jnp.bfloat16:  # of other dtypes it drops the subnormals
+        return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
+    return jax.lax.optimization_barrier(values.astype(dtype)).astype(jnp.float32)
+
+
 def _is_scales(path: tuple[Any, ...]) -> bool:
     return jax.tree_util.keystr(path[-1:], simple=True) == "scales"
 

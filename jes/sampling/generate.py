@@ -18,6 +18,7 @@ from jes.core.tree import is_quantized
 from jes.sampling.packing import (
     Packed,
     Rows,
+    Shape,
     block_of,
     over_blocks,
     pack_prompts,
@@ -362,7 +363,10 @@ def generate(
         for chosen, size in plan
     ]
     longest = [bucket(max(map(len, texts)), buckets) for texts in filled]
-    shape_of = partial(shape_of_prompts, buckets=buckets, parts=parts)
+
+    def shape_of(batches: Sequence[Any]) -> Shape:
+        return shape_of_prompts(batches, buckets, parts, coarse=True)
+
     shapes = shared_shapes(filled, longest, shape_of)
     for (chosen, _), texts, shape in zip(plan, filled, shapes, strict=True):
         batch = pack_prompts(texts, buckets, parts, shape=shape)

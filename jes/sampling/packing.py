@@ -170,6 +170,7 @@ def shape_of(
     longest: int,
     width: int,
     padded: int = 0,
+    coarse: bool = False,
 ) -> Shape:
     """A shape that holds each of some batches, and mostly others like them.
 
@@ -177,13 +178,18 @@ def shape_of(
       batches: the tokens and the reads of the texts of each.
       longest: tokens of the longest text that may come.
       width: tokens of the longest prompt that may come.
-      padded: tokens of a batch when it is padded, where that will do too.
+      padded: tokens of a batch when it is padded, where that will do too: where it
+        costs little, and for little text.
+      coarse: choose one of few shapes, for batches of which nothing is known before.
     """
     text = float(np.mean([sum(sizes) for sizes, _ in batches]))
     count = float(np.mean([len(sizes) for sizes, _ in batches]))
-    if padded and padded <= max(PADDED * text, text + SAVED * count):
+    blocks = max(1, min(BLOCKS, int(text / BLOCK_TOKENS)))
+    if padded and (blocks == 1 or padded <= max(PADDED * text, text + SAVED * count)):
         return Shape(0)
     tried = [longest, *(int(text / count * (n + 0.1)) for n in range(2, TRIED))]
+    if coarse:
+        tried = [bucket(2 * longest, BUCKETS)]
     tried = [n + -n % STEP for n in tried if longest <= n <= 6 * longest]
     some = batches[:4]
     packed = [[first_fit(*each, length, length) for each in some] for length in tried]
@@ -197,11 +203,13 @@ def shape_of(
     most = max(most + most // 2, *(max(reads) for _, reads in batches))
     most += -most % 4
     rows = max(int(first_fit(*each, length, most).max()) + 1 for each in batches)
-    blocks = int(min(BLOCKS, text // BLOCK_TOKENS))
-    if blocks < 2:
-        return Shape(1, rows, length, most, width)
-    size = max(1, rows // blocks)
-    return Shape(-(-rows // size) + 1, size, length, most, width)
+    size = rows if blocks == 1 else max(1, rows // blocks)
+    shape = Shape(-(-rows // size) + (blocks > 1), size, length, most, width)
+    if coarse:
+        few = (1 << (count - 1).bit_length() for count in (*shape[:2], most))
+        blocks, size, most = few
+        shape = Shape(blocks, size, length, most, width)
+    return shape
 
 
 def pack(
@@ -311,8 +319,12 @@ def shape_of_prompts(
     parts: Sequence[int] | None = None,
     *,
     asks: int = 1,
+    coarse: bool = False,
 ) -> Shape:
-    """A shape for batches of prompts; arguments are those of `pack_prompts`."""
+    """A shape for batches of prompts; arguments are those of `pack_prompts`.
+
+    For `coarse` see `shape_of`.
+    """
     found, longest, width, padded = [], 0, 0, 0
     for prompts in batches:
         _, common = common_prefix(prompts, buckets, parts)
@@ -324,7 +336,8 @@ def shape_of_prompts(
         longest = max(longest, *found[-1][0])
         padded = max(padded, width * len(prompts))
     longest = bucket(longest, buckets) if asks == 1 else longest
-    return shape_of(found, longest=longest, width=width, padded=padded)
+    limits = {"longest": longest, "width": width, "padded": padded}
+    return shape_of(found, **limits, coarse=coarse)
 
 
 def shared_shapes(

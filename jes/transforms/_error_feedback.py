@@ -8,7 +8,14 @@ import optax
 
 from jes.core.codes import Codes, allowed, difference, matrix_numbers
 from jes.core.noise import PyTree, leaf_key
-from jes.core.tree import is_codes, map_leaves, total, transpose, values_of
+from jes.core.tree import (
+    is_codes,
+    map_leaves,
+    rounded,
+    total,
+    transpose,
+    values_of,
+)
 
 INITIAL = ("zero", "uniform")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -145,7 +152,7 @@ def round_step(
     if isinstance(leaf, Codes):
         moves = allowed(leaf, values, jnp.round(wanted))
     else:
-        moves = (values + wanted).astype(leaf.dtype).astype(jnp.float32) - values
+        moves = rounded(values + wanted, leaf.dtype) - values
     left = wanted - moves
     return moves, jnp.clip(left, -clip, clip) if clip else left
 
