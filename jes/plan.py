@@ -16,6 +16,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 from flax.traverse_util import unflatten_dict
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from rich.table import Table
 
 from jes.config import Settings, freeze
@@ -198,16 +199,13 @@ def model_config(name: str) -> ModelConfig:
     return ModelConfig.from_hf(json.loads(file.read_text()))
 
 
-def stand_ins(
-    analysis: Analysis, config: ModelConfig, mesh: Mesh | None, device: jax.Device
-) -> PyTree:
+def stand_ins(analysis: Analysis, config: ModelConfig, mesh: Mesh | None) -> PyTree:
     """θ in float32, of a shape alone."""
-    one = SingleDeviceSharding(device)
     leaves = {
         path: Abstract(
             analysis,
             jax.ShapeDtypeStruct(shape, jnp.float32),
-            leaf_sharding(path, config, mesh) if mesh else one,
+            leaf_sharding(path, config, mesh) if mesh else None,
         )
         for path, shape in leaf_shapes(config).items()
     }
@@ -267,8 +265,10 @@ def plan(settings: Settings, target: str, tokens: int) -> Plan:
     memory = free_bytes() if name == "cpu" else TARGETS[name].memory * SHARE
     share = len(devices) // settings.model_parallel
 
-    analysis = Analysis(elsewhere=True)
-    params = stand_ins(analysis, config, mesh, devices[0])
+    everywhere = NamedSharding(mesh, PartitionSpec()) if mesh else None
+    place = everywhere or SingleDeviceSharding(devices[0])
+    analysis = Analysis(elsewhere=place)
+    params = stand_ins(analysis, config, mesh)
     held = {"weights": bytes_of(params)}
     if settings.anchor in ("device", "bfloat16"):
         small = settings.anchor == "bfloat16" or settings.dtype == "bfloat16"
@@ -277,7 +277,7 @@ def plan(settings: Settings, target: str, tokens: int) -> Plan:
     members = -(-settings.population // share)
     chunk = min(settings.chunk or members, members)
     while True:
-        asked = Analysis(elsewhere=True)
+        asked = Analysis(elsewhere=place)
         own = jax.tree.map(asked.stand_in, params)
         analyse(asked, evaluation, own, evolution.noise, batch, chunk)
         if asked.peak <= free or settings.chunk:
@@ -314,7 +314,7 @@ def least_seconds(
     if not target.rate:
         return {}
     sizes = leaf_shapes(config)
-    every = sum(jnp.prod(jnp.array(shape)).item() for shape in sizes.values())
+    every = sum(map(math.prod, sizes.values()))
     table = config.vocab_size * config.hidden_size
     layers = every - table * (1 if config.tie_word_embeddings else 2)
     text, rows = text_tokens(texts_in(batch)), rows_of(batch)

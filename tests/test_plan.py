@@ -12,12 +12,24 @@ import pytest
 from jes.config import default, freeze
 from jes.errors import InputError
 from jes.models.shapes import SHAPES
-from jes.plan import DEEP, FLAT, TARGETS, devices_of, model_config, plan
+from jes.plan import (
+    DEEP,
+    FLAT,
+    TARGETS,
+    devices_of,
+    least_seconds,
+    model_config,
+    plan,
+    questions,
+)
 
 ROOT = Path(__file__).parents[1]
 AOT = ROOT / ".venv" / "aot"
 """Where `make .venv/.installed-aot` puts the compilers: among its own packages JAX
 would look for their devices in every process."""
+
+
+FLAGS = "--config=tiny", "--config.chunk=8", "--config.population=8", "--json"
 
 
 def run(*command: str, compilers: bool = False) -> subprocess.CompletedProcess:
@@ -75,6 +87,28 @@ def test_what_cannot_be_planned_is_said() -> None:
             plan(settings(**changes), target, tokens=16)
 
 
+def test_the_least_time_is_that_of_the_data_sheet() -> None:
+    """72B: 64 prompts of 100 tokens for each of 8 members, by one device."""
+    given = settings(model="qwen2.5-72b", population=8, prompts=64, dtype="bfloat16")
+    config = model_config("qwen2.5-72b")
+    _, batch = questions(given, config, tokens=100)
+    found = least_seconds(given, config, TARGETS["h100"], 1, batch)
+    layers = 72.7e9 - 2 * 152064 * 8192
+    reading = 8 * 2 * (6400 * layers + 64 * 152064 * 8192) / 989e12
+    assert found["reading"] == pytest.approx(reading, rel=1e-3)
+    decoding = 8 * 4 * 2 * (layers + 152064 * 8192) / 3.35e12
+    assert found["decoding"] == pytest.approx(decoding, rel=1e-3)
+
+
+@pytest.mark.skipif(not AOT.exists(), reason="make .venv/.installed-aot")
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["rank=1", "draw=layer", "mode=likelihood"])
+def test_every_kind_of_member_is_compiled_for_the_target(flag: str) -> None:
+    done = run("-m", "jes.plan", *FLAGS, f"--config.{flag}", compilers=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["chunk"] == 8
+
+
 def test_shapes_and_targets() -> None:
     assert model_config("qwen2.5-72b").hidden_size == 8192
     assert all(model_config(name).vocab_size > 150_000 for name in SHAPES)
@@ -117,7 +151,6 @@ def test_weights_are_rounded_on_accelerators_too(target: str) -> None:
     assert "exponent_bits=8, mantissa_bits=7" in done.stdout
 
 
-FLAGS = "--config=tiny", "--config.chunk=8", "--config.population=8", "--json"
 KNOWN = {
     "h100": {"draw_members": 5_664, "decode": 529_008_384, "_tell": 1_451_560},
     "v5e": {"draw_members": 442_368, "decode": 293_797_888, "_tell": 1_343_488},

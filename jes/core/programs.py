@@ -40,10 +40,11 @@ class Abstract(jax.ShapeDtypeStruct):
     """Stands in for an array in an `Analysis`."""
 
     def __init__(self, analysis: "Analysis", like: Any, sharding: Any) -> None:
-        # Where it is a single device that is left out, as it is when arrays are given;
-        # a device that is not there has to be named.
-        named = isinstance(sharding, jax.NamedSharding) or analysis.elsewhere
-        super().__init__(like.shape, like.dtype, sharding=sharding if named else None)
+        # That of a single device is left out, as where arrays are given; a device that
+        # is not there has to be named.
+        on_mesh = sharding if isinstance(sharding, jax.NamedSharding) else None
+        place = on_mesh or analysis.elsewhere
+        super().__init__(like.shape, like.dtype, sharding=place)
         self.analysis = analysis
 
 
@@ -55,12 +56,12 @@ class Analysis:
 
     Attributes:
       budget: bytes; `TooLargeError` is raised as soon as more are needed.
-      elsewhere: whether the devices are none of this machine.
+      elsewhere: the sharding of what has none, if devices are none of this machine.
       peak: most bytes at a time so far, without what `stand_in` stands for.
       compiled: the programs so far.
     """
 
-    def __init__(self, budget: float = math.inf, elsewhere: bool = False) -> None:
+    def __init__(self, budget: float = math.inf, elsewhere: Any = None) -> None:
         self.budget, self.elsewhere = budget, elsewhere
         self.peak, self._held = 0, 0
         self.compiled: list[Compiled] = []
