@@ -254,6 +254,8 @@ def plan(settings: Settings, target: str, tokens: int) -> Plan:
     if settings.method != "es" or settings.quantize:
         raise InputError("--config: jes.plan is for ES on float models")
     name, _, count = target.partition(":")
+    if not (count or "1").isdecimal():
+        raise InputError(f"--target: {count!r} is no number of devices")
     devices = devices_of(name, int(count or 1))
     config = model_config(settings.model)
     try:

@@ -78,6 +78,7 @@ def test_this_machine_is_a_target_too() -> None:
 def test_what_cannot_be_planned_is_said() -> None:
     for changes, target, message in (
         ({}, "h1000", "--target is one of h100, "),
+        ({}, "v5e:x", "'x' is no number of devices"),
         ({}, "v5e:65", "at most 64 devices of v5e"),
         ({"model": "qwen2.5-8b"}, "cpu", "no folder qwen2.5-8b, nor a shape: qwen2.5"),
         ({"quantize": "int4", "rounding": "replay"}, "cpu", "ES on float models"),
