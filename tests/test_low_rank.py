@@ -410,7 +410,7 @@ def test_likelihoods_of_members_are_the_materialised_ones(
 ) -> None:
     pretrained, thin, full = materialised
     choices = pack_choices(PROMPTS, [[[3], [4, 5]]] * 3, (64,), (16, 48))
-    assert choices.rows.prefix is not None
+    assert choices.texts.prefix is not None
     low, dense = (
         log_likelihoods(pretrained.model, each, choices) for each in (thin, full)
     )
