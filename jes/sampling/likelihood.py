@@ -54,6 +54,7 @@ def pack_choices(
     buckets: Sequence[int] = BUCKETS,
     parts: Sequence[int] | None = (),
     shape: Shape | None = None,
+    rows: np.ndarray | None = None,
 ) -> Choices:
     """The choices of each prompt, as a tree of tokens.
 
@@ -63,6 +64,7 @@ def pack_choices(
       buckets: lengths of the longest prompt with its choices, to pad to.
       parts: lengths to pad what all prompts begin with to; () shares nothing.
       shape: to pack to.
+      rows: int [B], the row of each prompt; see `pack`.
     """
     most = max(map(len, choices))
     prefix, count = common_prefix(prompts, buckets, parts)
@@ -78,7 +80,7 @@ def pack_choices(
     lengths = np.zeros((len(prompts), most), np.int32)
     for i, some in enumerate(choices):
         lengths[i, : len(some)] = [*map(len, some)]
-    return Choices(pack(trees, reads, shape, prefix, count), lengths)
+    return Choices(pack(trees, reads, shape, prefix, count, rows), lengths)
 
 
 def shape_of_choices(

@@ -60,10 +60,10 @@ from jes.run_folder import claim
 from jes.sampling.likelihood import (
     Choices,
     choice_log_likelihoods,
-    choice_tree,
     log_likelihoods,
+    pack_choices,
 )
-from jes.sampling.packing import Shape, pack, reads_of_choices
+from jes.sampling.packing import Shape
 from jes.sampling.prompts import bucket, check_lengths, encode_continuation
 from jes.scoring import answer_rewards
 from jes.studies import grid
@@ -229,14 +229,10 @@ def reference_batch(evaluation: Evaluation, questions: Sequence[Question]) -> Ch
         check_lengths(whole, evaluation.buckets)
     except ValueError as error:
         raise InputError(f"{task.name}: {error}") from error
-    longest = bucket(max(map(len, whole)), evaluation.buckets)
-    pairs = [*zip(questions, answers, strict=True)]
-    trees = [choice_tree(question.prompt, [text]) for question, text in pairs]
-    given = enumerate(zip(trees, answers, strict=True))
-    reads = [reads_of_choices(tree, [text], i) for i, (tree, text) in given]
-    shape, rows = Shape(1, len(trees), longest, 0, 0), np.arange(len(trees))
-    packed = pack(trees, reads, shape, rows=rows)
-    return Choices(packed, np.array([[len(text)] for text in answers]))
+    count, lengths = len(questions), evaluation.buckets
+    shape = Shape(1, count, bucket(max(map(len, whole)), lengths))
+    prompts, choices = [q.prompt for q in questions], [[text] for text in answers]
+    return pack_choices(prompts, choices, lengths, (), shape, np.arange(count))
 
 
 def surrogate_loss(model: Any, params: PyTree, batch: Choices) -> jax.Array:
