@@ -173,10 +173,9 @@ def _tell(
     spread = model_is_spread(mesh)
 
     def parts(path: tuple[Any, ...], leaf: Any) -> int:
-        # Of arrays that are spread over devices, every device updates its own part.
-        factors = evolution.rank and not is_stack(path)
-        whole = not is_codes(leaf) and (spread or factors)
-        return 1 if whole else count_parts(path, leaf)
+        # No device holds another's part: what is spread is cut between layers alone.
+        whole = (spread or evolution.rank) and not is_stack(path)
+        return 1 if whole and not is_codes(leaf) else count_parts(path, leaf)
 
     return update_in_place(
         make_optimizer(evolution, partitioned=spread, rates=rates),

@@ -137,13 +137,13 @@ def main() -> None:
         on_mesh(model, devices, model_parallel, results)
     np.savez(folder / "results.npz", **results)
     run(model, folder / "moved", generations=2)
+    # Its arrays are small: parts of them are to be, too.
+    jes.transforms._in_place.PART = 64
     outcomes = {
         "one": run(model, folder / "one"),
         "four": run(model, folder / "four", devices=4),
         "split": run(model, folder / "split", devices=4, model_parallel=2),
     }
-    # Its arrays are small: parts of them are to be, too.
-    jes.transforms._in_place.PART = 64
     outcomes["moved"] = run(model, folder / "moved", devices=4, share_update=True)
     (folder / "outcomes.json").write_text(json.dumps(outcomes))
 

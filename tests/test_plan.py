@@ -152,6 +152,22 @@ def test_weights_are_rounded_on_accelerators_too(target: str) -> None:
     assert "exponent_bits=8, mantissa_bits=7" in done.stdout
 
 
+@pytest.mark.skipif(not AOT.exists(), reason="make .venv/.installed-aot")
+@pytest.mark.slow
+def test_a_model_of_7b_over_four_devices_is_updated_in_place() -> None:
+    """No more at a time than the embedding, of which each device has a quarter."""
+    flags = ["model=qwen2.5-7b", "dtype=bfloat16", "draw=layer", "model_parallel=4"]
+    flags += ["population=4", "prompts=8", "max_new_tokens=4", "mode=generate"]
+    chosen = [f"--config.{flag}" for flag in flags]
+    given = ["--config=arc_c", "--target=h100:4", "--json", *chosen]
+    done = run("-m", "jes.plan", *given, compilers=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    sizes = {each["name"]: each["temporaries"] for each in found["programs"]}
+    assert sizes["_tell"] < 1.05 * 152_064 * 3_584 * 4 / 4
+    assert found["held"]["weights"] == pytest.approx(7.6e9, rel=0.01)
+
+
 KNOWN = {
     "h100": {"draw_members": 5_664, "decode": 529_008_384, "_tell": 1_451_560},
     "v5e": {"draw_members": 442_368, "decode": 293_797_888, "_tell": 1_343_488},
