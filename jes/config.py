@@ -88,7 +88,8 @@ class Settings:
     sigma_cosine: int = 0  # the same for σ
     cosine_floor: float = 0.1  # what is left of them at its end, as a share
     antithetic: bool = False
-    noise: str = "normal"  # or 'table': nearly normal, faster on CPUs
+    noise: str = "normal"  # or 'table': nearly normal, faster on CPUs; or 'sign': ±1,
+    # far cheaper, and the same weights on any machine
     draw: str = "member"  # or 'layer': drawn again for each layer and pass, less memory
     rank: int = 0  # of the noise of a matrix (2511.16652), such as 1; 0 for full rank
     shaping: str = "zscore"  # or 'centered_rank', 'pair_zscore', 'none'
@@ -163,7 +164,7 @@ class Settings:
     def evolution(self) -> Evolution:
         """The settings of the update."""
         names = {field.name for field in dataclasses.fields(Evolution)}
-        own = {name: getattr(self, name) for name in names - {"distribution"}}
+        own = {name: getattr(self, name) for name in names - {"distribution", "unit"}}
         if not self.sigma:  # until they are chosen
             own |= {"sigma": Settings.sigma, "alpha": Settings.alpha}
         return Evolution(**own, distribution=self.noise)
@@ -322,6 +323,12 @@ def _conflicts(s: Settings) -> dict[str, Any]:
         ),
         "method 'grpo' compares answers: population must be at least 2": (
             grpo and s.population < 2
+        ),
+        "noise 'sign' is for method 'es' and full rank: rank=0": (
+            s.noise == "sign" and (s.rank or s.method != "es")
+        ),
+        "noise 'sign' moves whole numbers from an exact anchor: 'device' or 'host'": (
+            s.noise == "sign" and s.anchor in ("none", "bfloat16")
         ),
         "slots are for mode 'generate'": s.slots and not generates,
         "decay_coefficient does nothing without decay='l2' or 'l1'": (

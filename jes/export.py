@@ -25,7 +25,7 @@ from jes.io.command_line import at_least, guarded
 from jes.io.console import console
 from jes.models.weights import BESIDE, Pretrained, fingerprint
 from jes.run_folder import versions
-from jes.update import first_state, replay
+from jes.update import first_centre, first_state, replay, weights_of
 
 
 def rebuild(
@@ -62,15 +62,18 @@ def replayed(
     can be read saves time.
     """
     evolution, start = evolution_of(ledger), 0
-    state = base.params, first_state(evolution, base.params)
+    state = first_centre(evolution, base.params), first_state(evolution, base.params)
     anchor = None
-    if evolution.decay != "none":
+    if evolution.whole_numbers:
+        anchor = base.params
+    elif evolution.decay != "none":
         anchor = keep_anchor(base.params, evolution.anchor, base.stored_dtype)
     found = folder and checkpoints.restore_latest(folder, state, count)
     if found:
         start, state = found
     root, fitness = jax.random.key(ledger.header["seed"]), ledger.fitness[start:count]
-    params, _ = replay(evolution, *state, root, fitness, start, anchor)
+    centre, _ = replay(evolution, *state, root, fitness, start, anchor)
+    params = weights_of(evolution, centre, base.params)
     return dataclasses.replace(base, params=params)
 
 

@@ -244,6 +244,8 @@ def budget_for_members(experiment: Experiment) -> int:
     later = [jax.eval_shape(partial(first_state, evolution), params)]
     if evolution.anchor in ("device", "bfloat16"):
         later.append(params)  # at most
+    if evolution.whole_numbers and experiment.evaluation.draw == "member":
+        later.append(params)  # θ, beside the displacement
     return free_bytes() - bytes_of(later)
 
 

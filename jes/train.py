@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import flags
@@ -33,6 +34,7 @@ from jes.config import GrpoSettings, Settings, SftSettings, freeze
 from jes.core.anchor import displacement, keep_anchor
 from jes.core.drift import predicted_drift
 from jes.core.noise import PyTree, generation_key
+from jes.core.whole_numbers import is_displacement, norm
 from jes.errors import InputError
 from jes.experiment import Experiment, State, make_experiment, pick, settled
 from jes.guide import Guide
@@ -51,7 +53,14 @@ from jes.scoring import Score, fitness_of
 from jes.sigma import choose_rates
 from jes.tasks import Data, Given
 from jes.tasks.rewards import RewardError
-from jes.update import first_state, moves_of, replay, tell
+from jes.update import (
+    first_centre,
+    first_state,
+    moves_of,
+    replay,
+    tell,
+    weights_of,
+)
 
 
 class Method(NamedTuple):
@@ -122,9 +131,11 @@ def train(
     method, warn = METHODS[settings.method], Guide(settings)
     experiment, resolved, fitness = opened(settings, folder, method, given)
     start, base = experiment.pretrained.params, None
-    if hosts.first() or settings.decay != "none":
+    whole = experiment.evolution.whole_numbers
+    if hosts.first() or whole or settings.decay != "none":
         base = keep_anchor(start, settings.anchor, experiment.pretrained.stored_dtype)
-    state = State(settings.root, 0, start, method.init(experiment))
+    centre = first_centre(experiment.evolution, start)
+    state = State(settings.root, 0, centre, method.init(experiment))
     state = folder.restore(state, len(fitness) if fitness else settings.generations)
     done = max(state.generation, len(fitness))
     with (
@@ -138,17 +149,25 @@ def train(
             stop.check()
 
         evaluate = partial(folder.evaluate, experiment, base, before)
+
+        def look(state: State) -> bool:
+            """Evaluates and keeps the centre; whether patience has come to its end."""
+            state = with_weights(experiment, state, base)
+            evaluate(state.generation, state.params)
+            warn.of_evaluations(folder.path)
+            return folder.keep(experiment, state)
+
         try:
             evaluate(0, start)
+            if whole:  # the base and the displacement are what is kept
+                jax.tree.map(lambda leaf: leaf.delete(), start)
             state = replayed(experiment, state, fitness, base)
             if done:
                 console.print(f"going on after {done} generations")
             enough = False
             while state.generation < settings.generations and not enough:
                 if state.generation % settings.eval_every == 0:
-                    evaluate(state.generation, state.params)
-                    warn.of_evaluations(folder.path)
-                    folder.ended = folder.keep(experiment, state)
+                    folder.ended = look(state)
                     if folder.ended:
                         break
                 began = time.perf_counter()
@@ -162,12 +181,11 @@ def train(
                 if state.generation % settings.checkpoint_every == 0:
                     folder.save(state)
                 enough = on_generation is not None and on_generation(row) is True
-            evaluate(state.generation, state.params)
-            warn.of_evaluations(folder.path)
-            folder.keep(experiment, state)
+            look(state)
         except (Stopped, RewardError):
             folder.stopped(state, max(done, state.generation), settings.generations)
             raise
+    state = with_weights(experiment, state, base)
     hosts.check_same("reached other weights", lambda: fingerprint(state.params))
     return folder.finish(experiment, state)
 
@@ -230,6 +248,14 @@ def replayed(
     return State(state.root, len(fitness), *after)
 
 
+def with_weights(
+    experiment: Experiment, state: State, base: PyTree, dtype: Any = jnp.float32
+) -> State:
+    """The state with θ in place of what is kept of the centre; see `weights_of`."""
+    params = weights_of(experiment.evolution, state.params, base, dtype)
+    return state._replace(params=params)
+
+
 def decay_anchor(experiment: Experiment, base: PyTree) -> PyTree:
     """What weights decay to; None where they do not."""
     return None if experiment.settings.decay == "none" else base
@@ -247,9 +273,12 @@ def es_step(
     evolution = settings.evolution.at(generation)
     key = generation_key(state.root, generation)
     questions = pick(experiment, generation)
+    # Members that share θ need it in no other dtype than they answer in.
+    shares = settings.rank or settings.draw == "layer"
+    dtype = experiment.evaluation.dtype if shares else jnp.float32
     scores = ask(
         experiment.evaluation,
-        state.params,
+        with_weights(experiment, state, base, dtype).params,
         key,
         questions,
         noise=evolution.noise,
@@ -332,7 +361,11 @@ def metrics_row(
     """One row of `metrics.jsonl`; `generation` counts from 0."""
     moved = None
     if base is not None and hosts.first():
-        moved = float(displacement(state.params, base))
+        evolution, params = experiment.evolution, state.params
+        if is_displacement(params):
+            moved = float(norm(params, evolution.whole_unit))
+        else:
+            moved = float(displacement(params, base))
     walked = None  # a gradient has no random walk to compare with
     if experiment.settings.method == "es":
         walked = predicted_drift(

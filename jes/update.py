@@ -17,6 +17,12 @@ from jes.core.mesh import mesh_of, model_is_spread, replicated
 from jes.core.noise import PyTree, generation_key
 from jes.core.programs import program
 from jes.core.tree import is_codes, map_leaves, merge, split
+from jes.core.whole_numbers import (
+    displaced,
+    none_of,
+    strength_of,
+    whole_fitness,
+)
 from jes.transforms import (
     anchored_weight_decay,
     count_parts,
@@ -25,11 +31,15 @@ from jes.transforms import (
     seed_replay,
     stochastic_rounding,
     update_in_place,
+    whole_number_es,
 )
 
 
 class Rates(NamedTuple):
-    """What a schedule changes of the update of floats: α, and α λ of the decay."""
+    """What a schedule changes of the update of floats: α, and α λ of the decay.
+
+    In whole numbers α is in the fitness, and `pull` the strength of the decay.
+    """
 
     alpha: Any
     pull: Any
@@ -47,6 +57,11 @@ def make_optimizer(
     Raises:
       ValueError: for settings that do not go together.
     """
+    if evolution.whole_numbers:
+        return whole_number_es(
+            dataclasses.replace(evolution.noise, partitioned=partitioned),
+            evolution.decay,
+        )
     if evolution.rounding not in ROUNDINGS:
         names = tuple(ROUNDINGS)
         raise ValueError(f"rounding must be one of {names}, not {evolution.rounding!r}")
@@ -101,6 +116,20 @@ ROUNDINGS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
 (2602.03120), to the nearest without a residual (naive), or at random (QuZO)."""
 
 
+def first_centre(evolution: Evolution, params: PyTree) -> PyTree:
+    """What a run keeps of its centre, at first: the base weights, or D = 0."""
+    return none_of(params) if evolution.whole_numbers else params
+
+
+def weights_of(
+    evolution: Evolution, centre: PyTree, base: PyTree, dtype: Any = jnp.float32
+) -> PyTree:
+    """θ: what a run keeps of its centre, or in whole numbers θ_0 + u D, in a dtype."""
+    if not evolution.whole_numbers:
+        return centre
+    return displaced(base, centre, evolution.whole_unit, dtype)
+
+
 def first_state(evolution: Evolution, params: PyTree) -> Any:
     """The optimizer's state before the first generation."""
     trained, _ = split(params, evolution.scale_sigma > 0)
@@ -121,7 +150,8 @@ def tell(
 
     Args:
       evolution: settings.
-      params: the centre, float32 or codes; what is trained of it is donated.
+      params: the centre, float32 or codes, or for noise 'sign' its displacement in
+        whole numbers; what is trained of it is donated.
       state: of the optimizer; donated.
       key: the generation key.
       fitness: float32 [N], raw rewards.
@@ -137,6 +167,9 @@ def tell(
     trained, frozen = split(params, scales)
     if anchor is not None:
         anchor, _ = split(anchor, scales)
+    if evolution.whole_numbers:
+        rate, anchor = evolution.alpha / evolution.whole_unit, None
+        fitness = whole_fitness(np.asarray(fitness), evolution.shaping, rate)
     evolution, rates = compiled_form(evolution)
     trained, state = _tell(
         evolution, mesh, share, trained, state, rates, key, fitness, anchor
@@ -153,7 +186,11 @@ def compiled_form(evolution: Evolution) -> tuple[Evolution, Rates | None]:
         return evolution, None
     pull = evolution.alpha * evolution.decay_coefficient
     rates = Rates(np.float32(evolution.rate), np.float32(pull))
+    if evolution.whole_numbers:
+        strength = strength_of(evolution.decay, pull, evolution.whole_unit)
+        rates = Rates(None, strength)
     same: dict[str, Any] = {"alpha": 1.0, "sigma": 1.0, "decay_coefficient": 0.0}
+    same["unit"] = 0.0
     same |= dict.fromkeys(SCHEDULES, 0)
     return dataclasses.replace(evolution, **same), rates
 
@@ -184,6 +221,7 @@ def _tell(
         key=key,
         fitness=fitness,
         anchor=anchor,
+        strength=rates and rates.pull,
         parts=parts,
         share=mesh if share and not spread else None,
     )
@@ -213,7 +251,6 @@ def replay(
     """
     for generation, values in enumerate(fitness, start):
         key, now = generation_key(root, generation), evolution.at(generation)
-        values = jnp.asarray(values)
         params, state = tell(now, params, state, key, values, anchor, share=share)
     return params, state
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jes.core.noise import Noise
+from jes.core.whole_numbers import unit_for
 
 RENAMED = {"law": "distribution"}
 """Names of settings in older ledgers -> today's."""
@@ -20,7 +21,7 @@ class Evolution:
     `jes.config` says what each setting means; `distribution` is its `noise`. For floats
     α is a length in weight space: the factor 1/σ of the gradient is folded in
     (2509.24372, section 3.2). For codes it is that of 2602.03120 Eq. (6), and α/σ is
-    what moves a weight.
+    what moves a weight. `unit` is that of whole numbers; 0 for that of α.
     """
 
     population: int
@@ -47,6 +48,7 @@ class Evolution:
     scale_alpha: float = 0.0
     distribution: str = "normal"
     rank: int = 0
+    unit: float = 0.0
 
     @classmethod
     def from_header(cls, settings: Mapping[str, Any]) -> "Evolution":
@@ -70,7 +72,8 @@ class Evolution:
             value * self._share(generation, half_life, cosine)
             for value, half_life, cosine in rates
         )
-        return dataclasses.replace(self, alpha=alpha, sigma=sigma)
+        unit = self.whole_unit if self.whole_numbers else 0.0
+        return dataclasses.replace(self, alpha=alpha, sigma=sigma, unit=unit)
 
     def _share(self, generation: int, half_life: int, cosine: int) -> float:
         """What is left of α or σ in a generation."""
@@ -92,6 +95,16 @@ class Evolution:
             for generation in range(generations)
         )
         return sum(share**2 for share in shares)
+
+    @property
+    def whole_numbers(self) -> bool:
+        """Whether the centre moves in whole numbers; see `jes.core.whole_numbers`."""
+        return self.distribution == "sign" and self.rounding == "none"
+
+    @property
+    def whole_unit(self) -> float:
+        """The length in weight space of a displacement of 1."""
+        return self.unit or unit_for(self.alpha, self.population)
 
     @property
     def noise(self) -> Noise:

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 LARGE = 40
 """Exponent of two beyond which rewards are scaled before they are squared."""
@@ -36,11 +38,23 @@ def shape_fitness(rewards: jax.Array, method: str = "zscore") -> jax.Array:
         raise ValueError(f"unknown shaping {method!r}; known are {', '.join(METHODS)}")
     rewards = jnp.asarray(rewards, jnp.float32)
     chex.assert_rank(rewards, 1)
-    finite = jnp.isfinite(rewards)
-    highest = jnp.max(jnp.where(finite, rewards, -jnp.inf))
-    lowest = jnp.min(jnp.where(finite, rewards, jnp.inf))
-    shaped = METHODS[method](jnp.where(finite, rewards, 0), finite)
-    return jnp.where(finite & (highest > lowest), shaped, 0)
+    return shaped(rewards, METHODS[method], jnp)
+
+
+def shaped(rewards: Any, function: Callable[..., Any], xp: Any) -> Any:
+    """Weights by a function of `METHODS`, for arrays of `jax.numpy` or `numpy`.
+
+    Of `numpy`, sums are exact before they are rounded: their order does not matter.
+    """
+    finite = xp.isfinite(rewards)
+    highest = xp.max(xp.where(finite, rewards, -xp.inf))
+    lowest = xp.min(xp.where(finite, rewards, xp.inf))
+    found = function(xp.where(finite, rewards, 0), finite, xp)
+    return xp.where(finite & (highest > lowest), found, 0)
+
+
+def _total(values: Any, xp: Any) -> Any:
+    return math.fsum(values) if xp is np else values.sum()
 
 
 def typical_spread(method: str, population: int) -> float:
@@ -59,40 +73,40 @@ def finite_members(rewards: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.isfinite(rewards).sum(), 1).astype(jnp.float32)
 
 
-def _zscore(rewards: jax.Array, finite: jax.Array) -> jax.Array:
+def _zscore(rewards: Any, finite: Any, xp: Any) -> Any:
     # Squares of numbers beyond 1e19 are infinite: they are scaled, by a power of two,
     # which is exact; others stay as they are.
-    _, exponent = jnp.frexp(jnp.abs(rewards).max())
-    rewards = jnp.ldexp(rewards, -jnp.where(exponent > LARGE, exponent, 0))
-    count = finite_members(jnp.where(finite, rewards, jnp.nan))
-    centred = jnp.where(finite, rewards - rewards.sum() / count, 0)
-    return centred / (jnp.sqrt((centred**2).sum() / count) + 1e-8)
+    _, exponent = xp.frexp(xp.abs(rewards).max())
+    rewards = xp.ldexp(rewards, -xp.where(exponent > LARGE, exponent, 0))
+    count = xp.maximum(finite.sum(), 1).astype(rewards.dtype)
+    centred = xp.where(finite, rewards - _total(rewards, xp) / count, 0)
+    return centred / (xp.sqrt(_total(centred**2, xp) / count) + 1e-8)
 
 
-def _pair_zscore(rewards: jax.Array, finite: jax.Array) -> jax.Array:
+def _pair_zscore(rewards: Any, finite: Any, xp: Any) -> Any:
     if rewards.shape[0] % 2:
         raise ValueError(f"{rewards.shape[0]} members are not pairs")
     both = finite[0::2] & finite[1::2]
-    gains = jnp.where(both, rewards[0::2] - rewards[1::2], 0)
-    spread = jnp.max(gains, where=both, initial=-jnp.inf)
-    spread -= jnp.min(gains, where=both, initial=jnp.inf)
+    gains = xp.where(both, rewards[0::2] - rewards[1::2], 0)
+    spread = xp.max(gains, where=both, initial=-xp.inf)
+    spread -= xp.min(gains, where=both, initial=xp.inf)
     # A difference of two rewards is no better known than their last digits.
-    tied = spread <= 1e-6 * jnp.abs(rewards).max()
-    gains = jnp.where(both & ~tied, jnp.clip(_zscore(gains, both), -3, 3), 0)
-    return jnp.stack([gains, -gains], axis=1).reshape(-1)
+    tied = spread <= 1e-6 * xp.abs(rewards).max()
+    gains = xp.where(both & ~tied, xp.clip(_zscore(gains, both, xp), -3, 3), 0)
+    return xp.stack([gains, -gains], axis=1).reshape(-1)
 
 
-def _centered_rank(rewards: jax.Array, finite: jax.Array) -> jax.Array:
+def _centered_rank(rewards: Any, finite: Any, xp: Any) -> Any:
     other = finite[None, :]
     below = (other & (rewards[None, :] < rewards[:, None])).sum(-1)
     equal = (other & (rewards[None, :] == rewards[:, None])).sum(-1)
     rank = below + (equal - 1) / 2
-    return (rank / jnp.maximum(finite.sum() - 1, 1) - 0.5).astype(jnp.float32)
+    return (rank / xp.maximum(finite.sum() - 1, 1) - 0.5).astype(rewards.dtype)
 
 
-METHODS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+METHODS: dict[str, Callable[..., Any]] = {
     "zscore": _zscore,
     "centered_rank": _centered_rank,
     "pair_zscore": _pair_zscore,
-    "none": lambda rewards, finite: rewards,
+    "none": lambda rewards, finite, xp: rewards,
 }

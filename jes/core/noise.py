@@ -35,6 +35,7 @@ PyTree = Any
 DISTRIBUTIONS: dict[str, Callable[..., jax.Array]] = {
     "normal": random.normal,
     "table": random.table,
+    "sign": random.sign,
 }
 """Distributions of ε, all of mean 0 and variance 1: functions of (key, shape), or of
 (key, shape, place) for some entries of a larger array."""
@@ -52,7 +53,8 @@ class Noise:
         measure with the one and to move by the other (QuZO).
       scale_sigma: the same as sigma for the scales of quantised weights; 0 leaves them.
       distribution: of ε, see `DISTRIBUTIONS`: 'normal', or 'table', which is about
-        normal and faster on CPUs. Codes have integer noise whatever it is.
+        normal and faster on CPUs, or 'sign', ±1. Codes have integer noise whatever it
+        is.
       rank: of the noise of matrices, see `jes.core.low_rank`; 0 for full rank.
       partitioned: whether the arrays are spread over devices. The numbers are the same,
         but computed from one counter per axis, of which a device can compute its part.

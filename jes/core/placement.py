@@ -1,5 +1,7 @@
 """Memory placement and scheduling barriers."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -23,3 +25,22 @@ def not_before(x: jax.Array, bits: jax.Array) -> jax.Array:
     """
     impossible = x[(0,) * x.ndim] < -jnp.inf
     return bits ^ impossible.astype(bits.dtype)
+
+
+def kept(make: Callable[[], jax.Array], count: jax.Array) -> jax.Array:
+    """What `make` returns, as an array in memory.
+
+    XLA would compute each of its numbers again for each of many that follow from it.
+    (The CPU compiler removes an optimization barrier, but not a loop that it does not
+    know to run once.) `count` is a traced int32 that is never negative.
+    """
+
+    def in_loop(count: jax.Array) -> jax.Array:
+        like = jax.eval_shape(make)
+        once = 1 + (count < 0).astype(jnp.int32)
+        start = jnp.zeros(like.shape, like.dtype)
+        return jax.lax.fori_loop(0, once, lambda *_: make(), start)
+
+    return jax.lax.platform_dependent(
+        count, cpu=in_loop, default=lambda _: jax.lax.optimization_barrier(make())
+    )
