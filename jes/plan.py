@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -199,12 +200,17 @@ def model_config(name: str) -> ModelConfig:
     return ModelConfig.from_hf(json.loads(file.read_text()))
 
 
-def stand_ins(analysis: Analysis, config: ModelConfig, mesh: Mesh | None) -> PyTree:
-    """θ in float32, of a shape alone."""
+def stand_ins(
+    analysis: Analysis,
+    config: ModelConfig,
+    mesh: Mesh | None,
+    dtype: Any = jnp.float32,
+) -> PyTree:
+    """θ, or its displacement, of a shape alone."""
     leaves = {
         path: Abstract(
             analysis,
-            jax.ShapeDtypeStruct(shape, jnp.float32),
+            jax.ShapeDtypeStruct(shape, dtype),
             leaf_sharding(path, config, mesh) if mesh else None,
         )
         for path, shape in leaf_shapes(config).items()
@@ -272,6 +278,8 @@ def plan(settings: Settings, target: str, tokens: int) -> Plan:
     analysis = Analysis(elsewhere=place)
     params = stand_ins(analysis, config, mesh)
     held = {"weights": bytes_of(params)}
+    if evolution.whole_numbers and settings.draw == "member":
+        held["displacement"] = bytes_of(params)  # beside the weights that are perturbed
     if settings.anchor in ("device", "bfloat16"):
         small = settings.anchor == "bfloat16" or settings.dtype == "bfloat16"
         held["anchor"] = bytes_of(params) // (1 + small)
@@ -293,6 +301,9 @@ def plan(settings: Settings, target: str, tokens: int) -> Plan:
     like = jax.ShapeDtypeStruct((settings.population,), jnp.float32)
     fitness: Any = Abstract(analysis, like, None)
     anchor = None if settings.decay == "none" else params
+    if evolution.whole_numbers:
+        params = stand_ins(analysis, config, mesh, jnp.int32)
+        fitness = np.zeros(settings.population, np.float32)
     state = jax.eval_shape(lambda tree: first_state(evolution, tree), params)
     state = jax.tree.map(lambda leaf: Abstract(analysis, leaf, None), state)
     tell(evolution, params, state, key, fitness, anchor, share=settings.share_update)
@@ -311,7 +322,7 @@ def least_seconds(
 
     Reading is bound by operations; decoding by the weights that each step reads; an
     update by the 110 integer operations of a random number, of which a device does a
-    fiftieth of what its matrix units do.
+    fiftieth of what its matrix units do. Of signs 32 share one.
     """
     if not target.rate:
         return {}
@@ -324,10 +335,11 @@ def least_seconds(
     steps = new if settings.mode == "generate" else 0
     each = settings.population / devices
     width = jnp.dtype(settings.dtype).itemsize
+    operations = 4 + 110 / 32 if settings.noise == "sign" else 110
     return {
         "reading": each * 2 * (layers * text + table * rows) / target.rate,
         "decoding": each * steps * width * (layers + table) / target.bandwidth,
-        "update": settings.population * every * 110 / (target.rate / 50),
+        "update": settings.population * every * operations / (target.rate / 50),
     }
 
 

@@ -103,7 +103,9 @@ def test_the_least_time_is_that_of_the_data_sheet() -> None:
 
 @pytest.mark.skipif(not AOT.exists(), reason="make .venv/.installed-aot")
 @pytest.mark.slow
-@pytest.mark.parametrize("flag", ["rank=1", "draw=layer", "mode=likelihood"])
+@pytest.mark.parametrize(
+    "flag", ["rank=1", "draw=layer", "mode=likelihood", "noise=sign"]
+)
 def test_every_kind_of_member_is_compiled_for_the_target(flag: str) -> None:
     done = run("-m", "jes.plan", *FLAGS, f"--config.{flag}", compilers=True)
     assert done.returncode == 0, done.stderr

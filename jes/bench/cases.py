@@ -18,7 +18,7 @@ from jes.questions import Evaluation, Question
 from jes.rollout import ask, examine
 from jes.sampling.generate import Sampling
 from jes.tasks.task import Reward, Task
-from jes.update import first_state, tell
+from jes.update import first_centre, first_state, tell, weights_of
 
 
 class Case(NamedTuple):
@@ -79,16 +79,17 @@ def generation(
     With or without the update; `chunk` members at once, 0 for as many as are useful.
     """
     evaluation, questions = evaluation_of(case, mode, draw)
-    params = jax.tree.map(jnp.array, case.model.params)
-    state = first_state(evolution, params)
+    base = case.model.params
+    centre = first_centre(evolution, jax.tree.map(jnp.array, base))
+    state = first_state(evolution, base)
     chunk = chunk or useful_members(evolution.population, case.rows)
     key = generation_key(jax.random.key(0), 0)
 
     def run() -> Any:
-        nonlocal params, state
+        nonlocal centre, state
         scores = ask(
             evaluation,
-            params,
+            weights_of(evolution, centre, base),
             key,
             questions,
             noise=evolution.noise,
@@ -97,8 +98,8 @@ def generation(
         )
         if not update:
             return scores.reward
-        params, state = tell(evolution, params, state, key, scores.reward)
-        return params
+        centre, state = tell(evolution, centre, state, key, scores.reward)
+        return centre
 
     return run
 

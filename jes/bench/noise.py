@@ -22,7 +22,7 @@ from jes.core.tree import map_leaves
 from jes.sampling.generate import Sampling, decode, unrolled, unrolled_params
 from jes.sampling.prompts import pad
 from jes.transforms import error_feedback, es_gradient
-from jes.update import first_state, tell
+from jes.update import first_centre, first_state, tell
 
 SIZE = 10_000_000
 """Numbers of one leaf."""
@@ -30,16 +30,37 @@ DRAWS: dict[str, Any] = {
     "jax.random.normal": jax.random.normal,
     "normal": random.normal,
     "table": random.table,
+    "sign": random.sign,
 }
 Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 
 def distributions(repeats: int) -> Iterator[Row]:
-    """The time to draw normal numbers over that by the table, in each use of them."""
+    """The time to draw normal numbers over that by the table, in each use of them.
+
+    Then that to perturb by them, and to update by members, over that with signs.
+    """
     for name, goal in (("jax.random.normal", ">= 1.8"), ("normal", "")):
         for use in USES:
             runs = drawing(use, name), drawing(use, "table")
             yield compare(f"{name} / table noise, {use}", goal, runs, repeats)
+
+    name, use = "jax.random.normal", "theta + sigma x noise"
+    runs = drawing(use, name), drawing(use, "sign")
+    yield compare(f"{name} / sign noise, {use}", ">= 4", runs, repeats)
+    for name in ("normal", "table"):
+        what = f"{name} / sign noise, update of {MEMBERS} members"
+        yield compare(what, ">= 3.5", (updating(name), updating("sign")), repeats)
+
+
+def updating(name: str) -> Run:
+    """A function that updates a leaf of `SIZE` weights by members with this noise."""
+    evolution = Evolution(
+        population=MEMBERS, sigma=SIGMA, alpha=SIGMA, distribution=name
+    )
+    params = {"kernel": jnp.zeros((SIZE // 2500, 2500))}
+    centre, state = first_centre(evolution, params), first_state(evolution, params)
+    return repeated(partial(tell, evolution), centre, state, 0, MEMBERS)
 
 
 def drawing(use: str, name: str) -> Run:
@@ -250,9 +271,15 @@ def dense_update(sigma: float) -> Run:
     return repeated(update, params, feedback.init(params), 0)
 
 
-def repeated(update: Callable[..., Any], params: Any, state: Any, first: int) -> Run:
+def repeated(
+    update: Callable[..., Any],
+    params: Any,
+    state: Any,
+    first: int,
+    members: int = CODES_POPULATION,
+) -> Run:
     """A function that makes the next update, from generation `first` on."""
-    generations, fitness = itertools.count(first), rewards(CODES_POPULATION)
+    generations, fitness = itertools.count(first), rewards(members)
 
     def run() -> Any:
         nonlocal params, state

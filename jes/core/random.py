@@ -163,8 +163,9 @@ def table(
 def sign(key: jax.Array, shape: tuple[int, ...], place: Place | None = None):
     """±1 with equal probability, float32; arguments as of `random_bits`.
 
-    Rows r, of the last axis, are in groups of 32 (a vector is one column). An entry is bit r % 32 of the word of
-    `jax.random.bits(key)` at the place of the entry above it in the group's first row.
+    Rows r, of the last axis, are in groups of 32; a vector is one column. An entry is
+    bit r % 32 of the word of `jax.random.bits(key)` at the place of the entry above it,
+    in the first row of the group.
     """
     if place is None and math.prod(shape) >= 2**32:
         return jax.vmap(lambda part: sign(key, shape[1:], places(shape[1:], part)))(

@@ -124,9 +124,9 @@ def displaced(
       unit: u, a power of two.
       dtype: of the result.
     """
-    dtype, unit = jnp.dtype(dtype), np.float32(unit)
+    settings = np.float32(unit), jnp.dtype(dtype)
     return jax.tree.map(
-        lambda home, away: _displaced(home, away, unit, dtype), base, displacement
+        lambda home, away: _displaced(home, away, *settings), base, displacement
     )
 
 

@@ -55,6 +55,8 @@ def whole_number_es(
         del updates, extra_args
         if params is None:
             raise ValueError("whole_number_es needs params: update(..., params)")
+        if decay != "none" and strength is None:
+            raise ValueError(f"decay {decay!r} needs update(..., strength=...)")
         key, part = PartKey.of(key)
         noise.check_population(fitness.shape[0])
         weights = noise.direction_weights(fitness)
@@ -77,7 +79,7 @@ def whole_number_es(
             start = jnp.zeros(leaf.shape, jnp.int32)
             new = jax.lax.fori_loop(0, len(weights), step, start)
             new = add(leaf, new)
-            if decay != "none":
+            if strength is not None and decay != "none":
                 new = pulled(new, strength, decay)
             return new - leaf  # modulo 2^32, as is the sum of both
 
