@@ -8,13 +8,13 @@ Two layouts of the same parameters are understood:
   one subtree a layer. Decoding uses it: a scan would copy each layer's weights out of
   the stack for every token.
 
-Axis letters: B batch, T tokens, D hidden, F feed-forward, N query heads, K key-value
-heads, G query heads per key-value head, H head dimension, S cache slots, V vocabulary.
+Axis letters: B batch, T tokens, D hidden, K key-value heads, H head dimension, S cache
+slots, V vocabulary.
 """
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -22,32 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jes.models.cache import PADDING, Cache, write
+from jes.models.attention import Place, attend
+from jes.models.cache import Cache, write
 from jes.models.config import ModelConfig, RopeScaling
 from jes.models.member_layers import embed, matmul, parameter, unembed
 from jes.models.quantized import Quantized
-
-MASKED = -1e30
-"""Score of a masked slot: finite, so that a row of padding gives no NaN."""
-
-
-class Place(NamedTuple):
-    """Where tokens stand, int [B, T]: segment and trunk are None for one text a row."""
-
-    position: jax.Array
-    segment: jax.Array | None = None
-    trunk: jax.Array | None = None
-
-
-def sees(queries: Place, keys: Place) -> jax.Array:
-    """Which keys a query attends to, bool [B, T, S]: of its text, not after itself."""
-    position = keys.position[:, None, :]
-    visible = (position <= queries.position[:, :, None]) & (position != PADDING)
-    if queries.segment is None or queries.trunk is None or keys.segment is None:
-        return visible
-    segment = keys.segment[:, None, :]
-    own, trunk = queries.segment[:, :, None], queries.trunk[:, :, None]
-    return visible & ((segment == own) | (segment == trunk))
 
 
 class Decoder(nn.Module):
@@ -99,12 +78,8 @@ class Decoder(nn.Module):
         if cache is not None:
             slot = cache.length
             seen = Place(write(cache.positions, positions, slot, 1))
-        visible = sees(own, seen)
-        if prefix is not None:
-            shape = (*visible.shape[:2], prefix.positions.shape[1])
-            shared = sees(own, Place(prefix.positions))
-            visible = jnp.concatenate([jnp.broadcast_to(shared, shape), visible], 2)
-        given = visible, rope_angles(positions, cfg), slot
+        shared = None if prefix is None else prefix.positions
+        given = (own, seen, shared), rope_angles(positions, cfg), slot
 
         table, noise = Embedding(cfg.vocab_size, cfg.hidden_size, name="embed")()
         x = embed(table, noise, tokens)
@@ -210,7 +185,7 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, cache, prefix, visible, angles, slot):
+    def __call__(self, x, cache, prefix, places, angles, slot):
         cfg = self.config
         batch, length, _ = x.shape
         heads, kv_heads = cfg.num_attention_heads, cfg.num_key_value_heads
@@ -230,7 +205,10 @@ class Attention(nn.Module):
         if cache is not None:
             keys = write(cache[0], keys, slot, 3)
             values = write(cache[1], values, slot, 2)
-        out = attend(q * dim**-0.5, keys, values, visible, prefix)
+        own, seen, shared = places
+        prefix = prefix and (*prefix, shared)
+        given = q * dim**-0.5, keys, values, own, seen, prefix
+        out = attend(*given, causal=cache is None)
         out = out.reshape(batch, length, heads * dim).astype(x.dtype)
         return Dense(cfg.hidden_size, name="o")(out), (keys, values)
 
@@ -288,77 +266,6 @@ class RMSNorm(nn.Module):
 def on_last_axis(vector: jax.Array, ndim: int) -> jax.Array:
     """`vector` as the last of `ndim` axes: jes never promotes ranks implicitly."""
     return jax.lax.expand_dims(vector, range(ndim - 1))
-
-
-def attend(
-    q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    visible: jax.Array,
-    prefix: tuple[jax.Array, jax.Array] | None = None,
-) -> jax.Array:
-    """Softmax attention with scaled queries; scores and weights in float32.
-
-    Args:
-      q: [B, T, K, G, H], already scaled.
-      keys: [B, K, H, S].
-      values: [B, K, S, H].
-      visible: bool [B, T, S], with a prefix [B, T, P + S].
-      prefix: keys [1, K, H, P] and values [1, K, P, H] before those of every row.
-
-    Returns:
-      float32 [B, T, K, G, H].
-    """
-    if prefix is None:
-        return _attend(q, keys, values, visible)[0]
-    # All queries attend to the prefix as one long row: it is read once. A softmax over
-    # both parts is the mean of theirs, weighted by their sums.
-    batch, length = q.shape[:2]
-    slots = prefix[0].shape[-1]
-    before = visible[..., :slots].reshape(1, batch * length, slots)
-    shared, shared_sum = _attend_products(
-        q.reshape(1, batch * length, *q.shape[2:]), *prefix, before
-    )
-    own, own_sum = _attend(q, keys, values, visible[..., slots:])
-    part = jax.nn.sigmoid(shared_sum.reshape(own_sum.shape) - own_sum)[..., None]
-    return part * shared.reshape(own.shape) + (1 - part) * own
-
-
-def _attend(q, keys, values, visible):
-    """Attention [B, T, K, G, H] and the logsumexp of its scores [B, T, K, G]."""
-    if q.shape[1] == 1:
-        # CPUs run matrix-vector products faster as one fused multiply-and-sum.
-        return jax.lax.platform_dependent(
-            q, keys, values, visible, cpu=_attend_fused, default=_attend_products
-        )
-    return _attend_products(q, keys, values, visible)
-
-
-def _attend_products(q, keys, values, visible):
-    f32 = jnp.float32
-    scores = jnp.einsum("btkgh,bkhs->bkgts", q, keys, preferred_element_type=f32)
-    weights, log_sum = _softmax(scores, visible[:, None, None])
-    weights = weights.astype(values.dtype)
-    equation = "bkgts,bksh->btkgh"
-    out = jnp.einsum(equation, weights, values, preferred_element_type=f32)
-    return out, log_sum.transpose(0, 3, 1, 2)
-
-
-def _attend_fused(q, keys, values, visible):
-    q, keys, values = (a.astype(jnp.float32) for a in (q[:, 0], keys, values))
-    scores = (q[..., None] * keys[:, :, None]).sum(-2)  # [B, K, G, S]
-    weights, log_sum = _softmax(scores, visible[:, :, None])
-    out = (weights[..., None] * values[:, :, None]).sum(-2)
-    return out[:, None], log_sum[:, None]
-
-
-def _softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Softmax weights, and the logsumexp of the scores."""
-    scores = jnp.where(visible, scores, MASKED)
-    # Written as softmax computes it, so that the compiler merges the two.
-    largest = scores.max(-1, keepdims=True)
-    total = jnp.exp(scores - largest).sum(-1, keepdims=True)
-    return jax.nn.softmax(scores, axis=-1), (largest + jnp.log(total))[..., 0]
 
 
 def rope_angles(positions: jax.Array, config: ModelConfig) -> jax.Array:

@@ -28,6 +28,9 @@ from jes.sampling.packing import (
 )
 from jes.sampling.prompts import BUCKETS, PromptBatch, batches, bucket
 
+AT_ONCE = 2**14
+"""Tokens of padded prompts that are read at once."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -91,7 +94,8 @@ def decode(
         if isinstance(prompts, Packed):
             logits, cache = read(model, variables, prompts, shared)
         else:
-            logits, cache = forward(variables, *prompts[:2], prefix=shared)
+            reading = partial(forward, variables, prefix=shared)
+            logits, cache = by_rows(reading, *prompts[:2])
         return logits, cache.extended(new - 1), shared
 
     # A vmapped loop would copy the whole cache at each step to keep the rows of
@@ -136,6 +140,31 @@ def decode(
     first = jnp.int32(0)
     state = (first + 1, token, ended(token, first), cache, answers)
     return jax.lax.while_loop(running, advance, state)[-1]
+
+
+def by_rows(read: Any, tokens: Any, positions: Any) -> tuple[jax.Array, Any]:
+    """`read` of prompts [B, T], some at a time: their logits [B, V], and the cache.
+
+    As many as have `AT_ONCE` tokens, whose activations are in memory.
+    """
+    tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
+    count, length = tokens.shape
+    parts = -(-count // max(1, AT_ONCE // length))
+    rows = -(-count // parts)
+    if parts == 1:
+        return read(tokens, positions)
+
+    def cut(array: jax.Array) -> jax.Array:
+        filled = jnp.pad(array, ((0, parts * rows - count), (0, 0)), mode="edge")
+        return filled.reshape(parts, rows, length)
+
+    def merge(leaf: jax.Array) -> jax.Array:
+        if leaf.ndim == 1:  # of the parts: the length of the cache
+            return leaf[0]
+        return leaf.reshape(parts * rows, *leaf.shape[2:])[:count]
+
+    found = jax.lax.map(lambda part: read(*part), (cut(tokens), cut(positions)))
+    return jax.tree.map(merge, found)
 
 
 def next_logits(
