@@ -4,7 +4,7 @@ Axis letters: M members of a chunk, N members of a generation, B prompts, C choi
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jes.core.members import Members
+from jes.core.members import Members, by_member
 from jes.core.mesh import POPULATION, mesh_of
 from jes.core.noise import Noise, PyTree
-from jes.core.population import evaluate, perturb_members
+from jes.core.population import evaluate, perturb_members, sampling_keys
+from jes.core.programs import program
 from jes.core.tree import is_quantized, with_dtype
 from jes.errors import InputError
-from jes.io.hosts import exchange
+from jes.io.hosts import exchange, from_all
 from jes.io.interrupts import Before, proceed
 from jes.questions import (
     Batch,
@@ -189,56 +190,164 @@ def examine(
     key: jax.Array | None = None,
     before_batch: Before = proceed,
     listen: Callable[[int, str, np.ndarray], None] | None = None,
+    shown: int = 0,
+    together: bool = False,
 ) -> Score:
     """Evaluates the model itself on any number of questions: a `Score` of floats.
 
-    `listen` is told each question's number, the answer, and a row of `answer_rewards`.
+    The devices that each hold it share the questions.
+
+    Args:
+      evaluation: the model, its task and how to ask.
+      params: θ; on a mesh, all devices of 'population' have the same.
+      questions: any number.
+      batch_size: most questions that a device answers at once.
+      key: for sampled answers.
+      before_batch: called before batches; an exception stops the evaluation.
+      listen: is told, of the first `shown` questions, the number, the answer as text,
+        and a row of `answer_rewards`.
+      shown: how many.
+      together: whether all processes call this, to share the questions.
     """
     if not questions:
         raise InputError(f"task {evaluation.task.name} has no examples to evaluate on")
     key = jax.random.key(0) if key is None else key
-    rollout = prepare_rollout(evaluation, params, None)
+    rollout = prepare_rollout(evaluation, params, None)._replace(before=before_batch)
+    mesh = mesh_of(params)
+    devices = 1 if mesh is None else mesh.shape[POPULATION]
+    processes, mine = 1, 0
+    if together:
+        processes, mine = jax.process_count(), jax.process_index()
+    groups = _groups(evaluation, questions, batch_size, devices, processes)
+    rewards = np.zeros((len(questions), 5 + len(evaluation.task.parts)))
+    texts: dict[str, str] = {}
+
+    def answer_mine() -> np.ndarray:
+        totals = np.zeros(2)
+        for group in groups[mine::processes]:
+            before_batch(f"{evaluation.task.name}: {group[0].start} answers")
+            found = _answers_apart(rollout, key, questions, group, mesh)
+            for asked, given in zip(group, found, strict=True):
+                numbers = np.array(asked.numbers)
+                rewards[numbers] = answer_rewards(evaluation, *given)[0]
+                cut, count = generated(evaluation, *given)
+                totals += len(numbers) * cut[0], count[0]
+                if (numbers < shown).any():
+                    pairs = zip(numbers, texts_of(evaluation, *given), strict=True)
+                    texts.update((str(n), text) for n, text in pairs if n < shown)
+        return np.append(rewards, totals)
+
+    if together:  # each question is one process's; the others have zeros for it
+        found = exchange(answer_mine).sum(0)
+        for each in from_all(lambda: texts):
+            texts.update(each)
+    else:
+        found = answer_mine()
+    rewards, (truncated, tokens) = found[:-2].reshape(rewards.shape), found[-2:]
+    if listen is not None:
+        for number in sorted(map(int, texts)):
+            listen(number, texts[str(number)], rewards[number])
+    truncated /= len(questions)
+    return jax.tree.map(float, mean_score(rewards, truncated, tokens))
+
+
+class _Asked(NamedTuple):
+    """Questions of an evaluation that a device answers at once.
+
+    Attributes:
+      start: how many come before, which their sampling depends on.
+      numbers: of the questions.
+      size: to fill up to.
+      longest: tokens of the longest, padded.
+      shape: to pack to.
+    """
+
+    start: int
+    numbers: list[int]
+    size: int
+    longest: int
+    shape: Shape | None
+
+
+def _groups(
+    evaluation: Evaluation,
+    questions: Sequence[Question],
+    batch_size: int,
+    devices: int,
+    processes: int,
+) -> list[list[_Asked]]:
+    """The questions in batches, and like batches in groups, one for each device."""
     texts = [longest_text(question) for question in questions]
     new = evaluation.max_new_tokens if evaluation.mode == "generate" else 0
     lengths = evaluation.buckets, evaluation.parts
-    planned = list(batches(texts, batch_size, new, *lengths))
-    order, sizes = zip(*planned, strict=True)
+    size = min(batch_size, -(-len(questions) // (devices * processes)))
+    order, sizes = zip(*batches(texts, size, new, *lengths), strict=True)
     chosen = [[questions[i] for i in numbers] for numbers in order]
     longest = [bucket(max(len(texts[i]) for i in some), lengths[0]) for some in order]
     shapes = shared_shapes(chosen, longest, partial(shape_for, evaluation))
-    plan = zip(chosen, sizes, shapes, strict=True)
-    answers = _answers(rollout, key, plan, np.zeros(1, int), before_batch)
-    rewards, truncated, tokens = [], 0.0, 0.0
-    for (numbers, _), given in zip(planned, answers, strict=True):
-        rewards.append(answer_rewards(evaluation, *given)[0])
-        cut, count = generated(evaluation, *given)
-        truncated += len(numbers) * cut[0]
-        tokens += count[0]
-        if listen is not None:
-            said = texts_of(evaluation, *given)
-            for one in zip(numbers, said, rewards[-1], strict=True):
-                listen(*one)
-    truncated /= len(questions)
-    return jax.tree.map(float, mean_score(np.concatenate(rewards), truncated, tokens))
+    starts = np.cumsum([0, *map(len, order)])[:-1].tolist()
+    groups: list[list[_Asked]] = []
+    for asked in map(_Asked, starts, order, sizes, longest, shapes):
+        if groups and len(groups[-1]) < devices and asked[2:] == groups[-1][0][2:]:
+            groups[-1].append(asked)
+        else:
+            groups.append([asked])
+    return groups
 
 
-def _answers(
+def _answers_apart(
     rollout: Rollout,
     key: jax.Array,
-    plan: Iterable[tuple[Sequence[Question], int, Shape | None]],
-    members: np.ndarray,
-    before_batch: Before,
+    questions: Sequence[Question],
+    group: Sequence[_Asked],
+    mesh: Mesh | None,
 ) -> Iterator[tuple[Sequence[Question], Batch, Any]]:
-    """For each batch of the plan its questions, the batch and what is answered."""
-    start, rollout = 0, rollout._replace(before=before_batch)
-    for chosen, size, shape in plan:
-        before_batch(f"{rollout.evaluation.task.name}: {start} answers")
-        evaluation = dataclasses.replace(rollout.evaluation, shape=shape)
-        batch = batch_of(evaluation, chosen, size)
-        # Rows sample by their number in the batch. Noise is to be the same in all.
-        batch_key = jax.random.fold_in(key, start) if rollout.noise is None else key
-        yield chosen, batch, answer(rollout, batch_key, members, batch)
-        start += len(chosen)
+    """What `score` takes, for each batch of a group, by as many devices."""
+    evaluation, alone = rollout.evaluation, np.zeros(1, int)
+    asked = [[questions[i] for i in each.numbers] for each in group]
+    made = [
+        batch_of(dataclasses.replace(evaluation, shape=each.shape), some, each.size)
+        for each, some in zip(group, asked, strict=True)
+    ]
+    keys = [jax.random.fold_in(key, each.start) for each in group]
+    alone = np.zeros(1, int)
+    if mesh is not None and len({_form(batch) for batch in made}) == 1:
+        model = evaluation.model
+        if evaluation.mode == "generate":
+            model = model.unrolled()
+        # Devices for which there is nothing left answer the first batch too.
+        numbers = [*range(len(made)), *[0] * (mesh.shape[POPULATION] - len(made))]
+        stacked = jax.tree.map(lambda *x: np.stack([x[i] for i in numbers]), *made)
+        own = jnp.concatenate([sampling_keys(keys[i], alone) for i in numbers])
+        members = Members({"params": rollout.shared, "noise": {}}, own, mesh)
+        answers = _answer_apart(model, members, stacked, evaluation.sampling)
+        parts = np.split(np.asarray(answers), len(numbers))[: len(made)]
+    else:
+        pairs = zip(keys, made, strict=True)
+        parts = [np.asarray(answer(rollout, own, alone, x)) for own, x in pairs]
+    return zip(asked, made, parts, strict=True)
+
+
+def _form(batch: Batch) -> Any:
+    """What batches that are to be stacked have in common."""
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, tuple(np.shape(leaf) for leaf in leaves)
+
+
+@program(static_argnames=("model", "sampling"))
+@by_member(own=["batches"])
+def _answer_apart(model: Any, members: Members, batches: Any, sampling: Any) -> Any:
+    """Each member answers a batch of its own: a device the one, or several in turn."""
+
+    def answer_one(number: int) -> jax.Array:
+        one = slice(number, number + 1)
+        itself = dataclasses.replace(members, keys=members.keys[one])
+        batch = jax.tree.map(lambda array: array[number], batches)
+        if isinstance(batch, Choices):
+            return log_likelihoods(model, itself, batch)
+        return decode(model, itself, batch, sampling)
+
+    return jnp.concatenate(list(map(answer_one, range(members.count))))
 
 
 def answer_each(
@@ -259,11 +368,13 @@ def answer_each(
     """
     rollout = prepare_rollout(evaluation, params, noise)
     size = -(-len(questions) // -(-len(questions) // batch_size))
-    starts = range(0, len(questions), size)
-    shape = evaluation.shape
-    plan = [(questions[start : start + size], size, shape) for start in starts]
-    parts = [
-        answered(evaluation, *given)
-        for given in _answers(rollout, key, plan, members, before_batch)
-    ]
+    rollout, parts = rollout._replace(before=before_batch), []
+    for start in range(0, len(questions), size):
+        before_batch(f"{evaluation.task.name}: {start} answers")
+        asked = questions[start : start + size]
+        batch = batch_of(evaluation, asked, size)
+        # Rows sample by their number in the batch. Noise is to be the same in all.
+        own = jax.random.fold_in(key, start) if noise is None else key
+        outputs = answer(rollout, own, members, batch)
+        parts.append(answered(evaluation, asked, batch, outputs))
     return Answered(*(np.concatenate(each, 1) for each in zip(*parts, strict=True)))

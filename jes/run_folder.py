@@ -258,12 +258,15 @@ class RunFolder:
           check_stop: called before every batch; may raise.
           generation, params: how many generations led to this centre.
         """
-        if not self.writes:
-            return
-        rows = read_rows(self.path / "evaluations.jsonl")
-        done = {row["task"] for row in rows if row["generation"] == generation}
+
+        def missing() -> list[str]:
+            rows = read_rows(self.path / "evaluations.jsonl")
+            done = {row["task"] for row in rows if row["generation"] == generation}
+            return [name for name in experiment.evaluations if name not in done]
+
+        asked = hosts.from_first(missing)
         for name, (evaluation, questions) in experiment.evaluations.items():
-            if name in done:
+            if name not in asked:
                 continue
             answers: dict[int, dict[str, Any]] = {}
             note = partial(note_answer, answers, evaluation.task, questions)
@@ -273,7 +276,9 @@ class RunFolder:
                 questions,
                 batch_size=experiment.settings.eval_batch,
                 before_batch=check_stop,
-                listen=None if name.endswith(ON_TRAIN) else note,
+                listen=note,
+                shown=0 if name.endswith(ON_TRAIN) else ANSWERS,
+                together=True,
             )
             if not math.isfinite(score.reward):
                 raise InputError(
@@ -281,6 +286,8 @@ class RunFolder:
                     "finite reward: the weights have diverged, or they overflow in "
                     f"{experiment.settings.dtype} (bfloat16 overflows later)"
                 )
+            if not self.writes:
+                continue
             row = {"generation": generation, "task": name}
             said = [finite(row | answers[number]) for number in sorted(answers)]
             for one in said:
@@ -295,6 +302,8 @@ class RunFolder:
                 f"after {generation} generations: {name} {result_of(row)} on "
                 f"{len(questions)} {_kind(name)} examples"
             )
+        if not self.writes:
+            return
         rows = read_rows(self.path / "distances.jsonl")
         if base is not None and generation not in {row["generation"] for row in rows}:
             row = distance_row(experiment, params, base, check_stop)
@@ -370,8 +379,6 @@ def note_answer(
     reward: Any,
 ) -> None:
     """Keeps what a row of `answers.jsonl` says of one of the first questions."""
-    if number >= ANSWERS:
-        return
     correct = None if math.isnan(reward[1]) else bool(reward[1])
     row = answer_row(task, questions[number].example, text, reward)
     answers[number] = row | {"correct": correct}

@@ -120,7 +120,7 @@ def answers_to(
     def note(number: int, text: str, reward: Any) -> None:
         found[number] = answer_row(task, task.test[number], text, reward)
 
-    examine(evaluation, pretrained.params, questions, listen=note)
+    examine(evaluation, pretrained.params, questions, listen=note, shown=count)
     return [found[number] for number in sorted(found)]
 
 

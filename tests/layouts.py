@@ -26,7 +26,7 @@ from jes.core.mesh import make_mesh, mesh_of
 from jes.models.shapes import QWEN2
 from jes.models.weights import Pretrained
 from jes.questions import MODES, Evaluation, batch_of, prepare
-from jes.rollout import answer, ask, prepare_rollout
+from jes.rollout import answer, ask, examine, prepare_rollout
 from jes.sampling.generate import Sampling
 from jes.update import _tell, first_state, tell
 
@@ -73,6 +73,9 @@ def on_mesh(model: Path, devices: int, model_parallel: int, results: dict) -> No
             chunk=2,
         )
         results[f"{mode} {name}"] = np.array(jax.tree.leaves(score))
+        held_out = [*questions, *prepare(each, each.task.test)]  # 16: not in even parts
+        score = examine(each, params, held_out[:-1], batch_size=4)
+        results[f"{mode} held out {name}"] = np.array(jax.tree.leaves(score))
     # The numbers behind the choices, of the members that `ask` has asked first.
     devices = 1 if mesh is None else mesh.shape["population"]
     members = np.arange(devices * min(2, -(-POPULATION // devices)))

@@ -10,7 +10,12 @@ import jax
 import numpy as np
 import pytest
 
+import jes
 from jes.core.mesh import make_mesh
+from jes.experiment import make_evaluation
+from jes.questions import prepare
+from jes.rollout import _groups
+from jes.tasks import load_task
 
 MESHES = ["4/1", "8/1", "2/2", "8/4"]
 WHOLE = ["4/1", "8/1"]
@@ -47,6 +52,15 @@ def test_members_score_the_same(mesh: str, results: dict[str, np.ndarray]) -> No
         expected = results[f"{mode} 1/1"]
         assert len(np.unique(expected[0])) > 1  # or it would say nothing
         np.testing.assert_array_equal(results[f"{mode} {mesh}"], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_devices_evaluate_apart(mesh: str, results: dict[str, np.ndarray]) -> None:
+    """15 questions, which no number of devices here divides."""
+    for mode in ("generate", "likelihood"):
+        expected = results[f"{mode} held out 1/1"]
+        np.testing.assert_array_equal(results[f"{mode} held out {mesh}"], expected)
 
 
 @pytest.mark.slow
@@ -106,3 +120,21 @@ def test_a_mesh_of_one_device_is_none() -> None:
     assert dict(mesh.shape) == {"population": 1, "model": 2}
     with pytest.raises(ValueError, match="model_parallel=3 does not divide the 2 dev"):
         make_mesh(3)
+
+
+@pytest.mark.parametrize(("devices", "processes"), [(1, 1), (4, 1), (4, 2), (64, 1)])
+def test_an_evaluation_is_one_batch_a_device(devices: int, processes: int) -> None:
+    """And each question is in one batch; where they are few, batches are small."""
+    pretrained = jes.load("tiny")
+    task = load_task("tiny/max", root="", seed=0, train_examples=8, test_examples=100)
+    evaluation = make_evaluation(pretrained, task)
+    questions = prepare(evaluation, task.test)
+    groups = _groups(evaluation, questions, 30, devices, processes)
+    every = [n for group in groups for each in group for n in each.numbers]
+    assert sorted(every) == list(range(100))
+    size = min(30, -(-100 // (devices * processes)))
+    assert {each.size for group in groups for each in group} == {size}
+    turns = -(-100 // (size * devices))
+    assert turns <= len(groups) <= turns + 3  # of other lengths, other groups
+    if processes > 1:
+        assert len(groups) >= processes

@@ -68,9 +68,9 @@ def typical_spread(method: str, population: int) -> float:
     return spreads.get(method, math.nan)
 
 
-def finite_members(rewards: jax.Array) -> jax.Array:
+def finite_members(rewards: Any, xp: Any = jnp) -> Any:
     """How many members count (float32 scalar, at least 1 so that it can divide)."""
-    return jnp.maximum(jnp.isfinite(rewards).sum(), 1).astype(jnp.float32)
+    return xp.maximum(xp.isfinite(rewards).sum(), 1).astype(np.float32)
 
 
 def _zscore(rewards: Any, finite: Any, xp: Any) -> Any:
@@ -78,7 +78,8 @@ def _zscore(rewards: Any, finite: Any, xp: Any) -> Any:
     # which is exact; others stay as they are.
     _, exponent = xp.frexp(xp.abs(rewards).max())
     rewards = xp.ldexp(rewards, -xp.where(exponent > LARGE, exponent, 0))
-    count = xp.maximum(finite.sum(), 1).astype(rewards.dtype)
+    # Counted anew, as by the caller: in other words XLA rounds otherwise.
+    count = finite_members(xp.where(finite, rewards, xp.nan), xp)
     centred = xp.where(finite, rewards - _total(rewards, xp) / count, 0)
     return centred / (xp.sqrt(_total(centred**2, xp) / count) + 1e-8)
 

@@ -83,11 +83,11 @@ def perturb_members(
         else:
             own = draw_members(*given, noise, jnp.dtype(dtype), sigmas, mesh=mesh)
             variables = {"params": own}
-    return Members(variables, _sampling_keys(key, members), mesh)
+    return Members(variables, sampling_keys(key, members), mesh)
 
 
 @program
-def _sampling_keys(key: jax.Array, members: jax.Array) -> jax.Array:
+def sampling_keys(key: jax.Array, members: jax.Array) -> jax.Array:
     """A key for each member to sample its answers with: [M]."""
     sampling_key = jax.random.fold_in(key, zlib.crc32(b"sampling"))
     return jax.vmap(partial(jax.random.fold_in, sampling_key))(members)

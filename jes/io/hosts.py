@@ -113,12 +113,20 @@ def exchange(make: Callable[[], np.ndarray]) -> np.ndarray:
 
 def from_first(make: Callable[[], Any]) -> Any:
     """The value of `make` in the first process, as JSON, in all; see `exchange`."""
-    text = json.dumps(make()) if first() else ""
+    return from_all(lambda: make() if first() else None)[0]
+
+
+def from_all(make: Callable[[], Any]) -> list[Any]:
+    """The values of `make` of all processes, as JSON, in order; see `exchange`."""
+    text = json.dumps(make())
+    if jax.process_count() == 1:
+        return [json.loads(text)]
     sent = np.frombuffer(text.encode(), np.uint8)
-    length = int(exchange(lambda: np.array([sent.size], np.uint32))[0, 0])
-    padded = np.zeros(length, np.uint8)
+    lengths = exchange(lambda: np.array([sent.size], np.uint32))[:, 0]
+    padded = np.zeros(lengths.max(), np.uint8)
     padded[: sent.size] = sent
-    return json.loads(exchange(lambda: padded)[0].tobytes())
+    rows = zip(exchange(lambda: padded), lengths, strict=True)
+    return [json.loads(row[:length].tobytes()) for row, length in rows]
 
 
 def check_same(what: str, make: Callable[[], str]) -> None:
