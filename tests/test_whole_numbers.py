@@ -73,8 +73,8 @@ def test_arrays_beyond_32_bits_are_drawn_by_parts() -> None:
 
     def last(rows: int) -> jax.Array:
         place = random.places(part, shape[0] - 1)
-        words, _ = random.sign_words(KEY, part, place)
-        return words[-1, 0, :rows]
+        words, _ = random.sign_layout(part, place)
+        return random.bits_at(KEY, words)[-1, 0, :rows]
 
     # The place of the first row of the last group, counted in 64 bits.
     place = math.prod(shape) - 32 * part[1] + np.arange(4)

@@ -24,8 +24,8 @@ from jes.sampling.prompts import pad
 from jes.transforms import error_feedback, es_gradient
 from jes.update import first_centre, first_state, tell
 
-SIZE = 10_000_000
-"""Numbers of one leaf."""
+SHAPE = (4000, 2500)
+"""Of one leaf: ten million numbers."""
 DRAWS: dict[str, Any] = {
     "jax.random.normal": jax.random.normal,
     "normal": random.normal,
@@ -54,18 +54,18 @@ def distributions(repeats: int) -> Iterator[Row]:
 
 
 def updating(name: str) -> Run:
-    """A function that updates a leaf of `SIZE` weights by members with this noise."""
+    """A function that updates a leaf by members with this noise."""
     evolution = Evolution(
         population=MEMBERS, sigma=SIGMA, alpha=SIGMA, distribution=name
     )
-    params = {"kernel": jnp.zeros((SIZE // 2500, 2500))}
+    params = {"kernel": jnp.zeros(SHAPE)}
     centre, state = first_centre(evolution, params), first_state(evolution, params)
     return repeated(partial(tell, evolution), centre, state, 0, MEMBERS)
 
 
 def drawing(use: str, name: str) -> Run:
-    """A function that draws `SIZE` numbers for one of `USES`, by one of `DRAWS`."""
-    key, centre = jax.random.key(0), jnp.zeros(SIZE)
+    """A function that draws as many numbers for one of `USES`, by one of `DRAWS`."""
+    key, centre = jax.random.key(0), jnp.zeros(SHAPE)
     run = jax.jit(lambda key, centre: USES[use](DRAWS[name], key, centre))
     return lambda: run(key, centre)
 

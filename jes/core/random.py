@@ -171,33 +171,49 @@ def sign(key: jax.Array, shape: tuple[int, ...], place: Place | None = None):
         return jax.vmap(lambda part: sign(key, shape[1:], places(shape[1:], part)))(
             jnp.arange(shape[0])
         )
-    words, shift = sign_words(key, shape, place)
+    words, bits_of = sign_layout(shape, places(shape) if place is None else place)
     # Not once for each entry: CPUs see that by themselves, and remove the barrier.
-    words = jax.lax.optimization_barrier(words)
-    negative = ~(words >> shift) << np.uint32(31)
-    one = negative | np.float32(1).view(np.uint32)
-    return jax.lax.bitcast_convert_type(one, jnp.float32).reshape(shape)
+    drawn = jax.lax.optimization_barrier(bits_at(key, words))
+    one = ~bits_of(drawn) << np.uint32(31) | np.float32(1).view(np.uint32)
+    return jax.lax.bitcast_convert_type(one, jnp.float32)
 
 
-def sign_words(
-    key: jax.Array, shape: tuple[int, ...], place: Place | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Words and shifts, uint32, whose lowest bit (words >> shift) & 1 is 1 for +1.
+def sign_layout(
+    shape: tuple[int, ...], place: Place
+) -> tuple[Place, Callable[[jax.Array], jax.Array]]:
+    """The places of the words of signs, and a function of the words to their bits.
 
-    They broadcast to arrays that are to be reshaped to the `shape`.
+    Its results are uint32 of the shape, with 1 for +1 as the lowest bit.
     """
-    place = places(shape) if place is None else place
+    group, row, width = np.uint32(GROUP), place.row, place.width
+    assert row is not None
     if place.whole and len(shape) > 1 and shape[-2] % GROUP == 0:
-        groups = (*shape[:-2], shape[-2] // GROUP, GROUP, shape[-1])
-        first = place.at(lambda numbers: numbers.reshape(groups)[..., :1, :])
-        shift = jnp.arange(GROUP, dtype=jnp.uint32)[:, None]
-        shift = shift.reshape((1,) * (len(groups) - 2) + shift.shape)
-        return bits_at(key, first), shift
-    assert place.row is not None
-    shift = jnp.broadcast_to(place.row % np.uint32(GROUP), place.low.shape)
-    above = shift * np.uint32(place.width)
+        rows = shape[-2] // GROUP, GROUP, width
+        groups = shape[:-2] + rows
+        words = place.at(lambda numbers: numbers.reshape(groups)[..., :1, :])
+        shift = jnp.arange(GROUP, dtype=jnp.uint32).reshape(
+            *[1] * len(shape[1:]), -1, 1
+        )
+        return words, lambda drawn: (drawn >> shift).reshape(shape)
+    if place.whole and len(shape) == 2 and row.ndim == 1:  # not partitioned
+        # From the first row of the group that the first row is in.
+        row = row.reshape(shape)[:, 0]
+        before = row[0] % group
+        rows = jax.lax.iota(jnp.uint32, shape[0]) + before
+        count = -(-(shape[0] + GROUP - 1) // GROUP)
+        high, low = place.high.reshape(-1)[0], place.low.reshape(-1)[0]
+        above = before * np.uint32(width)
+        high, low = high - (low < above).astype(jnp.uint32), low - above
+        inner = jnp.arange(count, dtype=jnp.uint32)[:, None] * np.uint32(GROUP * width)
+        inner = low + inner + jnp.arange(width, dtype=jnp.uint32)[None]
+        words = Place(high + (inner < low).astype(jnp.uint32), inner)
+        shift = (rows % group)[:, None]
+        return words, lambda drawn: drawn[(rows // group).astype(jnp.int32)] >> shift
+    shift = jnp.broadcast_to(row % group, place.low.shape)
+    above = shift * np.uint32(width)
     high = place.high - (place.low < above).astype(jnp.uint32)
-    return bits_at(key, Place(high, place.low - above)), shift
+    words = Place(high, place.low - above)
+    return words, lambda drawn: (drawn >> shift).reshape(shape)
 
 
 def uniform(

@@ -65,14 +65,12 @@ def whole_number_es(
             if leaf.dtype != jnp.int32:
                 raise TypeError(f"a displacement is int32, not {leaf.dtype}: {path}")
             place = random.places(leaf.shape, part, partitioned=noise.partitioned)
+            words, bits_of = random.sign_layout(leaf.shape, place)
 
             def step(direction: jax.Array, total: jax.Array) -> jax.Array:
                 own = leaf_key(jax.random.fold_in(key, direction), path)
-                _, shift = random.sign_words(own, leaf.shape, place)
-                words = kept(
-                    lambda: random.sign_words(own, leaf.shape, place)[0], direction
-                )
-                plus = (words >> shift & 1).astype(bool).reshape(leaf.shape)
+                drawn = kept(lambda: random.bits_at(own, words), direction)
+                plus = (bits_of(drawn) & 1).astype(bool)
                 weight = weights[direction]
                 return total + jnp.where(plus, weight, -weight)
 
