@@ -25,7 +25,7 @@ from jes.core.programs import Abstract, Analysis, TooLargeError, bytes_of
 from jes.errors import InputError
 from jes.experiment import Experiment, pick
 from jes.questions import Batch, Evaluation, batch_of, rows_of
-from jes.rollout import answer, prepare_rollout
+from jes.rollout import answer, dtype_of_centre, prepare_rollout
 from jes.update import first_state
 
 SHARE = {"cpu": 0.6}
@@ -83,6 +83,7 @@ def choose(experiment: Experiment) -> Held:
         return Held(chunk, *sizes)
 
     budget = budget_for_members(experiment)
+    params = centre_like(experiment)
     useful = useful_members(members, sizes[0] or rows)
     for slots in sizes:
         in_slots = dataclasses.replace(evaluation, slots=slots)
@@ -244,9 +245,21 @@ def budget_for_members(experiment: Experiment) -> int:
     later = [jax.eval_shape(partial(first_state, evolution), params)]
     if evolution.anchor in ("device", "bfloat16"):
         later.append(params)  # at most
-    if evolution.whole_numbers and experiment.evaluation.draw == "member":
-        later.append(params)  # θ, beside the displacement
+    if evolution.whole_numbers:  # θ, beside the displacement
+        later.append(centre_like(experiment))
     return free_bytes() - bytes_of(later)
+
+
+def centre_like(experiment: Experiment) -> PyTree:
+    """Shapes, dtypes and places of θ as members are asked with it."""
+    params, evolution = experiment.pretrained.params, experiment.evolution
+    if not evolution.whole_numbers:
+        return params
+    dtype = dtype_of_centre(experiment.evaluation, evolution)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding),
+        params,
+    )
 
 
 def free_bytes() -> int:

@@ -45,6 +45,7 @@ from jes.models.safetensors_files import EMBEDDED
 from jes.models.shapes import SHAPES
 from jes.models.weights import leaf_shapes
 from jes.questions import Batch, Evaluation, rows_of, texts_in
+from jes.rollout import dtype_of_centre
 from jes.sampling.likelihood import pack_choices
 from jes.sampling.packing import text_tokens
 from jes.sampling.prompts import pad
@@ -276,13 +277,14 @@ def plan(settings: Settings, target: str, tokens: int) -> Plan:
     everywhere = NamedSharding(mesh, PartitionSpec()) if mesh else None
     place = everywhere or SingleDeviceSharding(devices[0])
     analysis = Analysis(elsewhere=place)
-    params = stand_ins(analysis, config, mesh)
-    held = {"weights": bytes_of(params)}
-    if evolution.whole_numbers and settings.draw == "member":
-        held["displacement"] = bytes_of(params)  # beside the weights that are perturbed
+    params = stand_ins(analysis, config, mesh, dtype_of_centre(evaluation, evolution))
+    held, centre = {"weights": bytes_of(params)}, params
+    if evolution.whole_numbers:
+        centre = stand_ins(analysis, config, mesh, jnp.int32)
+        held["displacement"] = bytes_of(centre)
     if settings.anchor in ("device", "bfloat16"):
         small = settings.anchor == "bfloat16" or settings.dtype == "bfloat16"
-        held["anchor"] = bytes_of(params) // (1 + small)
+        held["anchor"] = bytes_of(stand_ins(analysis, config, mesh)) // (1 + small)
     free = memory - sum(held.values())
     members = -(-settings.population // share)
     chunk = min(settings.chunk or members, members)
@@ -302,11 +304,10 @@ def plan(settings: Settings, target: str, tokens: int) -> Plan:
     fitness: Any = Abstract(analysis, like, None)
     anchor = None if settings.decay == "none" else params
     if evolution.whole_numbers:
-        params = stand_ins(analysis, config, mesh, jnp.int32)
         fitness = np.zeros(settings.population, np.float32)
-    state = jax.eval_shape(lambda tree: first_state(evolution, tree), params)
+    state = jax.eval_shape(lambda tree: first_state(evolution, tree), centre)
     state = jax.tree.map(lambda leaf: Abstract(analysis, leaf, None), state)
-    tell(evolution, params, state, key, fitness, anchor, share=settings.share_update)
+    tell(evolution, centre, state, key, fitness, anchor, share=settings.share_update)
 
     peak = sum(held.values()) + int(max(asked.peak, analysis.peak))
     fits = peak <= memory

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jes.core.evolution import Evolution
 from jes.core.members import Members, by_member
 from jes.core.mesh import POPULATION, mesh_of
 from jes.core.noise import Noise, PyTree
@@ -61,6 +62,16 @@ class Rollout(NamedTuple):
     noise: Noise | None
     mesh: Mesh | None = None
     before: Before = proceed
+
+
+def dtype_of_centre(evaluation: Evaluation, evolution: Evolution) -> Any:
+    """The dtype of θ that members are asked with.
+
+    Float32; but where θ is made for that, of a displacement, and members share it, no
+    other than they answer in.
+    """
+    shared = evolution.rank or evaluation.draw == "layer"
+    return evaluation.dtype if evolution.whole_numbers and shared else jnp.float32
 
 
 def prepare_rollout(

@@ -46,7 +46,7 @@ from jes.memory import choose, give_back_freed_blocks
 from jes.metacognition.objectives import objective_fitness
 from jes.models.weights import fingerprint
 from jes.questions import batch_of, texts_in
-from jes.rollout import ask
+from jes.rollout import ask, dtype_of_centre
 from jes.run_folder import RunFolder, alone, finished, report
 from jes.sampling.packing import computed_tokens, text_tokens
 from jes.scoring import Score, fitness_of
@@ -273,9 +273,7 @@ def es_step(
     evolution = settings.evolution.at(generation)
     key = generation_key(state.root, generation)
     questions = pick(experiment, generation)
-    # Members that share θ need it in no other dtype than they answer in.
-    shares = settings.rank or settings.draw == "layer"
-    dtype = experiment.evaluation.dtype if shares else jnp.float32
+    dtype = dtype_of_centre(experiment.evaluation, evolution)
     scores = ask(
         experiment.evaluation,
         with_weights(experiment, state, base, dtype).params,

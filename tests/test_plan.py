@@ -62,7 +62,7 @@ def test_this_machine_is_a_target_too() -> None:
     names = [program.name for program in found.programs]
     assert names == [
         "draw_members",
-        "_sampling_keys",
+        "sampling_keys",
         "_unrolled_by_member",
         "decode",
         "_tell",

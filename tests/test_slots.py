@@ -17,7 +17,7 @@ from small_decoder import decoder, weights_of
 import jes
 from jes import rollout as asking
 from jes import train
-from jes.bench.rollouts import long_tailed
+from jes.bench.cases import long_tailed
 from jes.config import freeze
 from jes.core.members import Members
 from jes.core.mesh import make_mesh

@@ -1,7 +1,9 @@
 """What is measured: a model, its prompts, and the work of answering them."""
 
 import dataclasses
+import math
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +14,7 @@ from jes.core.evolution import Evolution
 from jes.core.noise import generation_key
 from jes.memory import useful_members
 from jes.models.config import ModelConfig
+from jes.models.gguf_files import INSTALLED
 from jes.models.qwen import Decoder
 from jes.models.weights import Pretrained, load
 from jes.questions import Evaluation, Question
@@ -22,20 +25,45 @@ from jes.update import first_centre, first_state, tell, weights_of
 
 
 class Case(NamedTuple):
-    """A model, and `rows` prompts of `prompt` tokens to be answered with `new`."""
+    """A model, and `rows` prompts of `prompt` tokens to be answered with `new`.
+
+    Where they are `ragged` that is their median: lengths of 64 questions of ARC-C,
+    log-normal, the longest 2.3 times the mean.
+    """
 
     model: Pretrained
     rows: int
     prompt: int
     new: int
+    ragged: bool = False
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each prompt, int [rows]."""
+        if not self.ragged:
+            return np.full(self.rows, self.prompt)
+        return long_tailed(self.rows, self.prompt, 2.46)
 
     def prompts(self) -> list[list[int]]:
         """Random prompts, the same each time."""
-        rng, shape = np.random.default_rng(0), (self.rows, self.prompt)
-        return rng.integers(0, self.model.config.vocab_size, shape).tolist()
+        rng, most = np.random.default_rng(0), self.model.config.vocab_size
+        return [rng.integers(0, most, n).tolist() for n in self.lengths()]
 
     def __str__(self) -> str:
-        return f"{self.rows} prompts x {self.prompt} + {self.new} tokens"
+        lengths = self.lengths()
+        tokens = f"{lengths.min()} to {lengths.max()}" if self.ragged else self.prompt
+        return f"{self.rows} prompts x {tokens} + {self.new} tokens"
+
+
+def long_tailed(count: int, median: float, longest: float, seed: int = 0) -> np.ndarray:
+    """Log-normal lengths in tokens, int32 [count]: quantiles in random order.
+
+    The longest is given in medians.
+    """
+    ranks = (np.arange(count) + 0.5) / count
+    normal = np.array([NormalDist().inv_cdf(rank) for rank in ranks])
+    lengths = median * np.exp(normal * math.log(longest) / normal.max())
+    lengths = np.maximum(np.rint(lengths), 1).astype(np.int32)
+    return np.random.default_rng(seed).permutation(lengths)
 
 
 def evaluation_of(
@@ -52,6 +80,7 @@ def evaluation_of(
         answer=lambda example: 0,
         max_new_tokens=case.new,
     )
+    longest = int(case.lengths().max())
     evaluation = Evaluation(
         model=case.model.model,
         tokenizer=case.model.tokenizer,
@@ -59,7 +88,7 @@ def evaluation_of(
         sampling=Sampling(),
         mode=mode,
         draw=draw,
-        buckets=(case.prompt + (mode == "likelihood"),),
+        buckets=(longest + (mode == "likelihood"),),
     )
     choices = [[1], [2]] if mode == "likelihood" else []
     return evaluation, [Question({}, prompt, choices) for prompt in case.prompts()]
@@ -135,7 +164,9 @@ SIZES = (
 
 
 def model_of(name: str) -> Pretrained:
-    """'tiny', the embedded model, or one of `SHAPES`."""
+    """'tiny', the embedded model, one of `SHAPES`, or 'smollm2-135m'."""
+    if name in INSTALLED:
+        return load(name)
     tiny = load("tiny")
     return (
         tiny

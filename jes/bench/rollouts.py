@@ -1,16 +1,14 @@
 """Rows of `jes.bench`: answers that differ in length, and prompts that begin alike."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from statistics import NormalDist
 from typing import Any
 
 import jax
 import numpy as np
 
-from jes.bench.cases import Case, model_of
+from jes.bench.cases import Case, long_tailed, model_of
 from jes.bench.timing import Row, Run, compare
 from jes.core.members import Members, unperturbed
 from jes.memory import slot_choices, useful_members
@@ -76,18 +74,6 @@ def in_chunks(
     ]
 
 
-def long_tailed(count: int, median: float, longest: float, seed: int = 0) -> np.ndarray:
-    """Log-normal lengths in tokens, int32 [count]: quantiles in random order.
-
-    The longest is given in medians.
-    """
-    ranks = (np.arange(count) + 0.5) / count
-    normal = np.array([NormalDist().inv_cdf(rank) for rank in ranks])
-    lengths = median * np.exp(normal * math.log(longest) / normal.max())
-    lengths = np.maximum(np.rint(lengths), 1).astype(np.int32)
-    return np.random.default_rng(seed).permutation(lengths)
-
-
 def shared_prefix(repeats: int) -> Iterator[Row]:
     """Prompts read in full over those whose common prefix is read once."""
     tiny, count = model_of("tiny"), 32
@@ -99,16 +85,10 @@ def shared_prefix(repeats: int) -> Iterator[Row]:
 
 
 def ragged(repeats: int) -> Iterator[Row]:
-    """What packing saves where prompts differ in length, and likelihoods in one read.
-
-    The lengths are those of 64 questions of a data set: log-normal, the longest 2.3
-    times the mean.
-    """
-    model, count = model_of("4.5M"), 64
-    lengths = np.minimum(long_tailed(count, 84, 2.5), 207)
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, model.config.vocab_size, n).tolist() for n in lengths]
-    tokens = f"{count} prompts x {lengths.min()} to {lengths.max()} tokens"
+    """What packing saves for prompts of all lengths, and likelihoods in one read."""
+    case = Case(model_of("4.5M"), 64, 84, 1, ragged=True)
+    model, prompts, count = case.model, case.prompts(), case.rows
+    tokens = f"{count} prompts x {min(case.lengths())} to {max(case.lengths())} tokens"
     padded, packed = pad(prompts), pack_prompts(prompts)
     runs = reading(model, padded), reading(model, packed)
     text = computed_tokens(packed) / text_tokens(packed)
