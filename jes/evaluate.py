@@ -16,6 +16,7 @@ from typing import Any
 from rich.table import Table
 
 from jes.config import CHOICES, DTYPES, Settings
+from jes.core.mesh import make_mesh, replicated
 from jes.errors import InputError
 from jes.experiment import make_evaluation, task_for
 from jes.export import load_base, read_ledger, replayed
@@ -73,15 +74,14 @@ def evaluate(
       batch_size: prompts answered at once.
       settings: `mode` and `dtype`, see `jes.questions.Evaluation`.
     """
-    rows = {}
+    # Every device of this process has the model, and answers a part.
+    params, rows = replicated(pretrained.params, make_mesh()), {}
     for name in tasks:
         task = task_for(pretrained, name, asking, **(data or {}))
         evaluation = make_evaluation(pretrained, task, **settings)
         questions = prepare(evaluation, task.test)
         with doing(f"{name}: {len(questions)} examples"):
-            score = examine(
-                evaluation, pretrained.params, questions, batch_size=batch_size
-            )
+            score = examine(evaluation, params, questions, batch_size=batch_size)
         rows[name] = score_row(score, task.parts)
     return rows
 
