@@ -34,7 +34,7 @@ SMALL: dict[Any, dict[str, Any]] = {
     },
     rollouts: {"PROMPTS": 8, "MEDIAN": 2, "LONGEST": 3, "COMMON": 40, "OWN": 3},
     noise: {
-        "SIZE": 1001,
+        "SHAPE": (77, 13),
         **{"MEMBERS": 3, "PROMPTS": 2, "PROMPT": 4, "NEW": 3, "POPULATION": 4},
         "CODES": (64, 128),
         **{"CODES_POPULATION": 4, "WINDOW": 3, "SIGMAS": {0.01: ""}},
@@ -64,7 +64,7 @@ def check(row: Row) -> None:
 @pytest.mark.parametrize(
     ("name", "count"),
     slow_except(
-        {("noise", 6)},
+        {("noise", 9)},
         [
             ("generation", 3),
             ("rollouts", 2),
@@ -72,7 +72,7 @@ def check(row: Row) -> None:
             ("low_rank", 8),
             ("rounding", 3),
             ("scaling", 2),
-            ("noise", 6),
+            ("noise", 9),
         ],
     ),
 )
@@ -131,9 +131,11 @@ def test_slopes_are_of_logarithms(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_noise_that_is_drawn_and_summed() -> None:
     key = jax.random.key(0)
     for name in DISTRIBUTIONS:
-        drawn = DISTRIBUTIONS[name](key, (1001,))
+        drawn = DISTRIBUTIONS[name](key, (77, 13))
         np.testing.assert_array_equal(noise.drawing("drawn", name)(), drawn)
-        own = [DISTRIBUTIONS[name](jax.random.fold_in(key, m), (1001,)) for m in (0, 1)]
+        own = [
+            DISTRIBUTIONS[name](jax.random.fold_in(key, m), (77, 13)) for m in (0, 1)
+        ]
         total = noise.drawing("summed over 2 members", name)()
         np.testing.assert_allclose(total, -0.5 * own[0] - 1.5 * own[1], atol=1e-5)
 

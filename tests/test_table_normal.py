@@ -257,7 +257,9 @@ def test_estimate_is_of_the_noise_that_members_have() -> None:
 
 
 def test_laws_are_named() -> None:
-    with pytest.raises(ValueError, match=r"one of \('normal', 'table'\), not 'cauchy'"):
+    with pytest.raises(
+        ValueError, match=r"one of \('normal', 'table', 'sign'\), not 'cauchy'"
+    ):
         jes.Noise(sigma=1.0, distribution="cauchy")
 
 
@@ -265,7 +267,9 @@ def test_settings_that_no_run_can_have(small_model: Path) -> None:
     config = get_config(str(small_model))
     assert freeze(config).evolution.noise.distribution == "normal"
     config.noise = "cauchy"
-    with pytest.raises(InputError, match=r"\('normal', 'table'\), not 'cauchy'"):
+    with pytest.raises(
+        InputError, match=r"\('normal', 'table', 'sign'\), not 'cauchy'"
+    ):
         freeze(config)
     config.noise, config.rounding = "table", "replay"
     with pytest.raises(InputError, match="'table' is for float models"):

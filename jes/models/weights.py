@@ -170,7 +170,8 @@ def load(
     else:
         folder = locate(name)
         if not (folder / "config.json").is_file():
-            raise WeightsError(f"{folder} is not a model folder: it has no config.json")
+            what = "is not a model folder: it holds no config.json"
+            raise WeightsError(f"{folder} {what}")
         hf_config, tensors = read_json(folder / "config.json"), open_tensors(folder)
         files = {n: (folder / n).read_bytes() for n in COPIED if (folder / n).is_file()}
     hf_config = _with_own_head(hf_config, tensors)
