@@ -66,7 +66,7 @@ def check(row: Row) -> None:
     slow_except(
         {("noise", 9)},
         [
-            ("generation", 3),
+            ("generation", 5),
             ("rollouts", 2),
             ("prefix", 1),
             ("low_rank", 8),

@@ -108,9 +108,10 @@ def generation(
     With or without the update; `chunk` members at once, 0 for as many as are useful.
     """
     evaluation, questions = evaluation_of(case, mode, draw)
-    base = case.model.params
-    centre = first_centre(evolution, jax.tree.map(jnp.array, base))
-    state = first_state(evolution, base)
+    copy = jax.tree.map(jnp.array, case.model.params)
+    base = case.model.params if evolution.whole_numbers else None
+    centre, state = first_centre(evolution, copy), first_state(evolution, copy)
+    del copy
     chunk = chunk or useful_members(evolution.population, case.rows)
     key = generation_key(jax.random.key(0), 0)
 

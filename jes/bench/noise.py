@@ -276,10 +276,11 @@ def repeated(
     params: Any,
     state: Any,
     first: int,
-    members: int = CODES_POPULATION,
+    members: int = 0,
 ) -> Run:
     """A function that makes the next update, from generation `first` on."""
-    generations, fitness = itertools.count(first), rewards(members)
+    generations = itertools.count(first)
+    fitness = rewards(members or CODES_POPULATION)
 
     def run() -> Any:
         nonlocal params, state
