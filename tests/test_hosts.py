@@ -108,7 +108,7 @@ def sent(result: dict[str, Any]) -> list[list[Any]]:
 
 
 def test_what_is_sent_does_not_grow_with_the_model(results: dict, folder: Path) -> None:
-    """Scores of the members, a word of well-being, digests: not one weight."""
+    """Scores of members and of an evaluation, texts, digests: not one weight."""
     small, wide = sent(results["two"][0]), sent(results["wide"][0])
     sizes = [
         (folder / name / "model" / "model.safetensors").stat().st_size
@@ -119,7 +119,7 @@ def test_what_is_sent_does_not_grow_with_the_model(results: dict, folder: Path) 
     assert {kind for kind, _ in small} == {"all-gather"}
     scores = 4 * 9 * 8  # members, fields of a score, bytes of a float64
     assert ["all-gather", scores] in small
-    assert sum(size for _, size in small) < 2000
+    assert sum(size for _, size in small) < 3000
     # With another number of members in each of three processes: two, of which the
     # last has copies.
     assert ["all-gather", 6 * 9 * 8] in sent(results["three"][0])

@@ -27,6 +27,8 @@ RUNNING, DONE, FAILED = 0, 100, 101
 """Status codes of a process; any other is the number of the signal that stopped it."""
 
 
+LEAST = 256
+"""Bytes that are sent at least where a text is."""
 LONGER = 30
 """Seconds that JAX would wait longer for a process than this one does."""
 
@@ -123,7 +125,8 @@ def from_all(make: Callable[[], Any]) -> list[Any]:
         return [json.loads(text)]
     sent = np.frombuffer(text.encode(), np.uint8)
     lengths = exchange(lambda: np.array([sent.size], np.uint32))[:, 0]
-    padded = np.zeros(lengths.max(), np.uint8)
+    # Of few lengths: each is a program of its own.
+    padded = np.zeros(max(LEAST, 1 << int(lengths.max() - 1).bit_length()), np.uint8)
     padded[: sent.size] = sent
     rows = zip(exchange(lambda: padded), lengths, strict=True)
     return [json.loads(row[:length].tobytes()) for row, length in rows]
