@@ -18,7 +18,7 @@ import small_run
 import jes
 from jes import train
 from jes.config import freeze
-from jes.core import random, whole_numbers
+from jes.core import random, signs, whole_numbers
 from jes.core.evolution import Evolution
 from jes.core.noise import Noise, generation_key, leaf_key
 from jes.errors import InputError
@@ -29,7 +29,7 @@ from jes.update import first_centre, first_state, replay, tell, weights_of
 KEY = jax.random.key(3)
 
 
-def signs(key: jax.Array, shape: tuple[int, ...]) -> np.ndarray:
+def defined(key: jax.Array, shape: tuple[int, ...]) -> np.ndarray:
     """The definition: 32 rows share a word a column, which is that of the first row."""
     width = shape[-1] if len(shape) > 1 else 1
     words = np.asarray(jax.random.bits(key, (math.prod(shape) // width, width)))
@@ -43,37 +43,37 @@ def signs(key: jax.Array, shape: tuple[int, ...]) -> np.ndarray:
 )
 def test_signs_are_the_bits_of_words(shape: tuple[int, ...], partitioned: bool) -> None:
     """Whole, and in parts of the first axis, of any size."""
-    expected = signs(KEY, shape)
+    expected = defined(KEY, shape)
     place = random.places(shape, partitioned=partitioned)
-    for found in (random.sign(KEY, shape), random.sign(KEY, shape, place)):
+    for found in (signs.sign(KEY, shape), signs.sign(KEY, shape, place)):
         np.testing.assert_array_equal(found, expected)
     for parts in (n for n in range(2, 1 + sum(shape[:1])) if shape[0] % n == 0):
         cut = (shape[0] // parts, *shape[1:])
         for i, part in enumerate(np.split(expected, parts)):
             place = random.places(cut, i, partitioned=partitioned)
-            np.testing.assert_array_equal(random.sign(KEY, cut, place), part)
+            np.testing.assert_array_equal(signs.sign(KEY, cut, place), part)
 
 
 def test_signs_of_rows_and_of_blocks() -> None:
-    expected, rows = signs(KEY, (70, 6)), np.array([[3, 40], [69, 0]])
+    expected, rows = defined(KEY, (70, 6)), np.array([[3, 40], [69, 0]])
     place = random.places((6,), jnp.asarray(rows)[..., None])
-    found = random.sign(KEY, (2, 2, 6), place)
+    found = signs.sign(KEY, (2, 2, 6), place)
     np.testing.assert_array_equal(found, expected[rows])
     place = random.places((3,), jnp.arange(9, 41)[:, None], 6, start=2)
-    found = random.sign(KEY, (32, 3), place)
+    found = signs.sign(KEY, (32, 3), place)
     np.testing.assert_array_equal(found, expected[9:41, 2:5])
 
 
 def test_arrays_beyond_32_bits_are_drawn_by_parts() -> None:
     """Traced alone: 2^32 numbers are 17 GB."""
     shape = (2**9, 2**13, 2**10)
-    found = jax.eval_shape(lambda: random.sign(KEY, shape))
+    found = jax.eval_shape(lambda: signs.sign(KEY, shape))
     assert found.shape == shape
     part = (2**13, 2**10)
 
     def last(rows: int) -> jax.Array:
         place = random.places(part, shape[0] - 1)
-        words, _ = random.sign_layout(part, place)
+        words, _ = signs.layout(part, place)
         return random.bits_at(KEY, words)[-1, 0, :rows]
 
     # The place of the first row of the last group, counted in 64 bits.
@@ -187,7 +187,7 @@ def test_an_update_is_the_sum_of_whole_numbers_in_any_order(antithetic: bool) ->
         total = np.zeros(found.shape, np.int64)
         for member in reversed(range(6)):
             key, sign = chosen.noise.direction(KEY, jnp.int32(member))
-            drawn = signs(leaf_key(key, path), found.shape).astype(int)
+            drawn = defined(leaf_key(key, path), found.shape).astype(int)
             total += int(weights[member]) * int(sign) * drawn
         np.testing.assert_array_equal(found, total, strict=False)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jes.bench.cases import Case, generation, model_of
 from jes.bench.timing import Row, Run, compare, row_of
-from jes.core import random
+from jes.core import random, signs
 from jes.core.codes import Codes, pack
 from jes.core.evolution import Evolution
 from jes.core.integer_noise import dense_noise
@@ -30,7 +30,7 @@ DRAWS: dict[str, Any] = {
     "jax.random.normal": jax.random.normal,
     "normal": random.normal,
     "table": random.table,
-    "sign": random.sign,
+    "sign": signs.sign,
 }
 Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jes.core import random
+from jes.core import random, signs
 from jes.core.integer_noise import integer_noise
 from jes.core.low_rank import draw_low_rank, has_matrices
 
@@ -35,7 +35,7 @@ PyTree = Any
 DISTRIBUTIONS: dict[str, Callable[..., jax.Array]] = {
     "normal": random.normal,
     "table": random.table,
-    "sign": random.sign,
+    "sign": signs.sign,
 }
 """Distributions of ε, all of mean 0 and variance 1: functions of (key, shape), or of
 (key, shape, place) for some entries of a larger array."""

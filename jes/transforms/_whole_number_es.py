@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jes.core import random
+from jes.core import random, signs
 from jes.core.drift import KINDS
 from jes.core.noise import Noise, PartKey, PyTree, leaf_key
 from jes.core.placement import kept
@@ -65,7 +65,7 @@ def whole_number_es(
             if leaf.dtype != jnp.int32:
                 raise TypeError(f"a displacement is int32, not {leaf.dtype}: {path}")
             place = random.places(leaf.shape, part, partitioned=noise.partitioned)
-            words, bits_of = random.sign_layout(leaf.shape, place)
+            words, bits_of = signs.layout(leaf.shape, place)
 
             def step(direction: jax.Array, total: jax.Array) -> jax.Array:
                 own = leaf_key(jax.random.fold_in(key, direction), path)
