@@ -64,9 +64,7 @@ def replayed(
     evolution, start = evolution_of(ledger), 0
     state = first_centre(evolution, base.params), first_state(evolution, base.params)
     anchor = None
-    if evolution.whole_numbers:
-        anchor = base.params
-    elif evolution.decay != "none":
+    if evolution.decay != "none" and not evolution.whole_numbers:
         anchor = keep_anchor(base.params, evolution.anchor, base.stored_dtype)
     found = folder and checkpoints.restore_latest(folder, state, count)
     if found:

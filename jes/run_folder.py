@@ -264,10 +264,8 @@ class RunFolder:
             done = {row["task"] for row in rows if row["generation"] == generation}
             return [name for name in experiment.evaluations if name not in done]
 
-        asked = hosts.from_first(missing)
-        for name, (evaluation, questions) in experiment.evaluations.items():
-            if name not in asked:
-                continue
+        for name in hosts.from_first(missing):
+            evaluation, questions = experiment.evaluations[name]
             answers: dict[int, dict[str, Any]] = {}
             note = partial(note_answer, answers, evaluation.task, questions)
             score = examine(

@@ -34,7 +34,7 @@ from jes.config import GrpoSettings, Settings, SftSettings, freeze
 from jes.core.anchor import displacement, keep_anchor
 from jes.core.drift import predicted_drift
 from jes.core.noise import PyTree, generation_key
-from jes.core.whole_numbers import is_displacement, norm
+from jes.core.whole_numbers import norm
 from jes.errors import InputError
 from jes.experiment import Experiment, State, make_experiment, pick, settled
 from jes.guide import Guide
@@ -359,11 +359,11 @@ def metrics_row(
     """One row of `metrics.jsonl`; `generation` counts from 0."""
     moved = None
     if base is not None and hosts.first():
-        evolution, params = experiment.evolution, state.params
-        if is_displacement(params):
-            moved = float(norm(params, evolution.whole_unit))
+        evolution = experiment.evolution
+        if evolution.whole_numbers:
+            moved = float(norm(state.params, evolution.whole_unit))
         else:
-            moved = float(displacement(params, base))
+            moved = float(displacement(state.params, base))
     walked = None  # a gradient has no random walk to compare with
     if experiment.settings.method == "es":
         walked = predicted_drift(

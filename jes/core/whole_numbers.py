@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jes.core.fitness import METHODS, shaped
+from jes.core.fitness import METHODS, finite_members, shaped
 from jes.core.noise import PyTree
 from jes.core.placement import on_device
 from jes.core.programs import program
@@ -56,8 +56,8 @@ def whole_fitness(rewards: np.ndarray, shaping: str, rate: float) -> np.ndarray:
       rate: α over the unit.
     """
     rewards = np.asarray(rewards, np.float32).astype(np.float64)
-    count = max(1, int(np.isfinite(rewards).sum()))
-    scaled = shaped(rewards, METHODS[shaping], np) * (rate / count)
+    share = rate / float(finite_members(rewards, np))
+    scaled = shaped(rewards, METHODS[shaping], np) * share
     most = 2**BITS - 1
     return np.clip(np.rint(scaled), -most, most).astype(np.int32)
 
@@ -98,12 +98,6 @@ def strength_of(kind: str, pull: float, unit: float) -> np.ndarray:
     """The strength that `pulled` takes, for a pull α λ: uint32 scalar."""
     strength = round(pull / unit) if kind == "l1" else round(pull * 2**32)
     return np.asarray(min(strength, 2**32 - 1), np.uint32)
-
-
-def is_displacement(params: PyTree) -> bool:
-    """Whether these are displacements in whole numbers, and not weights."""
-    leaves = jax.tree.leaves(params)
-    return bool(leaves) and all(leaf.dtype == jnp.int32 for leaf in leaves)
 
 
 def none_of(params: PyTree) -> PyTree:

