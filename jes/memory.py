@@ -11,7 +11,7 @@ import dataclasses
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,33 +71,75 @@ def choose(experiment: Experiment) -> Held:
       InputError: if not even one member with one prompt at a time fits.
     """
     evaluation, settings = experiment.evaluation, experiment.settings
-    params, noise = experiment.pretrained.params, experiment.evolution.noise
     questions = pick(experiment, 0)  # all generations have their shape
     rows = rows_of(batch_of(evaluation, questions))
-    members = -(-settings.population // (jax.process_count() * devices_of(params)))
-    sizes = [settings.slots if settings.slots < rows else 0]
-    if not settings.slots and evaluation.mode == "generate":
-        sizes = slot_choices(rows, evaluation.max_new_tokens)
+    members = -(
+        -settings.population
+        // (jax.process_count() * devices_of(experiment.pretrained.params))
+    )
+    sizes = slot_sizes(evaluation, settings.slots, rows)
     chunk = min(settings.chunk, members)
     if chunk and len(sizes) == 1:
         return Held(chunk, *sizes)
+    budget, params = budget_for_members(experiment), centre_like(experiment)
+    noise = experiment.evolution.noise
 
-    budget = budget_for_members(experiment)
-    params = centre_like(experiment)
-    useful = useful_members(members, sizes[0] or rows)
-    for slots in sizes:
+    def peak(slots: int, chunk: int) -> Peak:
         in_slots = dataclasses.replace(evaluation, slots=slots)
         batch = batch_of(in_slots, questions)
-        peak = partial(peak_of, in_slots, params, noise, batch, budget)
+        return peak_of(in_slots, params, noise, batch, budget, chunk)
+
+    held, least = first_that_fits(peak, sizes, rows, members, budget, chunk)
+    if not held.chunk:
+        raise too_large(chunk or 1, held.slots or rows, least, budget)
+    return held
+
+
+def slot_sizes(
+    evaluation: Evaluation, slots: int, rows: int, platform: str = ""
+) -> list[int]:
+    """Prompts that a member may answer at a time, best first: as set, or by choice."""
+    if slots or evaluation.mode != "generate":
+        return [slots if slots < rows else 0]
+    return slot_choices(rows, evaluation.max_new_tokens, platform)
+
+
+def first_that_fits(
+    peak: Callable[[int, int], Peak],
+    sizes: Sequence[int],
+    rows: int,
+    members: int,
+    budget: int,
+    chunk: int = 0,
+    platform: str = "",
+) -> tuple[Held, Peak]:
+    """The first number of slots with which a member fits, and how many members do.
+
+    Args:
+      peak: of so many slots and members.
+      sizes: numbers of slots, best first.
+      rows: prompts that each member answers.
+      members: of a device.
+      budget: bytes.
+      chunk: members to hold at once; 0 chooses.
+      platform: of the devices, by default of this process's.
+
+    Returns:
+      What fits, with a chunk of 0 if nothing does; and the peak of the fewest members
+      that were tried with these slots.
+    """
+    useful = useful_members(members, sizes[0] or rows, platform)
+    for slots in sizes:
+        of_members = partial(peak, slots)
         if chunk:
-            least = peak(chunk)
+            least = of_members(chunk)
             fitting = chunk if least.bytes <= budget else 0
         else:
-            fitting, least = most_that_fit(peak, members, useful, budget)
+            fitting, least = most_that_fit(of_members, members, useful, budget)
             useful = 1  # fewer slots are for memory that does not hold one member
         if fitting:
-            return Held(fitting, slots)
-    raise too_large(chunk or 1, slots or rows, least, budget)
+            break
+    return Held(fitting, slots), least
 
 
 def chunk_of(
@@ -200,9 +242,9 @@ def most_that_fit(
     return (chunk if found.bytes <= budget else 0), one
 
 
-def useful_members(members: int, rows: int) -> int:
+def useful_members(members: int, rows: int, platform: str = "") -> int:
     """How many members with so many rows each are worth holding at once."""
-    cpu = jax.default_backend() == "cpu"
+    cpu = (platform or jax.default_backend()) == "cpu"
     return evenly(members, -(-CPU_ROWS // rows) if cpu else members)
 
 
@@ -211,14 +253,14 @@ def evenly(members: int, most: int) -> int:
     return -(-members // -(-members // most))
 
 
-def slot_choices(rows: int, new: int) -> list[int]:
+def slot_choices(rows: int, new: int, platform: str = "") -> list[int]:
     """How many prompts a member may answer at a time, best first; 0 for all.
 
     All, where answers are short. Else, or where that does not fit, a fourth, so that
     most of the time all slots are in use; then half as many again and again.
     """
     slots = -(-rows // 4)
-    if jax.default_backend() == "cpu":
+    if (platform or jax.default_backend()) == "cpu":
         slots = min(slots, CPU_ROWS)
     choices = [slots] if slots < rows else []
     while slots > 1:

@@ -77,6 +77,29 @@ def quantize(
         divide the inputs of a layer, or weights that are quantised, not finite or too
         large.
     """
+    if is_quantized(params):
+        raise InputError("the weights are quantised already: leave out `quantize`")
+    form: dict[str, Any] = {"bits": bits, "group_size": group_size}
+    form |= {"symmetric": symmetric, "int8_activations": int8_activations}
+    leaves = flatten_dict(dict(params), sep="/")
+    for path in filter(is_kernel, leaves):
+        leaf = rounded(path, leaves[path], **form)
+        if not jnp.isfinite(leaf.scales).all():
+            raise InputError(f"{path} holds weights that are not finite, or too large")
+        leaves[path] = leaf
+    return unflatten_dict(leaves, sep="/")
+
+
+def rounded(
+    path: str,
+    leaf: jax.Array,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    int8_activations: bool = False,
+) -> Quantized:
+    """A stack of kernels [L, I, O] as codes; settings and errors as of `quantize`."""
     if bits not in BITS:
         raise InputError(f"bits must be one of {BITS}, not {bits}")
     if int8_activations and (bits, symmetric) != (8, True):
@@ -85,25 +108,16 @@ def quantize(
         raise InputError(
             f"int8_activations take one scale an output, not groups of {group_size}"
         )
-    if is_quantized(params):
-        raise InputError("the weights are quantised already: leave out `quantize`")
-    leaves = flatten_dict(dict(params), sep="/")
-    for path in filter(is_kernel, leaves):
-        leaf, rows = leaves[path], leaves[path].shape[1]
-        size = GROUP_SIZE if group_size is None else group_size
-        size = rows if size == -1 else size
-        if int8_activations:
-            leaf = _round_channels(leaf)
-        elif size < 1 or rows % size:
-            raise InputError(
-                f"{path} has {rows} inputs, which group_size={size} does not divide"
-            )
-        else:
-            leaf = _round_groups(leaf, bits, size, symmetric)
-        if not jnp.isfinite(leaf.scales).all():
-            raise InputError(f"{path} holds weights that are not finite, or too large")
-        leaves[path] = leaf
-    return unflatten_dict(leaves, sep="/")
+    if int8_activations:
+        return _round_channels(leaf)
+    rows = leaf.shape[1]
+    size = GROUP_SIZE if group_size is None else group_size
+    size = rows if size == -1 else size
+    if size < 1 or rows % size:
+        raise InputError(
+            f"{path} has {rows} inputs, which group_size={size} does not divide"
+        )
+    return _round_groups(leaf, bits, size, symmetric)
 
 
 def rounding_error(params: Mapping[str, Any], quantized: Mapping[str, Any]) -> float:

@@ -9,19 +9,25 @@ from typing import Any
 
 import pytest
 
+from jes import load
 from jes.config import default, freeze
+from jes.core.accelerators import DEEP, FLAT, TARGETS, devices_of
+from jes.core.programs import bytes_of
 from jes.errors import InputError
+from jes.memory import Held
 from jes.models.shapes import SHAPES
 from jes.plan import (
-    DEEP,
-    FLAT,
-    TARGETS,
-    devices_of,
-    least_seconds,
+    advised,
+    lengths_in,
     model_config,
+    others,
     plan,
     questions,
+    sent_by,
+    work_of,
 )
+from jes.quantize import quantize
+from jes.questions import batch_of
 
 ROOT = Path(__file__).parents[1]
 AOT = ROOT / ".venv" / "aot"
@@ -58,7 +64,7 @@ def settings(**changes: Any) -> Any:
 
 
 def test_this_machine_is_a_target_too() -> None:
-    found = plan(settings(), "cpu", tokens=16)
+    found = plan(settings(), "cpu", tokens=(16, 16))
     names = [program.name for program in found.programs]
     assert names == [
         "draw_members",
@@ -72,7 +78,8 @@ def test_this_machine_is_a_target_too() -> None:
     drawn = found.programs[0]
     assert drawn.results == pytest.approx(2 * found.held["weights"], rel=1e-3)
     assert found.peak >= sum(found.held.values()) + 2 * drawn.results
-    assert (found.chunk, found.seconds) == (2, {})
+    assert found.fitting == Held(chunk=2, slots=0)
+    assert found.sent == {"devices": 0, "hosts": 4 * 72}
 
 
 def test_what_cannot_be_planned_is_said() -> None:
@@ -80,25 +87,103 @@ def test_what_cannot_be_planned_is_said() -> None:
         ({}, "h1000", "--target is one of h100, "),
         ({}, "v5e:x", "'x' is no number of devices"),
         ({}, "v5e:65", "at most 64 devices of v5e"),
-        ({"model": "qwen2.5-8b"}, "cpu", "no folder qwen2.5-8b, nor a shape: qwen2.5"),
-        ({"quantize": "int4", "rounding": "replay"}, "cpu", "ES on float models"),
+        ({"model": "qwen2.5-8b"}, "cpu", "no folder 'qwen2.5-8b'.*shapes: qwen2.5"),
+        ({"rounding": "replay"}, "cpu", "say how the weights are quantised"),
+        ({"method": "sft"}, "cpu", "jes.plan is for ES"),
         ({"model_parallel": 3}, "cpu", "model_parallel=3 does not divide"),
     ):
         with pytest.raises(InputError, match=message):
-            plan(settings(**changes), target, tokens=16)
+            plan(settings(**changes), target, tokens=(16, 16))
 
 
 def test_the_least_time_is_that_of_the_data_sheet() -> None:
     """72B: 64 prompts of 100 tokens for each of 8 members, by one device."""
     given = settings(model="qwen2.5-72b", population=8, prompts=64, dtype="bfloat16")
-    config = model_config("qwen2.5-72b")
-    _, batch = questions(given, config, tokens=100)
-    found = least_seconds(given, config, TARGETS["h100"], 1, batch)
-    layers = 72.7e9 - 2 * 152064 * 8192
-    reading = 8 * 2 * (6400 * layers + 64 * 152064 * 8192) / 989e12
-    assert found["reading"] == pytest.approx(reading, rel=1e-3)
-    decoding = 8 * 4 * 2 * (layers + 152064 * 8192) / 3.35e12
-    assert found["decoding"] == pytest.approx(decoding, rel=1e-3)
+    config, sheet = model_config("qwen2.5-72b"), TARGETS["h100"]
+    batch = batch_of(*questions(given, config, (100, 100)))
+    found = work_of(given, config, 1, batch, 1)
+    layers, table = 72.7e9 - 2 * 152064 * 8192, 152064 * 8192
+    reading = 8 * 2 * (6400 * layers + 64 * table)
+    assert found["reading"].operations == pytest.approx(reading, rel=1e-3)
+    assert found["reading"].seconds(sheet) == pytest.approx(reading / 989e12, rel=1e-3)
+    # Three tokens after the first: weights in two bytes, and keys and values of 80
+    # layers with 8 heads of 128 for the prompts and half of the answers.
+    cache = 64 * 101.5 * 80 * 2 * 8 * 128 * 2
+    decoding = 8 * 3 * (2 * (layers + table) + cache)
+    assert found["decoding"].bytes == pytest.approx(decoding, rel=1e-3)
+    assert found["update"].words == pytest.approx(8 * 72.7e9 * 110, rel=1e-3)
+    assert found["drawing"] == found["update"]
+
+    # Members that share the weights read them together, and draw for each token.
+    shared = settings(**vars_of(given), draw="layer")
+    both = work_of(shared, config, 1, batch, 2)
+    assert both["drawing"].words == pytest.approx(4 * found["drawing"].words)
+    halved = decoding - 4 * 3 * 2 * (layers + table)
+    assert both["decoding"].bytes == pytest.approx(halved, rel=1e-3)
+    # Two devices: a half of the members each; or of the weights, which sums join.
+    assert sent_by(given, config, 2, batch)["devices"] == 0
+    parts = settings(**vars_of(given), model_parallel=2)
+    sent = 8 * (6400 + 3 * 64) * 2 * 80 * 8192 * 2
+    assert sent_by(parts, config, 2, batch) == {"devices": sent, "hosts": 8 * 72}
+    signs = work_of(settings(**vars_of(given), noise="sign"), config, 1, batch, 1)
+    assert signs["update"].words < found["update"].words / 14
+    lowly = settings(**vars_of(given), rank=2)
+    product = work_of(lowly, config, 1, batch, 1)["update"].operations
+    assert product == pytest.approx(2 * 8 * 2 * 72.7e9, rel=1e-3)
+
+
+def vars_of(given: Any) -> dict[str, Any]:
+    names = "model", "population", "prompts", "dtype"
+    return {name: getattr(given, name) for name in names}
+
+
+def test_prompts_have_the_lengths_that_are_given() -> None:
+    assert (lengths_in("128"), lengths_in("40-200")) == ((128, 128), (40, 200))
+    for text in ("", "x", "0", "200-40", "-3", "1-2-3"):
+        with pytest.raises(InputError, match="--prompt_tokens"):
+            lengths_in(text)
+    given = settings(prompts=5, mode="likelihood")
+    _, asked = questions(given, model_config("tiny"), (40, 200))
+    assert [len(each.prompt) for each in asked] == [40, 80, 120, 160, 200]
+    assert asked[0].choices == [[1], [2], [3], [4]]
+
+
+def test_a_quantised_model_is_planned_by_its_codes() -> None:
+    changes = {"quantize": "int8", "rounding": "replay", "group_size": 32}
+    rates = {"sigma": 0.1, "alpha": 0.01}
+    found = plan(settings(**changes, **rates), "cpu", tokens=(16, 16))
+    real = quantize(load("tiny").params, bits=8, group_size=32)
+    assert found.held["weights"] == bytes_of(real)
+    assert found.held["optimizer"] > 0
+    assert found.fitting.chunk == 2
+    assert found.programs[-1].name == "_tell"
+
+
+def test_what_takes_less_is_tried_where_nothing_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert list(others(settings(anchor="none"), 1)) == [{"draw": "layer"}]
+    assert list(others(settings(rank=1), 4)) == [
+        {"anchor": "host"},
+        {"model_parallel": 2},
+        {"model_parallel": 2, "anchor": "host"},
+        {"model_parallel": 4},
+        {"model_parallel": 4, "anchor": "host"},
+    ]
+    codes = settings(quantize="int8", rounding="replay", sigma=0.1)
+    assert list(others(codes, 4)) == [{"anchor": "host"}]
+
+    fits = plan(settings(), "cpu", tokens=(16, 16))
+    given = settings(), "cpu", (16, 16)
+    for memory, changes in (
+        (fits.peak, {}),
+        (fits.peak - fits.held["anchor"] // 2, {"anchor": "host"}),
+        (10**6, {}),
+    ):
+        monkeypatch.setattr("jes.plan.free_bytes", lambda memory=memory: memory)
+        advice, found = advised(*given)
+        assert advice == changes
+        assert bool(found.fitting.chunk) == (memory > 10**6)
 
 
 @pytest.mark.skipif(not AOT.exists(), reason="make .venv/.installed-aot")
@@ -186,5 +271,5 @@ def test_accelerators_take_the_programs_and_hold_what_they_held(target: str) -> 
     sizes = {each["name"]: each["temporaries"] for each in found["programs"]}
     for name, size in KNOWN[target].items():
         assert sizes[name] <= 2 * size + 2**20
-    assert found["chunk"] == 8
+    assert (found["chunk"], found["changes"]) == (8, {})
     assert found["seconds"]["reading"] > 0

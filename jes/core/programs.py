@@ -55,7 +55,8 @@ class Analysis:
     while a program runs.
 
     Attributes:
-      budget: bytes; `TooLargeError` is raised as soon as more are needed.
+      budget: bytes; `TooLargeError` is raised as soon as more are needed, or where
+        the compiler says that a program does not fit the device.
       elsewhere: the sharding of what has none, if devices are none of this machine.
       peak: most bytes at a time so far, without what `stand_in` stands for.
       compiled: the programs so far.
@@ -77,7 +78,14 @@ class Analysis:
         # Raises before compiling where the results alone are too large.
         self._need(max(0, bytes_of(lowered.out_info) - bytes_of(donated)))
         began = time.perf_counter()
-        compiled = lowered.compile()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            # TPUs: their compiler refuses what is larger than the device.
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            self.peak = int(max(self.peak, self.budget + 1))
+            raise TooLargeError from error
         seconds = time.perf_counter() - began
         found = compiled.memory_analysis()
         new = found.output_size_in_bytes - found.alias_size_in_bytes

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from re import fullmatch
@@ -81,13 +81,14 @@ def dtype_name(dtype: np.dtype) -> str:
 # Finding a folder.
 
 
-def locate(name: str | os.PathLike[str]) -> Path:
+def locate(name: str | os.PathLike[str], wanted: Sequence[str] | None = None) -> Path:
     """The folder of a model.
 
     Args:
       name: a folder; 'tiny' or 'tiny-knowing', the embedded models (write './tiny' for
         a folder of that name); or a hub id, 'owner/model'. A complete copy in the
         hub's cache is used without asking the network.
+      wanted: patterns of the files to download; by default all that `load` reads.
 
     Raises:
       WeightsError: if there is no such folder, or the hub does not provide the model.
@@ -105,7 +106,7 @@ def locate(name: str | os.PathLike[str]) -> Path:
             f"there is no folder {str(name)!r} (and a model on the Hugging Face hub "
             f"has a name like 'Qwen/Qwen2.5-0.5B-Instruct')"
         )
-    return _cached(str(name)) or _downloaded(str(name))
+    return _cached(str(name)) or _downloaded(str(name), wanted or _DOWNLOADED)
 
 
 def _cached(name: str) -> Path | None:
@@ -121,14 +122,14 @@ def _cached(name: str) -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
-def _downloaded(name: str) -> Path:
+def _downloaded(name: str, wanted: Sequence[str]) -> Path:
     from huggingface_hub import HfApi, errors, snapshot_download
 
     try:
         # This request has a time limit: behind a firewall that drops packets, the
         # download alone would retry for minutes.
         HfApi().model_info(name, timeout=_SECONDS)
-        return Path(snapshot_download(name, allow_patterns=list(_DOWNLOADED)))
+        return Path(snapshot_download(name, allow_patterns=list(wanted)))
     # Any exception: which HTTP library raises depends on the version of the hub's.
     except Exception as error:
         first_line = str(error).partition("\n")[0]

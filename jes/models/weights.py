@@ -196,6 +196,18 @@ def load(
     )
 
 
+def read_config(name: str) -> Mapping[str, Any]:
+    """The contents of config.json of what `load` takes; no weights are read.
+
+    Raises:
+      WeightsError: if there is none.
+    """
+    found = gguf_files.find(name)
+    if str(found).endswith(gguf_files.ENDING):
+        return _opened(name)[1].hf_config
+    return read_json(locate(found, ["config.json"]) / "config.json")
+
+
 def _opened(name: str) -> tuple[Path, gguf_files.Contents]:
     """The folder or the file that a name stands for, and what it holds."""
     found = gguf_files.find(name)
