@@ -6,7 +6,7 @@ Axis letters: M members of a chunk, N members of a generation, B prompts, C choi
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +31,17 @@ from jes.questions import (
     longest_text,
     rows_of,
     shape_for,
+    texts_in,
 )
-from jes.sampling.continuous_batching import Batching, decode_in_slots
+from jes.sampling.continuous_batching import (
+    Batching,
+    decode_in_slots,
+    read_in_slots,
+)
 from jes.sampling.generate import decode, unrolled, unrolled_params
 from jes.sampling.likelihood import Choices, log_likelihoods
-from jes.sampling.packing import Packed, Shape, shared_shapes
-from jes.sampling.prompts import batches, bucket
+from jes.sampling.packing import Shape, computed_tokens, shared_shapes
+from jes.sampling.prompts import PromptBatch, batches, bucket
 from jes.scoring import (
     Answered,
     Score,
@@ -127,13 +132,26 @@ def answer(
     # Layers that draw their noise stay in a loop: unrolled, they compile for minutes.
     model = evaluation.model if _lazy(rollout) else evaluation.model.unrolled()
     sampling = evaluation.sampling
-    slots, slice_tokens = evaluation.slots, evaluation.slice_tokens
-    if 0 < slots < rows_of(batch) and not isinstance(batch, Packed):
-        batching = Batching(sampling=sampling, slots=slots, slice_tokens=slice_tokens)
+    if _in_slots(batch, evaluation):
+        own = {"slots": evaluation.slots, "slice_tokens": evaluation.slice_tokens}
+        batching = Batching(sampling=sampling, **own)
         return decode_in_slots(
             model, members, batch, batching, before_slice=rollout.before
         )
     return decode(model, members, batch, sampling)
+
+
+def _in_slots(batch: Batch, evaluation: Evaluation) -> TypeGuard[PromptBatch]:
+    """Whether a member answers part of its prompts at a time."""
+    few = 0 < evaluation.slots < rows_of(batch)
+    return few and isinstance(batch, PromptBatch)
+
+
+def tokens_read(evaluation: Evaluation, batch: Batch) -> int:
+    """Tokens, with padding, that a member computes to read the prompts of a batch."""
+    if _in_slots(batch, evaluation):
+        return read_in_slots(batch, evaluation.slots)
+    return computed_tokens(texts_in(batch))
 
 
 def _lazy(rollout: Rollout) -> bool:
@@ -314,7 +332,7 @@ def _answers_apart(
     mesh: Mesh | None,
 ) -> Iterator[tuple[Sequence[Question], Batch, Any]]:
     """What `score` takes, for each batch of a group, by as many devices."""
-    evaluation, alone = rollout.evaluation, np.zeros(1, int)
+    evaluation = rollout.evaluation
     asked = [[questions[i] for i in each.numbers] for each in group]
     made = [
         batch_of(dataclasses.replace(evaluation, shape=each.shape), some, each.size)

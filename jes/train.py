@@ -46,9 +46,9 @@ from jes.memory import choose, give_back_freed_blocks
 from jes.metacognition.objectives import objective_fitness
 from jes.models.weights import fingerprint
 from jes.questions import batch_of, texts_in
-from jes.rollout import ask, dtype_of_centre
+from jes.rollout import ask, dtype_of_centre, tokens_read
 from jes.run_folder import RunFolder, alone, finished, report
-from jes.sampling.packing import computed_tokens, text_tokens
+from jes.sampling.packing import text_tokens
 from jes.scoring import Score, fitness_of
 from jes.sigma import choose_rates
 from jes.tasks import Data, Given
@@ -301,9 +301,9 @@ def es_step(
     )
     earned = objective_fitness(settings.objective, scores)
     figures = score_figures(scores, earned, experiment.evaluation.task.parts)
-    texts, members = texts_in(batch_of(experiment.evaluation, questions)), len(fitness)
-    figures["prompt_tokens"] = members * text_tokens(texts)
-    figures["computed_tokens"] = members * computed_tokens(texts)
+    batch, members = batch_of(experiment.evaluation, questions), len(fitness)
+    figures["prompt_tokens"] = members * text_tokens(texts_in(batch))
+    figures["computed_tokens"] = members * tokens_read(experiment.evaluation, batch)
     if (moves := moves_of(after[1])) is not None:  # a quantised model
         changed, blocked = (count / experiment.parameters for count in moves)
         figures |= {"codes_changed": changed, "blocked": blocked}

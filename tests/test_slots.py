@@ -33,6 +33,7 @@ from jes.sampling.continuous_batching import (
     Batching,
     Scheduler,
     decode_in_slots,
+    read_in_slots,
 )
 from jes.sampling.generate import Sampling, decode, trim, unrolled
 from jes.sampling.prompts import PromptBatch, pad, share
@@ -91,6 +92,39 @@ def test_answers_are_those_of_the_plain_loop(
     lengths = [len(row) for member in got for row in trim(member, (7,))]
     assert len(set(lengths)) > 5
     assert (got[0] != got[1]).any()
+
+
+@pytest.mark.parametrize("common", [0, 33])
+def test_prompts_of_like_length_are_read_together(
+    members: Members, monkeypatch: pytest.MonkeyPatch, common: int
+) -> None:
+    """The longest first; what is read is what is said, and the answers are the same."""
+    lengths = RNG.integers(3, 96, 21)
+    texts = [
+        [*SHOTS[:common], *RNG.integers(0, 50, n).tolist()] for n in (*lengths, 96)
+    ]
+    prompts, read = share(texts, (160,), parts=(40, 104)), []
+    assert (prompts.prefix is None) == (common == 0)
+
+    def counted(model: Any, members: Any, admitted: Any, *rest: Any) -> Any:
+        read.append(admitted[0].shape[1:])
+        return prefill(model, members, admitted, *rest)
+
+    prefill = continuous_batching._prefill
+    monkeypatch.setattr(continuous_batching, "_prefill", counted)
+    one = dataclasses.replace(
+        members, variables={"params": members.variables["params"]}, keys=KEYS[:1]
+    )
+    one = one.replace(params=jax.tree.map(lambda x: x[:1], one.variables["params"]))
+    got, expected = both(one, prompts, slots=8, slice_tokens=9)
+    np.testing.assert_array_equal(got, expected)
+    widths = [width for _, width in read]
+    assert widths == sorted(widths, reverse=True)
+    assert len(set(widths)) == 3
+    rest = 0 if prompts.prefix is None else prompts.prefix.tokens.size
+    tokens = read_in_slots(prompts, 8)
+    assert sum(map(np.prod, read)) == tokens - rest
+    assert tokens < 0.8 * prompts.tokens.size
 
 
 def test_one_program_for_all_that_waits(

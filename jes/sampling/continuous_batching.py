@@ -37,6 +37,9 @@ ADMIT = 4
 launched; with more, free slots wait longer for a full group."""
 SHRINK = 4
 """When none waits, slots become fewer by this factor."""
+WIDTHS, NARROWEST = 4, 32
+"""Prompts admitted together are padded to one of so many lengths, of which the shortest
+has at least so many tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,14 +98,17 @@ def decode_in_slots(
     total, width = prompts.tokens.shape
     shape, new = (members.count, total), sampling.max_new_tokens
     limits = np.minimum(np.full(shape, new) if limits is None else limits, new)
+    order, widths = by_length(prompts)
     prefix = prompts.prefix and _read_prefix(model, members, prompts.prefix)
     answers = np.full((*shape, new), sampling.fill, np.int32)
     scheduler, rows = Scheduler(*shape, min(batching.slots, total)), None
     while True:
         if scheduler.can_admit():
-            slots, numbers = scheduler.admit()
+            slots, places = scheduler.admit()
+            numbers = order[places]
             most = np.take_along_axis(limits, numbers, 1).astype(np.int32)
-            texts = prompts.tokens[numbers], prompts.positions[numbers]
+            own = slice(-widths[places[slots < scheduler.slots]].max(), None)
+            texts = prompts.tokens[numbers, own], prompts.positions[numbers, own]
             admitted = (*texts, most, numbers)
             read = _prefill(model, members, admitted, prefix, sampling)
             if rows is None:
@@ -111,7 +117,7 @@ def decode_in_slots(
             rows = _insert(rows, read, slots, mesh=mesh)
             continue
         if not scheduler.active.any():
-            return answers
+            return answers[:, np.argsort(order)]
         if scheduler.enough < scheduler.slots:
             rows = _take(rows, scheduler.shrink(), mesh=mesh)
         before_slice("")
@@ -122,6 +128,27 @@ def decode_in_slots(
                 _take(rows, np.zeros((shape[0], fewer), np.int32), mesh=mesh)
             return answers
         scheduler.collect(np.asarray(report), answers)
+
+
+def by_length(prompts: PromptBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the prompts, longest first, and the lengths that they are padded to.
+
+    Prompts admitted together are then about as long, and read without much padding. The
+    lengths are a few parts of the longest: each is a program to compile.
+    """
+    longest = prompts.tokens.shape[1]
+    part = -(-longest // max(1, min(WIDTHS, longest // NARROWEST)))
+    lengths = (prompts.positions >= 0).sum(1)
+    order = np.argsort(-lengths, kind="stable").astype(np.int32)
+    return order, np.minimum(-(-lengths[order] // part) * part, longest)
+
+
+def read_in_slots(prompts: PromptBatch, slots: int) -> int:
+    """Tokens, with padding, that a member computes to read prompts in full groups."""
+    _, widths = by_length(prompts)
+    group = -(-slots // ADMIT)
+    rest = 0 if prompts.prefix is None else prompts.prefix.tokens.size
+    return rest + group * int(widths[::group].sum())
 
 
 class Scheduler:
