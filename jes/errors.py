@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The message says what is wrong and what to do about it.
     """
+
+
+class Unavailable(InputError):
+    """Something outside cannot be had now: the same command may work later."""

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jes.core.mesh import POPULATION, mesh_of
 from jes.core.noise import Noise, PyTree
 from jes.core.programs import Abstract, Analysis, TooLargeError, bytes_of
+from jes.core.tree import is_quantized
 from jes.errors import InputError
 from jes.experiment import Experiment, pick
 from jes.questions import Batch, Evaluation, batch_of, rows_of
@@ -40,6 +41,8 @@ LONG_ANSWERS = 256
 """New tokens from which answers are expected to differ much in length."""
 MMAP_THRESHOLD = 4 * 2**20
 """Bytes of a block above which glibc returns it to the system when it is freed."""
+FRACTION = "XLA_CLIENT_MEM_FRACTION"
+"""Variable that says how much of a GPU JAX takes."""
 CGROUPS = (
     ("/sys/fs/cgroup/", "memory.max", "memory.current"),
     ("/sys/fs/cgroup/memory/", "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -175,8 +178,15 @@ def too_large(members: int, rows: int, least: Peak, budget: int) -> InputError:
         f"{members} member(s) with {rows} prompts at a time take at least "
         f"{least.bytes / 1e9:.3g} GB, and {max(budget, 0) / 1e9:.3g} GB can be used "
         "for them: fewer or shorter prompts and answers, rank=1 or draw='layer' take "
-        "less; memory_gb sets another limit"
+        f"less; memory_gb sets another limit{_reserved()}"
     )
+
+
+def _reserved() -> str:
+    """What to say of a GPU of which JAX takes only a part."""
+    if jax.default_backend() != "gpu" or FRACTION in os.environ:
+        return ""
+    return f". JAX takes three quarters of a GPU; {FRACTION}=0.95 makes it take more"
 
 
 def peak_of(
@@ -286,10 +296,24 @@ def budget_for_members(experiment: Experiment) -> int:
     params, evolution = experiment.pretrained.params, experiment.evolution
     later = [jax.eval_shape(partial(first_state, evolution), params)]
     if evolution.anchor in ("device", "bfloat16"):
-        later.append(params)  # at most
+        later.append(anchor_like(experiment))
     if evolution.whole_numbers:  # θ, beside the displacement
         later.append(centre_like(experiment))
     return free_bytes() - bytes_of(later)
+
+
+def anchor_like(experiment: Experiment) -> PyTree:
+    """Shapes, dtypes and places of the anchor, as `keep_anchor` makes it."""
+    pretrained, place = experiment.pretrained, experiment.evolution.anchor
+    if is_quantized(pretrained.params):
+        return pretrained.params
+    dtype = "bfloat16" if place == "bfloat16" else pretrained.stored_dtype
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, dtype or leaf.dtype, sharding=leaf.sharding
+        ),
+        pretrained.params,
+    )
 
 
 def centre_like(experiment: Experiment) -> PyTree:
@@ -305,10 +329,19 @@ def centre_like(experiment: Experiment) -> PyTree:
 
 
 def free_bytes() -> int:
-    """Memory to plan with: of an accelerator, or a device's part of the machine's."""
+    """Memory to plan with: of an accelerator, or a device's part of the machine's.
+
+    Raises:
+      InputError: for an accelerator that does not say how much it has.
+    """
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    elif jax.default_backend() != "cpu":
+        raise InputError(
+            "the devices do not say how much memory they have (XLA's allocator "
+            "'platform' does not): say how much to use with memory_gb"
+        )
     else:
         found = re.search(r"MemAvailable: *(\d+) kB", _text("/proc/meminfo"))
         pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

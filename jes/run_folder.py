@@ -118,14 +118,15 @@ class RunFolder:
     def restore(self, state: State, at_most: int) -> State:
         """The state of the newest checkpoint that can be read; else `state`.
 
-        Several processes have no checkpoints: orbax would wait for all of them, and
-        only the first has a folder.
+        The first process reads it, and sends it to the others.
         """
-        like = state.params, state.opt_state
-        if jax.process_count() > 1:
-            return state
-        found = checkpoints.restore_latest(self.checkpoints, like, at_most)
-        self.saved, values = found or (0, like)
+        like, found = (state.params, state.opt_state), None
+        if self.writes:
+            found = checkpoints.restore_latest(self.checkpoints, like, at_most)
+        saved, values = found or (0, like)
+        self.saved = hosts.from_first(lambda: saved)
+        if self.saved:
+            values = hosts.sent_by_first(values)
         return State(state.root, self.saved, *values)
 
     def save(self, state: State) -> None:
@@ -134,7 +135,7 @@ class RunFolder:
         Raises:
           OSError: if the disk is full and no ledger has the generations as well.
         """
-        if jax.process_count() > 1 or state.generation <= self.saved:
+        if not self.writes or state.generation <= self.saved:
             return
         values = state.params, state.opt_state
         try:

@@ -17,6 +17,7 @@ Started several times, on one host or many (`--coordinator` or `--distributed`),
 one run, of which the first process alone writes.
 """
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -33,7 +34,9 @@ from jes.baselines import grpo, sft
 from jes.config import GrpoSettings, Settings, SftSettings, freeze
 from jes.core.anchor import displacement, keep_anchor
 from jes.core.drift import predicted_drift
+from jes.core.mesh import mesh_of
 from jes.core.noise import PyTree, generation_key
+from jes.core.tree import checksum
 from jes.core.whole_numbers import norm
 from jes.errors import InputError
 from jes.experiment import Experiment, State, make_experiment, pick, settled
@@ -105,6 +108,11 @@ def run(
       OSError: if the disk is full or the like; what happened before is saved.
     """
     settings = freeze(config)
+    if re.match("[a-z0-9]+:/", str(workdir)):
+        raise InputError(
+            f"{workdir} is no folder on a disk, where runs are written: copy it to a "
+            "bucket while it grows, as tpu_scripts do, or mount that"
+        )
     if jax.process_count() > 1 and settings.method != "es":
         raise InputError(f"method {settings.method!r} runs in one process")
     keep_compiled()
@@ -179,6 +187,7 @@ def train(
                 progress.show(state.generation, row)
                 warn.of_generation(row)
                 if state.generation % settings.checkpoint_every == 0:
+                    check_alike(state)
                     folder.save(state)
                 enough = on_generation is not None and on_generation(row) is True
             look(state)
@@ -186,7 +195,7 @@ def train(
             folder.stopped(state, max(done, state.generation), settings.generations)
             raise
     state = with_weights(experiment, state, base)
-    hosts.check_same("reached other weights", lambda: fingerprint(state.params))
+    hosts.check_same("other weights", lambda: fingerprint(state.params))
     return folder.finish(experiment, state)
 
 
@@ -215,6 +224,8 @@ def resolve_es(
     The first process chooses, by itself.
     """
     held = choose(experiment)._asdict()
+    if said := devices_line(experiment, **held):
+        console.print(said)
     if experiment.settings.sigma:
         return held
     if "sigma" in before:
@@ -227,6 +238,36 @@ def resolve_es(
         f"members ({100 * share:.1f} % of the run's)"
     )
     return held | {"sigma": rates.sigma, "alpha": rates.alpha}
+
+
+def devices_line(experiment: Experiment, chunk: int, slots: int) -> str:
+    """Where members answer, and how many at once; '' for one CPU device."""
+    mesh, processes = mesh_of(experiment.pretrained.params), jax.process_count()
+    backend, count = jax.default_backend(), processes * (mesh.size if mesh else 1)
+    if backend == "cpu" and count == 1:
+        return ""
+    part = experiment.settings.model_parallel
+    population, places = experiment.settings.population, count // part
+    turns = -(-population // (places * chunk))
+    prompts = f", {slots} prompts at a time" if slots else ""
+    idle = turns * places * chunk - population
+    said = (
+        f"{count} {backend} device(s) in {processes} process(es): {chunk} member(s) at "
+        f"once on each{f' {part}' if part > 1 else ''}{prompts}, {turns} time(s)"
+    )
+    if idle:
+        said += f"; {idle} more members a generation would take no longer"
+    return said
+
+
+def check_alike(state: State) -> None:
+    """That all processes have come to the same weights, without reading them out.
+
+    Raises:
+      InputError: in all, if one has not; the ledger is kept.
+    """
+    what = f"other weights after {state.generation} generations"
+    hosts.check_same(what, lambda: str(np.asarray(checksum(state.params)).tolist()))
 
 
 def replayed(
@@ -380,6 +421,13 @@ def metrics_row(
     }
 
 
+def numbers(texts: Sequence[str]) -> list[int]:
+    """`--local_devices` as numbers; an `InputError` for anything else."""
+    if not all(text.isdecimal() for text in texts):
+        raise InputError(f"--local_devices: numbers as 0,1, not {','.join(texts)}")
+    return [*map(int, texts)]
+
+
 def main() -> None:
     """The command line."""
     config_flag = command_line.config_flag()
@@ -390,6 +438,9 @@ def main() -> None:
     flags.DEFINE_string("coordinator", "", "host:port of the first of many processes.")
     flags.DEFINE_integer("processes", None, "How many there are.")
     flags.DEFINE_integer("process", None, "The number of this one, from 0.")
+    flags.DEFINE_list(
+        "local_devices", None, "Of the host's devices those of this process, as 0,1."
+    )
     flags.DEFINE_integer(
         "process_timeout", 300, "Seconds without a heartbeat until one is given up."
     )
@@ -400,10 +451,14 @@ def main() -> None:
         given = flags.FLAGS
         address = (given.coordinator or None, given.processes, given.process)
         if given.distributed or address != (None, None, None):
-            hosts.join(*address, timeout=given.process_timeout)
+            own = None if given.local_devices is None else numbers(given.local_devices)
+            hosts.join(*address, timeout=given.process_timeout, devices=own)
         give_back_freed_blocks()
         name = command_line.config_name() or Path(config_flag.value.task).stem
-        run(config_flag.value, Path(workdir_flag.value or f"runs/{name}"))
+        workdir = Path(workdir_flag.value or f"runs/{name}")
+        if given.distributed:
+            hosts.mark(workdir)
+        run(config_flag.value, workdir)
 
     groups = (Settings, Data, GrpoSettings, SftSettings)
     command_line.start(command, groups)

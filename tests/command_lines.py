@@ -12,7 +12,8 @@ line of its output lists what its compiled programs send from device to device, 
 `[operation, bytes]`. A fault hits one call of one function, just before it
 would run: `{"at": "jes.train:tell", "call": 2, "do": "SIGKILL"}`. What it does is the
 name of a signal (or of several in turn), of an errno that is raised as an OSError, or
-`sleep`. Imports take longer than these runs do, and forking is safe until JAX starts a
+of an error; `sleep`; or `negated`, by which the function returns minus what it would.
+Imports take longer than these runs do, and forking is safe until JAX starts a
 backend.
 """
 
@@ -34,8 +35,13 @@ from typing import Any
 
 import jax
 
+from jes.errors import InputError
+
 # Another process is still writing a program: it is compiled here as well.
 warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
+
+
+FAILURES = {"InputError": InputError, "RuntimeError": RuntimeError}
 
 
 def place(at: str) -> tuple[Any, str]:
@@ -54,6 +60,8 @@ def failing(function: Callable, fault: dict[str, Any]) -> Callable:
         nonlocal calls
         calls += 1
         if calls == fault.get("call", 1):
+            if fault["do"] == "negated":
+                return -function(*args, **kwargs)
             for what in fault["do"].split():
                 strike(what)
         return function(*args, **kwargs)
@@ -62,9 +70,11 @@ def failing(function: Callable, fault: dict[str, Any]) -> Callable:
 
 
 def strike(what: str) -> None:
-    """Sends this process a signal, raises an OSError, or hangs for a minute."""
+    """Sends this process a signal, raises an error, or hangs for a minute."""
     if what == "sleep":
         time.sleep(60)
+    elif what in FAILURES:
+        raise FAILURES[what]("it failed")
     elif what.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, what))
         time.sleep(0.1)  # for the thread that answers

@@ -14,6 +14,7 @@ from small_run import EMBEDDED, SHAPE, outcome, rows, run_jobs, train_command
 
 from jes.core import ledger as ledgers
 from jes.export import rebuild
+from jes.io.checkpoints import saved
 from jes.models.shapes import QWEN2
 from jes.models.weights import fingerprint
 
@@ -142,10 +143,47 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
     assert ours == theirs
 
 
+def test_the_first_process_alone_saves_and_sends_what_it_has_saved(
+    results: dict, folder: Path
+) -> None:
+    assert saved(folder / "two" / "checkpoints") == [6, 4]
+    assert not (folder / "two-1").exists()
+    assert "all-reduce" not in {kind for kind, _ in sent(results["two"][0])}
+    assert "all-reduce" in {kind for kind, _ in sent(results["again"][0])}
+
+
+@pytest.mark.parametrize(
+    ("what", "status"), [("InputError", [2, 2, 2]), ("RuntimeError", [1, 1, 1])]
+)
+def test_all_exit_as_the_one_that_failed(
+    what: str, status: list[int], folder: Path, small_model: Path
+) -> None:
+    """Wrong settings or data are not tried again; what a machine did wrong is."""
+    fault = {"at": "jes.train:fitness_of", "call": 2, "do": what}
+    jobs = processes(3, small_model, folder / what, fault=fault)
+    done = run_jobs(jobs, 3)
+    assert [result["status"] for result in done] == status, done
+    assert "process 2 has failed: see its own output" in done[0]["stderr"]
+
+
+def test_processes_that_come_apart_are_stopped_and_named(
+    folder: Path, small_model: Path
+) -> None:
+    fault = {"at": "jes.train:fitness_of", "call": 2, "do": "negated"}
+    done = run_jobs(processes(2, small_model, folder / "apart", fault=fault), 2)
+    assert [result["status"] for result in done] == [2, 2], done
+    here = socket.gethostname()
+    message = f"process 1 ({here}): other weights after 2 generations than the first"
+    assert all(message in result["stderr"] for result in done)
+    assert len(ledgers.read(folder / "apart" / "ledger.jsonl").fitness) == 2
+    assert not saved(folder / "apart" / "checkpoints")
+
+
 def test_other_settings_are_refused_by_all(results: dict) -> None:
     for result in results["unlike"]:
         assert result["status"] == 2, result
-        message = "process 1 has other settings than the first"
+        here = socket.gethostname()
+        message = f"process 1 ({here}): other settings than the first ({here})"
         assert message in result["stderr"]
 
 
@@ -160,7 +198,7 @@ def test_a_peer_that_never_comes_is_one_line(process: int, tmp_path: Path) -> No
         text=True,
         timeout=120,
     )
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 1, done.stderr
     said = "error: the processes did not connect: not all came within 2 s"
     assert done.stderr.splitlines()[-1] == said
     assert "Traceback" not in done.stderr

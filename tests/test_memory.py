@@ -19,6 +19,7 @@ from jes.core.programs import Analysis, TooLargeError, program
 from jes.errors import InputError
 from jes.experiment import Experiment, make_experiment, pick, settled
 from jes.memory import Held, Peak, choose, most_that_fit, slot_choices
+from jes.plan import model_config, stand_ins
 from jes.questions import Evaluation, batch_of, rows_of
 from jes.rollout import ask
 from jes.run_folder import claim as claim_run
@@ -239,6 +240,72 @@ def test_free_memory_of_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert memory.free_bytes() == 810
     assert memory.useful_members(12, 64) == 12
+
+    # Not the host's memory, where the allocator says nothing.
+    monkeypatch.setattr(Device, "memory_stats", lambda device: None)
+    with pytest.raises(InputError, match="how much to use with memory_gb"):
+        memory.free_bytes()
+
+
+def test_where_nothing_fits_a_gpu_the_part_that_jax_takes_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    least = Peak(3 * 10**9, complete=True)
+    assert "JAX takes" not in str(memory.too_large(1, 8, least, -(10**9)))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    said = str(memory.too_large(1, 8, least, -(10**9)))
+    assert "take at least 3 GB, and 0 GB can be used" in said
+    assert "three quarters of a GPU; XLA_CLIENT_MEM_FRACTION=0.95" in said
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
+    assert "JAX takes" not in str(memory.too_large(1, 8, least, 0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "limit", "anchor", "budget"),
+    [
+        # GB by hand: 0.9 of what the weights leave, less the anchor. Of files in
+        # bfloat16 an anchor is half as large as the weights.
+        ("qwen2.5-1.5b", 32, "device", 0.9 * (32 - 6.17) - 3.09),
+        ("qwen2.5-1.5b", 32, "none", 0.9 * (32 - 6.17)),
+        ("qwen2.5-3b", 80, "device", 0.9 * (80 - 12.34) - 6.17),
+        ("qwen2.5-7b", 80, "host", 0.9 * (80 - 30.46)),
+        ("qwen2.5-7b", 80, "bfloat16", 0.9 * (80 - 30.46) - 15.23),
+        ("qwen2.5-7b", 32, "none", 0.9 * (32 - 30.46)),
+    ],
+)
+def test_the_budget_is_what_is_still_free(
+    shape: str,
+    limit: float,
+    anchor: str,
+    budget: float,
+    small_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, place = (
+        model_config(shape),
+        jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+    )
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=place),
+        stand_ins(Analysis(elsewhere=place), config, None),
+    )
+    in_use = memory.bytes_of(params)
+
+    class Device:
+        def memory_stats(self) -> dict[str, float]:
+            return {"bytes_limit": limit * 1e9, "bytes_in_use": in_use}
+
+    experiment = make(small_model, anchor=anchor, chunk=1)
+    files = dict(experiment.pretrained.hf_config) | {"dtype": "bfloat16"}
+    pretrained = dataclasses.replace(
+        experiment.pretrained, params=params, hf_config=files
+    )
+    experiment = experiment._replace(pretrained=pretrained)
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert memory.budget_for_members(experiment) == pytest.approx(
+        budget * 1e9, rel=2e-3
+    )
 
 
 def test_the_anchor_is_to_come(

@@ -47,7 +47,11 @@ class Place:
             "python3": (HERE / "imitations/python3.sh").read_text(),
             # A second is a tenth of one.
             "sleep": f'case $1 in *.*) ;; *) set -- "0.$1" ;; esac; exec {sleep} "$1"',
-            "srun": note + '; shift 2; exec "$@"',
+            # A signal to `srun` kills its tasks; one by `scancel` reaches them.
+            "srun": f'{note}; while [ "${{1#--}}" != "$1" ]; do shift; done; '
+            "trap 'kill -KILL $task' TERM; \"$@\" & task=$!; "
+            'echo "$task" >"$ROOT/task"; wait "$task"',
+            "scancel": note + '; kill "-${1#--signal=}" "$(cat "$ROOT/task")"',
             "scontrol": note,
         }.items():
             (programs / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -266,7 +270,7 @@ def test_dry_setup(place: Place) -> None:
 def test_dry_run_keeps_odd_values(place: Place) -> None:
     flag = '--config.data.root=/a b/it\'s $HOME "x"; *'
     save, start = place.dry("run.sh", flag, CONFIG="configs/my file.py", RUN="r.1")
-    assert "--worker=0" in save
+    assert "--worker=all" in save
     assert remote(save)[-1] == "save"
     assert "--worker=all" in start
     words = remote(start)
@@ -409,6 +413,52 @@ def test_run_is_idempotent_stops_and_goes_on(place: Place) -> None:
     assert all(line.endswith(flags) for line in starts)
     logs = place.run("logs.sh", "1")[1]
     assert logs.count("ended with exit status 0") == 2
+
+
+def test_the_folder_that_counts_is_that_of_process_0(place: Place) -> None:
+    """Which need not run on worker 0, and after a restart may run elsewhere."""
+    place.make_tpu()
+    (place.root / "first").write_text("1")
+    (place.root / "limit").write_text("3")
+    assert place.run("run.sh")[0] == 0
+    place.wait_for(lambda: len(place.rows("home/1/jes/runs/jes")) == 3)
+    shutil.rmtree(place.root / "home/0/jes/runs/jes")  # where nothing is written
+    assert place.run("stop.sh")[0] == 0
+    assert place.rows("buckets/bucket/some runs/jes") == [0, 1, 2]
+
+    (place.root / "first").write_text("0")
+    (place.root / "limit").write_text("8")
+    status, out = place.run("watch.sh")
+    assert status == 0, out
+    assert "finished after 8 generations" in out
+    assert place.rows("buckets/bucket/some runs/jes") == list(range(8))
+    starts = [line.split(":")[0] for line in place.trained() if line != "stopped"]
+    assert starts[2:] == ["all from 3", "all from 3"]
+    assert not (place.root / "home/1/jes/runs/jes.first").exists()
+
+
+def test_variables_and_flags_reach_the_workers(place: Place) -> None:
+    given = {"HF_TOKEN": "a secret", "XLA_FLAGS": "--a=1 --b=2", "MINE": "x y"}
+    given |= {"PASS": "MINE OTHER", "SSH_FLAGS": "--internal-ip --tunnel-through-iap"}
+    start = place.dry("run.sh", BUCKET="", **given)[-1]
+    assert {"--internal-ip", "--tunnel-through-iap"} < {*start}
+    (command,) = (w for w in start if w.startswith("--command="))
+    words = shlex.split(command.removeprefix("--command="))
+    assert {"HF_TOKEN=hidden", "XLA_FLAGS=--a=1 --b=2", "MINE=x y"} < {*words}
+    assert "OTHER" not in command
+    assert "secret" not in command
+    flags = "--service-account=me --network=there"
+    create = place.dry("create.sh", CREATE_FLAGS=flags)[1]
+    assert create[-2:] == flags.split()
+    status, out = place.run("run.sh", PASS="A;B")
+    assert status == 2
+    assert "'A;B' is no name of a variable" in out
+
+    place.make_tpu()
+    assert place.run("run.sh", **given)[0] == 0
+    place.wait_for(lambda: len(place.trained()) == 2)
+    (call,) = (call for call in place.calls() if call[-1].endswith("--distributed"))
+    assert "'HF_TOKEN=a secret'" in call[-1]
 
 
 def test_a_bucket_that_cannot_be_read_is_no_new_run(place: Place) -> None:
@@ -561,11 +611,15 @@ def test_slurm_queues_itself_again_when_its_time_is_over(place: Place) -> None:
     script.terminate()
     assert script.wait(timeout=60) == 143
     assert place.trained()[1:] == ["stopped"]
-    assert place.calls()[-1] == ["scontrol", "requeue", "17"]
+    assert place.calls()[-2:] == [
+        ["scancel", "--signal=TERM", "17"],
+        ["scontrol", "requeue", "17"],
+    ]
     (place.root / "limit").write_text("8")
     assert place.run("slurm.sbatch", **job)[0] == 0
     assert place.rows("a checkout/runs/r") == list(range(8))
-    assert [call[0] for call in place.calls()] == ["srun", "scontrol", "srun"]
+    names = [call[0] for call in place.calls()]
+    assert names == ["srun", "scancel", "scontrol", "srun"]
 
 
 def test_slurm_leaves_a_preempted_job_to_slurm(place: Place) -> None:

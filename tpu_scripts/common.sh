@@ -68,6 +68,11 @@ require() {
 check_settings() {
   require is_switch '0 or 1' DRY_RUN "$DRY_RUN"
   require is_switch '0 or 1' SPOT "$SPOT"
+  for name in $PASS; do # they are read by `eval`
+    case $name in
+      [!A-Za-z_]* | *[!A-Za-z0-9_]*) fail 2 "PASS: '$name' is no name of a variable" ;;
+    esac
+  done
   require is_number 'a whole number' WAIT_SECONDS "$WAIT_SECONDS"
   require is_number 'a whole number' POLL_SECONDS "$POLL_SECONDS"
   require is_number 'a whole number' SYNC_SECONDS "$SYNC_SECONDS"
@@ -152,12 +157,21 @@ queued_state() { describe queued-resources 'value(state.state)' "$1"; }
 
 node_state() { describe tpu-vm 'value(state)' "$1"; }
 
+# shown NAME: the value of a variable, in a dry run hidden where it is a secret.
+shown() {
+  case $1 in
+    *TOKEN* | *KEY* | *SECRET* | *PASSWORD*) if dry; then echo hidden; return; fi ;;
+  esac
+  eval "printf '%s\\n' \"\$$1\""
+}
+
 # remote WORKER COMMAND...: runs it there in the home folder (WORKER: all, or a number).
 remote() {
   worker=$1
   shift
+  # shellcheck disable=SC2086  # several flags
   run gcloud compute tpus tpu-vm ssh "$TPU" --project="$PROJECT" --zone="$ZONE" \
-    --quiet --worker="$worker" --command="$(quote "$@")"
+    --quiet --worker="$worker" $SSH_FLAGS --command="$(quote "$@")"
 }
 
 # status_of WORKER: what worker.sh says of the run; none, where it is not installed.
@@ -172,7 +186,13 @@ status_of() {
 on() {
   worker=$1
   shift
+  set -- sh "$FOLDER/tpu_scripts/worker.sh" "$@"
+  for name in $PASS; do
+    eval "given=\${$name+1}"
+    # shellcheck disable=SC2154  # set by eval
+    [ -z "$given" ] || set -- "$name=$(shown "$name")" "$@"
+  done
   remote "$worker" env "RUN=$RUN" "CONFIG=$CONFIG" "BUCKET=$BUCKET" "EXTRA=$EXTRA" \
     "PYTHON_VERSION=$PYTHON_VERSION" "SYNC_SECONDS=$SYNC_SECONDS" \
-    "STOP_SECONDS=$STOP_SECONDS" sh "$FOLDER/tpu_scripts/worker.sh" "$@"
+    "STOP_SECONDS=$STOP_SECONDS" "$@"
 }

@@ -18,7 +18,8 @@ case $STATE in
       --runtime-version="$RUNTIME" --quiet
     [ "$SPOT" = 0 ] || set -- "$@" --spot
     [ -z "$VALID_UNTIL" ] || set -- "$@" --valid-until-duration="$VALID_UNTIL"
-    queued create "$@"
+    # shellcheck disable=SC2086  # several flags
+    queued create "$@" $CREATE_FLAGS
     ;;
   *) say "$TPU exists" ;;
 esac

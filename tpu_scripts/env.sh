@@ -13,6 +13,9 @@ VALID_UNTIL=${VALID_UNTIL:-}               # 6h: ask no longer than that for a T
 WAIT_SECONDS=${WAIT_SECONDS:-7200}         # how long create.sh waits for it
 POLL_SECONDS=${POLL_SECONDS:-60}           # between two looks at a state
 
+CREATE_FLAGS=${CREATE_FLAGS:-}             # more of gcloud's: --service-account=... etc.
+SSH_FLAGS=${SSH_FLAGS:-}                   # --internal-ip, --tunnel-through-iap, ...
+
 # What is installed on it.
 REPOSITORY=${REPOSITORY:-}                 # a git URL; empty: this checkout is copied
 REVISION=${REVISION:-HEAD}                 # branch, tag or commit of REPOSITORY
@@ -24,6 +27,8 @@ PYTHON_VERSION=${PYTHON_VERSION:-3.12}     # had where python3 is older than 3.1
 RUN=${RUN:-$TPU}                           # its name; the run folder is runs/$RUN
 CONFIG=${CONFIG:-configs/arc_c.py}
 BUCKET=${BUCKET:-}                         # gs://bucket/folder: runs are kept there
+# Variables that workers get too, where they are set here; PASS names more of yours.
+PASS="HF_TOKEN HF_HOME XLA_FLAGS LIBTPU_INIT_ARGS JAX_COMPILATION_CACHE_DIR ${PASS:-}"
 SYNC_SECONDS=${SYNC_SECONDS:-60}           # between two copies to BUCKET
 STOP_SECONDS=${STOP_SECONDS:-300}          # for a run to save, before it is killed
 TRIES=${TRIES:-5}                          # starts without progress, then we give up

@@ -12,6 +12,6 @@ running, that is said. logs.sh shows what it prints, stop.sh stops it.' "$@"
 check_tpu_settings
 check_flags "$@"
 
-# What the first worker has is brought to the bucket, where the others take it from.
-[ -z "$BUCKET" ] || on 0 save
+# What process 0 had is brought to the bucket, where the others take it from.
+[ -z "$BUCKET" ] || on all save
 on all start --distributed "$@"

@@ -32,8 +32,9 @@ from_here() {
     commit=$(git -C "$root" stash create)
   fi
   run git -C "$root" archive --format=tar.gz --output="$archive" "${commit:-HEAD}"
+  # shellcheck disable=SC2086  # several flags
   run gcloud compute tpus tpu-vm scp "$archive" "$TPU:jes.tar.gz" \
-    --project="$PROJECT" --zone="$ZONE" --quiet --worker=all
+    --project="$PROJECT" --zone="$ZONE" --quiet --worker=all $SSH_FLAGS
   # shellcheck disable=SC2016
   remote all sh -ec 'mkdir -p "$1"; tar -xzf jes.tar.gz -C "$1"' sh "$FOLDER"
 }

@@ -43,9 +43,17 @@ begin() {
 
 # look FLAG...: at the run on a TPU that is there.
 look() {
-  said=$(status_of 0) || return 1
-  # Of the last line: a word, the exit status, generations.
-  said=$(printf '%s\n' "$said" | tail -n 1)
+  said=$(status_of all) || return 1
+  # Of all workers' lines (a word, the exit status, generations) what says most: process
+  # 0 alone knows that a run has finished; wrong settings go before other errors.
+  said=$(printf '%s\n' "$said" | awk '
+    !($1 in rank) { next }
+    { code = $1 == "stopped" && $2 == 2 ? 0.5 : 0 }
+    rank[$1] + code > best { best = rank[$1] + code; word = $1; status = $2 }
+    $3 > rows { rows = $3 }
+    END { if (word) print word, status, rows + 0 }
+    BEGIN { rank["none"] = 1; rank["stopped"] = 2; rank["running"] = 3; rank["finished"] = 4 }')
+  [ -n "$said" ] || return 1
   word=${said%% *} rows=${said##* } code=${said#* } code=${code%% *}
   is_number "$rows" || return 1
   if [ "$rows" -gt "$most" ]; then
@@ -55,7 +63,7 @@ look() {
   case $word in
     running) say "running, $rows generations" ;;
     finished)
-      on 0 save || return 1
+      on all save || return 1
       say "finished after $rows generations: $BUCKET/$RUN"
       exit 0
       ;;

@@ -10,7 +10,7 @@ usage 'usage: worker.sh COMMAND
   start [FLAG...]    the run, detached; says so if it is running
   status             none, running, stopped or finished; exit status; generations
   stop               the run, after it has saved
-  save               copies the run folder to BUCKET (the first worker alone does)
+  save               copies the run folder to BUCKET (that of process 0 alone)
   logs LINES         the last lines, each after the name of the worker
   follow LINES       them and what comes
 The run is in runs/RUN, its log beside it in runs/RUN.log.' "$@"
@@ -36,13 +36,10 @@ install() {
   run "$python" -m pip install --quiet --editable ".[$EXTRA]"
 }
 
-# Whether this worker's run folder is the one that counts: JAX's process 0 is found so.
+# Whether this worker's run folder is the one that counts: that of JAX's process 0, which
+# need not be worker 0. The run itself leaves the mark.
 first() {
-  attributes=http://metadata.google.internal/computeMetadata/v1/instance/attributes
-  number=${WORKER_NUMBER:-$(curl --fail --silent --show-error \
-    --header 'Metadata-Flavor: Google' "$attributes/agent-worker-number")} ||
-    fail 1 'the number of this worker is not known'
-  [ "$number" = 0 ]
+  [ -e "$workdir.first" ]
 }
 
 running() {
@@ -89,7 +86,7 @@ save() (
   fi
 )
 
-# Takes the run folder from the bucket; the first worker's own, if it has one, is newer.
+# Takes the run folder from the bucket; that of process 0, where it was, is newer.
 restore() {
   if [ -z "$BUCKET" ]; then return 0; fi
   if ! dry && [ -e "$workdir/config.json" ] && first; then return 0; fi

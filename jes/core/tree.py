@@ -112,3 +112,18 @@ def transpose(params: PyTree, out: PyTree, width: int) -> tuple[PyTree, ...]:
 def total(tree: PyTree) -> jax.Array:
     """Sum of a tree of scalars, float32."""
     return sum(jax.tree.leaves(tree), jnp.zeros([], jnp.float32))
+
+
+@jax.jit
+def checksum(tree: Any) -> jax.Array:
+    """Two sums of the bits of all arrays, uint32 [2]: of the words and their squares.
+
+    Exact in any order, and so the same on any number of devices.
+    """
+    sums = jnp.zeros(2, jnp.uint32)
+    for leaf in jax.tree.leaves(tree):
+        size = 8 * leaf.dtype.itemsize
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{size}"))
+        words = bits.astype(jnp.uint32)
+        sums = 3 * sums + jnp.stack([words.sum(), (words * words).sum()])
+    return sums

@@ -1,4 +1,7 @@
-"""Checkpoints with orbax: the weights and optimizer state after some generations."""
+"""Checkpoints with orbax: the weights and optimizer state after some generations.
+
+Of several processes that have the same state one alone saves and restores.
+"""
 
 import logging
 import re
@@ -9,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jes.io.console import console
@@ -44,8 +48,12 @@ def save(folder: Path, generations: int, state: Any) -> None:
       OSError: if the disk is full or the folder cannot be written.
     """
     try:
+        path = (folder / str(generations)).absolute()
         with _quiet():
-            ocp.save((folder / str(generations)).absolute(), state, overwrite=True)
+            if jax.process_count() == 1:
+                ocp.save(path, state, overwrite=True)
+            else:
+                _alone().save(path, jax.tree.map(np.asarray, state), force=True)
     except Exception as error:  # the storage layers below have errors of their own
         tidy(folder, generations)  # half a checkpoint may be what fills the disk
         if isinstance(error, OSError):
@@ -53,6 +61,24 @@ def save(folder: Path, generations: int, state: Any) -> None:
         raise OSError(_first_line(error, 300)) from error
     for old in saved(folder)[KEPT:]:
         shutil.rmtree(folder / str(old))
+
+
+def _alone() -> Any:
+    """Saves and restores NumPy arrays without the other processes.
+
+    The new interface of orbax waits for all of them, whatever its options say; it reads
+    what this one writes.
+    """
+    from orbax.checkpoint import Checkpointer, PyTreeCheckpointHandler, options
+
+    mine = jax.process_index()
+    multiprocessing = options.MultiprocessingOptions(
+        primary_host=mine,
+        active_processes={mine},
+        barrier_sync_key_prefix=f"process{mine}",
+    )
+    handler = PyTreeCheckpointHandler(multiprocessing_options=multiprocessing)
+    return Checkpointer(handler, multiprocessing_options=multiprocessing)
 
 
 @contextmanager
@@ -80,13 +106,22 @@ def restore_latest(folder: Path, like: Any, at_most: int) -> tuple[int, Any] | N
       like: a state with the shapes, dtypes and shardings to restore.
       at_most: newer checkpoints than this many generations are not used.
     """
+
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
     )
+
+    def read(path: Path) -> Any:
+        if jax.process_count() == 1:
+            return ocp.load(path, abstract)
+        with _quiet():
+            values = _alone().restore(path, item=jax.tree.map(np.empty_like, abstract))
+        return jax.device_put(values, jax.tree.map(lambda x: x.sharding, abstract))
+
     for generations in (number for number in saved(folder) if number <= at_most):
         path = (folder / str(generations)).absolute()
         try:
-            return generations, ocp.load(path, abstract)
+            return generations, read(path)
         except Exception as error:  # orbax raises whatever its storage layers raise
             console.print(
                 f"the checkpoint after {generations} generations cannot be read, so an "

@@ -14,7 +14,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jes.errors import InputError
+from jes.errors import InputError, Unavailable
 from jes.io.hosts import PeerLost
 from jes.io.interrupts import Stopped
 
@@ -170,9 +170,10 @@ def guarded(command: Callable[[], None], after_os_error: str = "") -> None:
     except (InputError, OSError) as error:
         # A full disk (an OSError with a number) is no mistake in the input.
         mistake = getattr(error.__cause__, "errno", None) is None
-        if mistake and not isinstance(error, OSError):
+        if mistake and not isinstance(error, OSError | Unavailable):
             fail(str(error), 2)
-        fail("; ".join(filter(None, [str(error), after_os_error])), 1)
+        later = "" if isinstance(error, Unavailable) else after_os_error
+        fail("; ".join(filter(None, [str(error), later])), 1)
     except Stopped as stopped:
         sys.exit(128 + stopped.signal_number)
     except KeyboardInterrupt:

@@ -4,36 +4,41 @@ Each process has devices of its own and computes the same update. Only the membe
 scores go from process to process, by `exchange`. The first process alone writes.
 
 A signal or an error in one process ends all of them: every exchange of values begins
-with an exchange of status codes.
+with an exchange of status codes. Where the error was one of settings or data, all exit
+as for that; else as for what may work the next time.
 """
 
 import hashlib
 import json
 import os
+import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jes.errors import InputError
+from jes.errors import InputError, Unavailable
 from jes.io.interrupts import Stopped
 
-RUNNING, DONE, FAILED = 0, 100, 101
+RUNNING, DONE, FAILED, MISTAKEN = 0, 100, 101, 102
 """Status codes of a process; any other is the number of the signal that stopped it."""
 
 
 LEAST = 256
 """Bytes that are sent at least where a text is."""
+PIECE = 2**28
+"""Bytes of an array that are sent at once: devices hold them too."""
 LONGER = 30
 """Seconds that JAX would wait longer for a process than this one does."""
 
 
-class PeerLost(InputError):
+class PeerLost(Unavailable):
     """A peer stopped responding: skip JAX's shutdown barrier, which would wait."""
 
 
@@ -42,7 +47,11 @@ class RunDone(Exception):
 
 
 def join(
-    coordinator: str | None, processes: int | None, process: int | None, timeout: int
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+    timeout: int,
+    devices: Sequence[int] | None = None,
 ) -> None:
     """Waits for the other processes; must come before any other use of JAX.
 
@@ -51,9 +60,11 @@ def join(
       processes, process: how many there are, and the number of this one. Without all
         three JAX looks for them (on TPU VMs, under SLURM and a few others).
       timeout: seconds without a heartbeat after which a process is given up.
+      devices: numbers of those of the host that are this process's; by default all.
 
     Raises:
-      InputError: if they do not connect, or only some of the three are given.
+      InputError: if only some of the three are given, or there is nothing to join.
+      Unavailable: if they do not connect.
     """
     address = (coordinator, processes, process)
     named = address != (None, None, None)
@@ -69,6 +80,7 @@ def join(
     try:
         jax.distributed.initialize(
             *address,
+            local_device_ids=devices,
             cluster_detection_method="deactivate" if named else None,
             initialization_timeout=timeout + LONGER,
             heartbeat_timeout_seconds=timeout,
@@ -76,7 +88,8 @@ def join(
         )
     except (ValueError, RuntimeError) as error:
         line = str(error).strip().partition("\n")[0]
-        raise InputError(f"the processes did not connect: {line}") from error
+        kind = InputError if isinstance(error, ValueError) else Unavailable
+        raise kind(f"the processes did not connect: {line}") from error
     finally:
         waiting.cancel()
 
@@ -85,12 +98,37 @@ def _give_up(timeout: int) -> None:
     """Ends this process, whose main thread waits for others in JAX."""
     message = f"error: the processes did not connect: not all came within {timeout} s"
     print(message, file=sys.stderr, flush=True)
-    os._exit(2)
+    os._exit(1)
 
 
 def first() -> bool:
     """Whether this is the process that writes."""
     return jax.process_index() == 0
+
+
+def mark(workdir: Path) -> None:
+    """Leaves `<workdir>.first` beside the run folder of the first process alone.
+
+    For what copies run folders: which process is the first is up to the machines.
+
+    Raises:
+      InputError: if another has the folder of the run, from when it was the first.
+    """
+    marker = workdir.with_name(f"{workdir.name}.first")
+    has = from_all(lambda: [socket.gethostname(), workdir.exists(), marker.exists()])
+    before = [name for name, folder, marked in has if folder and marked]
+    if before and not has[0][1]:
+        raise _known(
+            InputError(
+                f"{workdir} is on {before[0]}, whose process was the first before; now "
+                f"one on {has[0][0]} is: copy it there, or use a common disk"
+            )
+        )
+    if first():
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    else:
+        marker.unlink(missing_ok=True)
 
 
 def exchange(make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -99,7 +137,8 @@ def exchange(make: Callable[[], np.ndarray]) -> np.ndarray:
     Raises:
       Stopped: if any process got a signal to stop.
       RunDone: if the first process is done.
-      InputError: if another process failed; `PeerLost` if one stopped responding.
+      InputError: if another process found a mistake; `Unavailable` if it failed, and
+        `PeerLost` if one stopped responding.
       Exception: that of `make`, where it was this process that failed.
     """
     if jax.process_count() == 1:
@@ -132,6 +171,25 @@ def from_all(make: Callable[[], Any]) -> list[Any]:
     return [json.loads(row[:length].tobytes()) for row, length in rows]
 
 
+def sent_by_first(tree: Any) -> Any:
+    """The arrays of the first process, in all: trees of one structure and kind."""
+    if jax.process_count() == 1:
+        return tree
+    _agree(RUNNING)
+
+    def received(leaf: jax.Array) -> jax.Array:
+        values = np.asarray(leaf) if first() else np.empty(leaf.shape, leaf.dtype)
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        got = np.empty_like(data)
+        for start in range(0, data.size, PIECE):
+            piece = data[start : start + PIECE]
+            sent = _answered(multihost_utils.broadcast_one_to_all, piece)
+            got[start : start + PIECE] = sent
+        return jax.device_put(got.view(leaf.dtype).reshape(leaf.shape), leaf.sharding)
+
+    return jax.tree.map(received, tree)
+
+
 def check_same(what: str, make: Callable[[], str]) -> None:
     """Raises InputError in all processes if the text of `make` differs between any."""
     if jax.process_count() == 1:
@@ -141,7 +199,12 @@ def check_same(what: str, make: Callable[[], str]) -> None:
     )
     different = np.flatnonzero((digests != digests[0]).any(-1))
     if different.size:
-        raise _known(InputError(f"process {different[0]} has {what} than the first"))
+        names = from_all(socket.gethostname)
+        which = ", ".join(f"{number} ({names[number]})" for number in different)
+        more = "es" if different.size > 1 else ""
+        raise _known(
+            InputError(f"process{more} {which}: {what} than the first ({names[0]})")
+        )
 
 
 @contextmanager
@@ -171,7 +234,10 @@ def _announce(error: BaseException) -> None:
     if getattr(error, "announced", False):
         return
     _known(error)
-    code = error.signal_number if isinstance(error, Stopped) else FAILED
+    mistake = isinstance(error, InputError) and not isinstance(error, Unavailable)
+    code = MISTAKEN if mistake else FAILED
+    if isinstance(error, Stopped):
+        code = error.signal_number
     with suppress(PeerLost):  # the first error says more
         _gather(np.array([code], np.uint32))
 
@@ -179,9 +245,10 @@ def _announce(error: BaseException) -> None:
 def _agree(mine: int) -> None:
     """Exchanges status codes; raises for those that end the run."""
     codes = _gather(np.array([mine], np.uint32))[:, 0].tolist()
-    if FAILED in codes:
-        number = codes.index(FAILED)
-        raise _known(InputError(f"process {number} has failed: see its own output"))
+    for code, kind in ((MISTAKEN, InputError), (FAILED, Unavailable)):
+        if code in codes:
+            number = codes.index(code)
+            raise _known(kind(f"process {number} has failed: see its own output"))
     for code in codes:
         if code not in (RUNNING, DONE):
             raise _known(Stopped(code))
@@ -192,8 +259,14 @@ def _agree(mine: int) -> None:
 def _gather(values: np.ndarray) -> np.ndarray:
     """The arrays of all processes, as bytes: JAX has no float64 by default."""
     data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    gathered = _answered(multihost_utils.process_allgather, data)
+    return gathered.view(values.dtype).reshape(-1, *values.shape)
+
+
+def _answered(ask: Callable[[np.ndarray], Any], data: np.ndarray) -> np.ndarray:
+    """What all processes answer together; `PeerLost` where one does not."""
     try:
-        gathered = np.asarray(multihost_utils.process_allgather(data))
+        return np.asarray(ask(data))
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # jaxlib raises both
         reason = str(error).partition("\n")[0][:200]
         raise _known(
@@ -202,4 +275,3 @@ def _gather(values: np.ndarray) -> np.ndarray:
                 f"again in all of them to go on ({reason})"
             )
         ) from error
-    return gathered.view(values.dtype).reshape(-1, *values.shape)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jes.errors import InputError
+from jes.errors import InputError, Unavailable
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -46,6 +46,10 @@ _SECONDS = 5.0
 
 class WeightsError(InputError):
     """A model folder that cannot be found, read or written; the message says why."""
+
+
+class UnreachableError(WeightsError, Unavailable):
+    """The hub did not answer."""
 
 
 class Tensor(NamedTuple):
@@ -133,7 +137,10 @@ def _downloaded(name: str, wanted: Sequence[str]) -> Path:
     # Any exception: which HTTP library raises depends on the version of the hub's.
     except Exception as error:
         first_line = str(error).partition("\n")[0]
+        kind: type[WeightsError] = UnreachableError
         reason = f"no network, or the hub does not answer ({first_line})"
+        if isinstance(error, errors.GatedRepoError | errors.RepositoryNotFoundError):
+            kind = WeightsError
         if isinstance(error, errors.GatedRepoError):
             reason = (
                 f"it is gated (accept its terms on https://huggingface.co/{name}, then "
@@ -141,7 +148,7 @@ def _downloaded(name: str, wanted: Sequence[str]) -> Path:
             )
         elif isinstance(error, errors.RepositoryNotFoundError):
             reason = "there is no such model, or it is private (`hf auth login`)"
-        raise WeightsError(
+        raise kind(
             f"there is no folder {name!r}, and it could not be downloaded from the "
             f"Hugging Face hub: {reason}. Either give the path of a folder that holds "
             "config.json, model.safetensors and the tokenizer, or run configs/tiny.py, "

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jes.errors import InputError
+from jes.errors import InputError, Unavailable
 
 FOLDERS = {
     "TIGER-Lab/MMLU-Pro": "mmlu_pro",
@@ -199,7 +199,7 @@ def _from_hub(repository: str, config: str, split: str) -> Any:
     try:
         return load_dataset(repository, config or None, split=split).data.table
     except Exception as error:  # one of a dozen kinds, by the version of the hub
-        raise InputError(
+        raise Unavailable(
             f"{repository} {config} {split} could not be read from the Hugging Face "
             f"hub ({str(error).strip().splitlines()[0]}). Give a folder of parquet "
             "files with --config.data.root=FOLDER, or run configs/tiny.py, which needs "

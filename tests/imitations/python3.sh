@@ -12,6 +12,12 @@ case "$1 $2" in
     trap 'echo stopped >>"$ROOT/trained"; exit 143' TERM
     mkdir -p "$folder/checkpoints"
     echo '{}' >"$folder/config.json"
+    # On the worker that the file `first` names, or 0, it is JAX's process 0.
+    if [ "${WORKER_NUMBER:-0}" = "$(cat "$ROOT/first" 2>/dev/null || echo 0)" ]; then
+      touch "$folder.first"
+    else
+      rm -f "$folder.first"
+    fi
     ledger=$folder/ledger.jsonl
     [ -e "$ledger" ] || echo '{"format": 1}' >"$ledger"
     rows=$(grep -c generation "$ledger")
