@@ -101,6 +101,10 @@ COMMANDS = {
     ),
     "{run} --workdir={folder}/file": "file cannot be the run folder: File exists",
     "{run} --workdir={folder}/file/x": "x cannot be the run folder: Not a directory",
+    "{run} --workdir=gs://bucket/run": "gs:/bucket/run is no folder on a disk, where",
+    "{run} --local_devices=0,x --processes=1 --process=0 --coordinator=localhost:1": (
+        "--local_devices: numbers as 0,1, not 0,x"
+    ),
     "{run} --workdir={folder}/foreign": "is not empty and holds no run: give another",
 }
 """Arguments, and what the message says of them; `run` is what is right."""
