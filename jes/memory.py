@@ -76,10 +76,8 @@ def choose(experiment: Experiment) -> Held:
     evaluation, settings = experiment.evaluation, experiment.settings
     questions = pick(experiment, 0)  # all generations have their shape
     rows = rows_of(batch_of(evaluation, questions))
-    members = -(
-        -settings.population
-        // (jax.process_count() * devices_of(experiment.pretrained.params))
-    )
+    places = jax.process_count() * devices_of(experiment.pretrained.params)
+    members = -(-settings.population // places)
     sizes = slot_sizes(evaluation, settings.slots, rows)
     chunk = min(settings.chunk, members)
     if chunk and len(sizes) == 1:
@@ -92,7 +90,8 @@ def choose(experiment: Experiment) -> Held:
         batch = batch_of(in_slots, questions)
         return peak_of(in_slots, params, noise, batch, budget, chunk)
 
-    held, least = first_that_fits(peak, sizes, rows, members, budget, chunk)
+    useful = useful_members(members, sizes[0] or rows)
+    held, least = first_that_fits(peak, sizes, members, useful, budget, chunk)
     if not held.chunk:
         raise too_large(chunk or 1, held.slots or rows, least, budget)
     return held
@@ -110,28 +109,25 @@ def slot_sizes(
 def first_that_fits(
     peak: Callable[[int, int], Peak],
     sizes: Sequence[int],
-    rows: int,
     members: int,
+    useful: int,
     budget: int,
     chunk: int = 0,
-    platform: str = "",
 ) -> tuple[Held, Peak]:
     """The first number of slots with which a member fits, and how many members do.
 
     Args:
       peak: of so many slots and members.
       sizes: numbers of slots, best first.
-      rows: prompts that each member answers.
       members: of a device.
+      useful: of them at once, with the first of `sizes`.
       budget: bytes.
       chunk: members to hold at once; 0 chooses.
-      platform: of the devices, by default of this process's.
 
     Returns:
       What fits, with a chunk of 0 if nothing does; and the peak of the fewest members
       that were tried with these slots.
     """
-    useful = useful_members(members, sizes[0] or rows, platform)
     for slots in sizes:
         of_members = partial(peak, slots)
         if chunk:
@@ -201,13 +197,7 @@ def peak_of(
 
     Nothing more is compiled as soon as more than the budget, in bytes, is needed.
     """
-    analysis = Analysis(budget)
-    abstract = jax.tree.map(analysis.stand_in, params)
-    try:
-        analyse(analysis, evaluation, abstract, noise, batch, members)
-    except TooLargeError:
-        return Peak(analysis.peak, complete=False)
-    return Peak(analysis.peak, complete=True)
+    return analyse(Analysis(budget), evaluation, params, noise, batch, members)
 
 
 def analyse(
@@ -217,15 +207,17 @@ def analyse(
     noise: Noise | None,
     batch: Batch,
     members: int,
-) -> None:
-    """The programs by which so many members on each device answer a batch.
-
-    `params` are stand-ins of the analysis.
-    """
+) -> Peak:
+    """The same, in an analysis that then has what was compiled."""
+    abstract = jax.tree.map(analysis.stand_in, params)
     like = jax.ShapeDtypeStruct((members * devices_of(params),), jnp.int32)
     numbers: Any = Abstract(analysis, like, None)
-    rollout = prepare_rollout(evaluation, params, noise, mesh_of(params))
-    answer(rollout, jax.random.key(0), numbers, batch)
+    try:
+        rollout = prepare_rollout(evaluation, abstract, noise, mesh_of(params))
+        answer(rollout, jax.random.key(0), numbers, batch)
+    except TooLargeError:
+        return Peak(analysis.peak, complete=False)
+    return Peak(analysis.peak, complete=True)
 
 
 def most_that_fit(

@@ -55,6 +55,7 @@ from jes.memory import (
     first_that_fits,
     free_bytes,
     slot_sizes,
+    useful_members,
 )
 from jes.models.config import ModelConfig
 from jes.models.partition import leaf_sharding
@@ -242,34 +243,27 @@ def plan(settings: Settings, target: str, tokens: tuple[int, int]) -> Plan:
         held["optimizer"] = bytes_of(state)
     if settings.anchor in ("device", "bfloat16"):
         small = settings.anchor == "bfloat16" or settings.dtype == "bfloat16"
-        whole = stand_ins(analysis, config, mesh, form=form)
-        held["anchor"] = bytes_of(whole) // (1 + (small and form is None))
+        base = stand_ins(analysis, config, mesh, form=form)
+        held["anchor"] = bytes_of(base) // (1 + (small and form is None))
     free = int(memory) - sum(held.values())
     if free <= 0:
         return Plan(settings, held, [], Held(0, 0), sum(held.values()), memory, {}, {})
 
     found: dict[tuple[int, int], Analysis] = {}
 
-    def batch_in(slots: int) -> tuple[Evaluation, Batch]:
-        in_slots = dataclasses.replace(evaluation, slots=slots)
-        return in_slots, batch_of(in_slots, asked)
-
     def peak(slots: int, chunk: int) -> Peak:
         found[slots, chunk] = mine = Analysis(free, elsewhere=place)
-        own = jax.tree.map(mine.stand_in, params)
-        in_slots, batch = batch_in(slots)
-        try:
-            analyse(mine, in_slots, own, evolution.noise, batch, chunk)
-        except TooLargeError:
-            return Peak(mine.peak, complete=False)
-        return Peak(mine.peak, complete=True)
+        in_slots = dataclasses.replace(evaluation, slots=slots)
+        batch = batch_of(in_slots, asked)
+        return analyse(mine, in_slots, params, evolution.noise, batch, chunk)
 
     members = -(-settings.population * settings.model_parallel // len(devices))
-    rows = rows_of(batch_in(0)[1])
+    whole = batch_of(dataclasses.replace(evaluation, slots=0), asked)
+    rows, platform = rows_of(whole), devices[0].platform
     chunk = min(settings.chunk, members)
-    sizes = slot_sizes(evaluation, settings.slots, rows, devices[0].platform)
-    given = sizes, rows, members, free, chunk, devices[0].platform
-    fitting, _ = first_that_fits(peak, *given)
+    sizes = slot_sizes(evaluation, settings.slots, rows, platform)
+    useful = useful_members(members, sizes[0] or rows, platform)
+    fitting, _ = first_that_fits(peak, sizes, members, useful, free, chunk)
     last = found[fitting.slots, fitting.chunk or chunk or 1]
 
     key: Any = Abstract(analysis, jax.eval_shape(jax.random.key, 0), None)
@@ -293,8 +287,8 @@ def plan(settings: Settings, target: str, tokens: tuple[int, int]) -> Plan:
         fitting=fitting,
         peak=peak_bytes,
         memory=memory,
-        work=work_of(settings, config, len(devices), batch_in(0)[1], fitting.chunk),
-        sent=sent_by(settings, config, len(devices), batch_in(0)[1]),
+        work=work_of(settings, config, len(devices), whole, fitting.chunk),
+        sent=sent_by(settings, config, len(devices), whole),
     )
 
 

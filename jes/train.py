@@ -108,11 +108,7 @@ def run(
       OSError: if the disk is full or the like; what happened before is saved.
     """
     settings = freeze(config)
-    if re.match("[a-z0-9]+:/", str(workdir)):
-        raise InputError(
-            f"{workdir} is no folder on a disk, where runs are written: copy it to a "
-            "bucket while it grows, as tpu_scripts do, or mount that"
-        )
+    check_disk(workdir)
     if jax.process_count() > 1 and settings.method != "es":
         raise InputError(f"method {settings.method!r} runs in one process")
     keep_compiled()
@@ -127,6 +123,15 @@ def run(
             report(workdir, summary)
             return summary
     return {}  # the first process had nothing left to do
+
+
+def check_disk(workdir: Path) -> None:
+    """Raises InputError for an address, such as that of a bucket."""
+    if re.match("[a-z0-9]+:/", str(workdir)):
+        raise InputError(
+            f"{workdir} is no folder on a disk, where runs are written: copy it to a "
+            "bucket while it grows, as tpu_scripts do, or mount that"
+        )
 
 
 def train(
@@ -457,6 +462,7 @@ def main() -> None:
         name = command_line.config_name() or Path(config_flag.value.task).stem
         workdir = Path(workdir_flag.value or f"runs/{name}")
         if given.distributed:
+            check_disk(workdir)
             hosts.mark(workdir)
         run(config_flag.value, workdir)
 

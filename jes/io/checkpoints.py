@@ -106,7 +106,6 @@ def restore_latest(folder: Path, like: Any, at_most: int) -> tuple[int, Any] | N
       like: a state with the shapes, dtypes and shardings to restore.
       at_most: newer checkpoints than this many generations are not used.
     """
-
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
     )

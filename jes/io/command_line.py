@@ -167,13 +167,14 @@ def guarded(command: Callable[[], None], after_os_error: str = "") -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # skips JAX's shutdown barrier
+    except Unavailable as error:
+        fail(str(error), 1)
     except (InputError, OSError) as error:
         # A full disk (an OSError with a number) is no mistake in the input.
         mistake = getattr(error.__cause__, "errno", None) is None
-        if mistake and not isinstance(error, OSError | Unavailable):
+        if mistake and not isinstance(error, OSError):
             fail(str(error), 2)
-        later = "" if isinstance(error, Unavailable) else after_os_error
-        fail("; ".join(filter(None, [str(error), later])), 1)
+        fail("; ".join(filter(None, [str(error), after_os_error])), 1)
     except Stopped as stopped:
         sys.exit(128 + stopped.signal_number)
     except KeyboardInterrupt:

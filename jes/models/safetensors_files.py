@@ -137,16 +137,16 @@ def _downloaded(name: str, wanted: Sequence[str]) -> Path:
     # Any exception: which HTTP library raises depends on the version of the hub's.
     except Exception as error:
         first_line = str(error).partition("\n")[0]
-        kind: type[WeightsError] = UnreachableError
+        # Of a gated model, too.
+        unknown = isinstance(error, errors.RepositoryNotFoundError)
+        kind = WeightsError if unknown else UnreachableError
         reason = f"no network, or the hub does not answer ({first_line})"
-        if isinstance(error, errors.GatedRepoError | errors.RepositoryNotFoundError):
-            kind = WeightsError
         if isinstance(error, errors.GatedRepoError):
             reason = (
                 f"it is gated (accept its terms on https://huggingface.co/{name}, then "
                 "log in with `hf auth login`)"
             )
-        elif isinstance(error, errors.RepositoryNotFoundError):
+        elif unknown:
             reason = "there is no such model, or it is private (`hf auth login`)"
         raise kind(
             f"there is no folder {name!r}, and it could not be downloaded from the "
