@@ -86,12 +86,13 @@ def prepare_rollout(
     mesh: Mesh | None = None,
 ) -> Rollout:
     """Makes what all members share once for all chunks and batches."""
-    shared = params
+    shared, dtype = params, jnp.dtype(evaluation.dtype)
     # Members of floats with full-rank noise are perturbed in float32, then cast.
     if noise is None or noise.rank or is_quantized(params):
-        shared = with_dtype(params, jnp.dtype(evaluation.dtype))
         if evaluation.mode == "generate" and not is_quantized(params):
-            shared = unrolled_params(evaluation.model, shared)
+            shared = unrolled_params(evaluation.model, params, dtype)
+        else:
+            shared = with_dtype(params, dtype)
     return Rollout(evaluation, params, shared, noise, mesh)
 
 
@@ -103,13 +104,14 @@ def members_of(
 ) -> Members:
     """These members, in the form that `answer` takes."""
     evaluation, noise = rollout.evaluation, rollout.noise
-    settings = {"dtype": evaluation.dtype, "draw": evaluation.draw}
+    apart = evaluation.mode == "generate" and not _lazy(rollout)
+    settings = {"dtype": evaluation.dtype, "draw": evaluation.draw, "apart": apart}
     settings |= {"mesh": rollout.mesh, "sigmas": sigmas}
     members = perturb_members(rollout.params, key, numbers, noise, **settings)
     if members.share_params:
         members = members.replace(params=rollout.shared)
-    if evaluation.mode == "generate" and not _lazy(rollout):
-        members = unrolled(evaluation.model, members)
+        if apart:
+            members = unrolled(evaluation.model, members)
     return members
 
 

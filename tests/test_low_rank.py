@@ -20,7 +20,7 @@ from jes.config import default, freeze
 from jes.core import ledger as ledgers
 from jes.core.codes import pack
 from jes.core.evolution import Evolution
-from jes.core.low_rank import LowRank, draw_low_rank, has_matrices
+from jes.core.low_rank import LowRank, draw_low_rank
 from jes.core.members import Members
 from jes.core.mesh import make_mesh, replicated
 from jes.core.noise import (
@@ -36,6 +36,7 @@ from jes.core.population import (
     draw_overlays,
     perturb_members,
 )
+from jes.core.stack import has_matrices
 from jes.errors import InputError
 from jes.export import evolution_of, rebuild
 from jes.models.member_layers import thin_product

@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from marks import slow_except
+from small_decoder import decoder
+from small_decoder import weights_of as weights_of_decoder
 
 import jes
 from jes.core.mesh import make_mesh, replicated
-from jes.core.noise import Noise
+from jes.core.noise import DISTRIBUTIONS, Noise
 from jes.core.population import perturb_members
 from jes.core.tree import is_quantized
+from jes.models.partition import place
 from jes.quantize import quantize
 from jes.questions import Evaluation, prepare
 from jes.rollout import ask
@@ -96,3 +99,27 @@ def test_params_are_shared_but_with_noise_of_full_rank(
         assert members.variables["params"] is params
         itself = perturb_members(params, KEY, jnp.arange(2), None)
         assert itself.variables == {"params": params, "noise": {}}
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("devices", slow_except({0}, [0, 1, 2]))
+def test_layers_drawn_apart_are_those_of_the_stack(
+    distribution: str, devices: int
+) -> None:
+    """Bit for bit: vectors and matrices, whose rows are no multiples of 32 too.
+
+    By one device, by two that have a member each, or half of each.
+    """
+    model = decoder(hidden_size=40, qkv_bias=True)
+    params = weights_of_decoder(model)
+    noise = Noise(sigma=0.1, distribution=distribution, antithetic=True)
+    mesh = make_mesh(devices, jax.devices()[:2]) if devices else None
+    params = place(params, model.config, mesh)
+    given = params, KEY, jnp.array([3, 1]), noise
+    stacked, found = (
+        perturb_members(*given, apart=apart, mesh=mesh).variables["params"]
+        for apart in (False, True)
+    )
+    expected = jax.vmap(model.unrolled_params)(stacked)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -60,7 +60,7 @@ def over_inference(repeats: int) -> Iterator[Row]:
     """The time of a generation over N times that of inference."""
     for name, sizes, goal in OVER_INFERENCE:
         case, large = Case(model_of(name), *sizes), name == LARGE
-        members, times = (2, min(repeats, 3)) if large else (MEMBERS, repeats)
+        members, times = (4, min(repeats, 3)) if large else (MEMBERS, repeats)
         for noise in NOISES[large:]:
             what = f"generation / (N x inference), {noise} noise: {name}, {case}"
             ours = generation(case, evolution_of(members, noise), chunk=int(large))

@@ -26,10 +26,6 @@ import jax.numpy as jnp
 Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 """A distribution of mean 0 and variance 1: a function of (key, shape)."""
 
-STACK = "layers"
-"""Leaves below this name are stacks of layers, on their first axis."""
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
@@ -51,16 +47,6 @@ class LowRank:
             precision=jax.lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )
-
-
-def is_stack(path: tuple[Any, ...]) -> bool:
-    """Whether the first axis of a leaf counts layers."""
-    return jax.tree_util.keystr(path[:1], simple=True) == STACK
-
-
-def has_matrices(path: tuple[Any, ...], shape: tuple[int, ...]) -> bool:
-    """Whether a leaf is a matrix or a stack of them; others have noise in full."""
-    return len(shape) - is_stack(path) >= 2
 
 
 def draw_matrix(

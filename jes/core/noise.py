@@ -28,7 +28,8 @@ import jax.numpy as jnp
 
 from jes.core import random, signs
 from jes.core.integer_noise import integer_noise
-from jes.core.low_rank import draw_low_rank, has_matrices
+from jes.core.low_rank import draw_low_rank
+from jes.core.stack import has_matrices
 
 PyTree = Any
 

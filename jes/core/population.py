@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 
 from jes.core.codes import Codes, Overlay, allowed, pick
 from jes.core.lazy_noise import LazyNoise, MemberWeight
-from jes.core.low_rank import LowRank, draw_low_rank, has_matrices, is_stack
+from jes.core.low_rank import LowRank, draw_low_rank
+from jes.core.stack import STACK, has_matrices, is_stack, unstacked
 from jes.core.members import Members, by_member
 from jes.core.mesh import model_is_spread
 from jes.core.noise import (
@@ -52,6 +53,7 @@ def perturb_members(
     *,
     dtype: Any = jnp.float32,
     draw: str = "member",
+    apart: bool = False,
     mesh: Mesh | None = None,
     sigmas: jax.typing.ArrayLike | None = None,
 ) -> Members:
@@ -67,6 +69,7 @@ def perturb_members(
       dtype: of the members' own arrays.
       draw: 'member' draws all noise now, 'layer' leaves that of matrices to the layers
         (of floats with full-rank noise).
+      apart: whether weights of the members' own have one subtree a layer.
       mesh: to spread the members over.
       sigmas: float [M], a σ for each member of floats; by default that of the noise.
     """
@@ -81,7 +84,8 @@ def perturb_members(
             dtype = jnp.dtype(dtype)
             variables["noise"] = some(*given, noise, dtype, sigmas, mesh=mesh)
         else:
-            own = draw_members(*given, noise, jnp.dtype(dtype), sigmas, mesh=mesh)
+            whole = draw_members_apart if apart else draw_members
+            own = whole(*given, noise, jnp.dtype(dtype), sigmas, mesh=mesh)
             variables = {"params": own}
     return Members(variables, sampling_keys(key, members), mesh)
 
@@ -97,7 +101,8 @@ def _of_members(leaf_of_member: Callable) -> Callable:
     """Decorator: makes trees of members, [M, ...], of a function of a leaf.
 
     The function takes the path, the leaf, the direction key, ±σ (±1 where the leaf is
-    quantised), the `Noise` and the dtype; the result the arguments of
+    quantised), the `Noise` and the dtype; and `layer`, an int32 scalar, where it is to
+    take a stack of layers for that one alone. The result takes the arguments of
     `perturb_members` but `draw`, in the order of below.
     """
 
@@ -108,12 +113,15 @@ def _of_members(leaf_of_member: Callable) -> Callable:
         sigmas: jax.Array,
         noise: Noise,
         dtype: Any,
+        layer: jax.Array | None = None,
     ) -> PyTree:
+        alone = {} if layer is None else {"layer": layer}
+
         def draw_member(member: jax.Array, sigma: jax.Array) -> PyTree:
             own, sign = noise.direction(key, member)
             return map_leaves(
                 lambda path, leaf: leaf_of_member(
-                    path, leaf, own, sigma * sign, noise, dtype
+                    path, leaf, own, sigma * sign, noise, dtype, **alone
                 ),
                 params,
             )
@@ -121,7 +129,8 @@ def _of_members(leaf_of_member: Callable) -> Callable:
         return jax.vmap(draw_member)(members, sigmas)
 
     compiled.__name__ = leaf_of_member.__name__
-    spread = by_member(own=["members", "sigmas"], shared=["params", "key"])(compiled)
+    shared = ["params", "key", "layer"]
+    spread = by_member(own=["members", "sigmas"], shared=shared)(compiled)
     run = program(spread, static_argnames=("noise", "dtype", "mesh"))
 
     @functools.wraps(leaf_of_member)
@@ -132,6 +141,7 @@ def _of_members(leaf_of_member: Callable) -> Callable:
         noise: Noise,
         dtype: Any = jnp.float32,
         sigmas: jax.typing.ArrayLike | None = None,
+        layer: jax.Array | None = None,
         *,
         mesh: Mesh | None = None,
     ) -> PyTree:
@@ -141,7 +151,7 @@ def _of_members(leaf_of_member: Callable) -> Callable:
             sigmas = noise.sigma if sigmas is None else sigmas
             noise = dataclasses.replace(noise, sigma=1.0)
         sigmas = np.broadcast_to(np.asarray(sigmas, np.float32), np.shape(members))
-        return run(params, key, members, sigmas, noise, dtype, mesh=mesh)
+        return run(params, key, members, sigmas, noise, dtype, layer, mesh=mesh)
 
     return draw
 
@@ -150,6 +160,29 @@ def _of_members(leaf_of_member: Callable) -> Callable:
 def draw_members(path, leaf, key, scale, noise, dtype):
     """The weights of members; the sum is taken in float32, before the cast."""
     return _sum(path, leaf, key, scale, noise).astype(leaf.dtype).astype(dtype)
+
+
+@_of_members
+def draw_layer(path, leaf, key, scale, noise, dtype, layer):
+    """The same of one layer, with the same numbers."""
+    leaf = jax.lax.dynamic_index_in_dim(leaf, layer)
+    drawn = _sum(path, leaf, key, scale, noise, layer)
+    return drawn[0].astype(leaf.dtype).astype(dtype)
+
+
+def draw_members_apart(
+    params: PyTree, key: jax.Array, members: jax.Array, *settings: Any, mesh: Any = None
+) -> PyTree:
+    """`draw_members` with one subtree a layer; no stack of a member's own is made."""
+
+    def draw_stack(stack: PyTree, number: int) -> PyTree:
+        given = {STACK: stack}, key, members, *settings, jnp.int32(number)
+        return draw_layer(*given, mesh=mesh)[STACK]
+
+    apart = unstacked(params, draw_stack)
+    names = params.keys() & apart.keys()
+    rest = {name: params[name] for name in names}
+    return apart | draw_members(rest, key, members, *settings, mesh=mesh)
 
 
 @_of_members
@@ -181,8 +214,8 @@ def draw_lazily(path, leaf, key, scale, noise, dtype):
     return LazyNoise(data, scale, matrix, *settings)
 
 
-def _sum(path, leaf, key, scale, noise):
-    drawn = leaf_noise(key, path, leaf.shape, noise)
+def _sum(path, leaf, key, scale, noise, part=None):
+    drawn = leaf_noise(key, path, leaf.shape, noise, part)
     return leaf.astype(jnp.float32) + scale * drawn
 
 

@@ -90,7 +90,9 @@ class Analysis:
         found = compiled.memory_analysis()
         new = found.output_size_in_bytes - found.alias_size_in_bytes
         size = found.argument_size_in_bytes, new, found.temp_size_in_bytes
-        self.compiled.append(Compiled(jitted.__name__, seconds, *size))
+        known = {each._replace(seconds=0) for each in self.compiled}
+        if Compiled(jitted.__name__, 0, *size) not in known:  # as for the next layer
+            self.compiled.append(Compiled(jitted.__name__, seconds, *size))
         self._need(new + found.temp_size_in_bytes)
         return jax.tree.map(self._hold, lowered.out_info, compiled.output_shardings)
 

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jes.core.stack import STACK, layer_name, unstacked
 from jes.models.attention import Place, attend
 from jes.models.cache import Cache, write
 from jes.models.config import ModelConfig, RopeScaling
@@ -107,7 +108,7 @@ class Decoder(nn.Module):
             in_axes=(0, 0, nn.broadcast),
             out_axes=0,
             length=self.config.num_hidden_layers,
-        )(self.config, name="layers")
+        )(self.config, name=STACK)
         cache, prefix = (
             part and tuple(map(jnp.stack, part)) for part in (cache, prefix)
         )
@@ -120,7 +121,7 @@ class Decoder(nn.Module):
             own, shared = (
                 part and (part[0][i], part[1][i]) for part in (cache, prefix)
             )
-            x, pair = Layer(self.config, name=f"layers_{i}")(x, own, shared, given)
+            x, pair = Layer(self.config, name=layer_name(i))(x, own, shared, given)
             pairs.append(pair)
         return x, *zip(*pairs, strict=True)
 
@@ -142,12 +143,9 @@ class Decoder(nn.Module):
                 return leaf[i]
             return jax.lax.dynamic_index_in_dim(leaf, first + i, keepdims=False)
 
-        params = dict(params)
-        stacked = params.pop("layers")
-        (count,) = {leaf.shape[0] for leaf in jax.tree.leaves(stacked)}
-        for i in range(count):
-            params[f"layers_{i}"] = jax.tree.map(partial(pick, i=i), stacked)
-        return params
+        return unstacked(
+            params, lambda stack, i: jax.tree.map(partial(pick, i=i), stack)
+        )
 
 
 class Embedding(nn.Module):

@@ -14,6 +14,7 @@ import numpy as np
 
 from jes.core.members import Members, by_member, unperturbed
 from jes.core.programs import program
+from jes.core.stack import STACK
 from jes.core.tree import is_quantized
 from jes.sampling.packing import (
     Packed,
@@ -187,7 +188,7 @@ def apply(
     """`model.apply`, with layers that are stacked taken out where they are used."""
     tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
     params = variables["params"]
-    if "layers" in params and not model.scan_layers:
+    if STACK in params and not model.scan_layers:
         # Always 0, but opaque to XLA, so that the slices are not hoisted: it would
         # take all layers out of the stack before the first token, and hold them twice.
         first = (positions.reshape(-1)[0] < -1).astype(jnp.int32)
@@ -322,9 +323,14 @@ def _unrolled_by_member(model: Any, tree: Any) -> Any:
     return jax.vmap(model.unrolled_params)(tree)
 
 
-@program(static_argnums=0)
-def unrolled_params(model: Any, params: Any) -> Any:
-    """Shared parameters with one subtree a layer, copied once for all tokens."""
+@program(static_argnames=("model", "dtype"))
+def unrolled_params(model: Any, params: Any, dtype: Any = None) -> Any:
+    """Shared parameters with one subtree a layer, copied once for all tokens.
+
+    In the dtype, if one is given, without a stack of that.
+    """
+    if dtype is not None:
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     return model.unrolled_params(params)
 
 

@@ -10,7 +10,8 @@ import optax
 from jes.core.codes import matrix_numbers
 from jes.core.fitness import METHODS, finite_members, shape_fitness
 from jes.core.integer_noise import entries
-from jes.core.low_rank import draw_matrix, has_matrices
+from jes.core.low_rank import draw_matrix
+from jes.core.stack import has_matrices
 from jes.core.noise import (
     DISTRIBUTIONS,
     Noise,
