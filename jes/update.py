@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 
 from jes.core.codes import pack
 from jes.core.evolution import SCHEDULES, Evolution
-from jes.core.stack import is_stack
 from jes.core.mesh import mesh_of, model_is_spread, replicated
 from jes.core.noise import PyTree, generation_key
 from jes.core.programs import program
+from jes.core.stack import is_stack
 from jes.core.tree import is_codes, map_leaves, merge, split
 from jes.core.whole_numbers import (
     displaced,

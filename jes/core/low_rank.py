@@ -18,13 +18,13 @@ the I entries of column k of A, then the O of column k of B.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 """A distribution of mean 0 and variance 1: a function of (key, shape)."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

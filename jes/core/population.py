@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 from jes.core.codes import Codes, Overlay, allowed, pick
 from jes.core.lazy_noise import LazyNoise, MemberWeight
 from jes.core.low_rank import LowRank, draw_low_rank
-from jes.core.stack import STACK, has_matrices, is_stack, unstacked
 from jes.core.members import Members, by_member
 from jes.core.mesh import model_is_spread
 from jes.core.noise import (
@@ -32,6 +31,7 @@ from jes.core.noise import (
     leaf_noise,
 )
 from jes.core.programs import program
+from jes.core.stack import STACK, has_matrices, is_stack, unstacked
 from jes.core.tree import is_codes, is_quantized, map_leaves, split
 
 

@@ -11,7 +11,6 @@ from jes.core.codes import matrix_numbers
 from jes.core.fitness import METHODS, finite_members, shape_fitness
 from jes.core.integer_noise import entries
 from jes.core.low_rank import draw_matrix
-from jes.core.stack import has_matrices
 from jes.core.noise import (
     DISTRIBUTIONS,
     Noise,
@@ -21,6 +20,7 @@ from jes.core.noise import (
     leaf_key,
     leaf_noise,
 )
+from jes.core.stack import has_matrices
 from jes.core.tree import is_codes, map_leaves
 
 AT_ONCE = 2**19
