@@ -148,7 +148,7 @@ def stand_ins(
     leaves = {}
     for path, shape in leaf_shapes(config).items():
         like: Any = jax.ShapeDtypeStruct(shape, dtype)
-        place = leaf_sharding(path, config, mesh) if mesh else None
+        place = leaf_sharding(path, shape, mesh) if mesh else None
         if form and is_kernel(path):
             like = jax.eval_shape(partial(rounded, path, **form), like)
             place = NamedSharding(mesh, PartitionSpec()) if mesh else None

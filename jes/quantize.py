@@ -220,7 +220,7 @@ def load_base(
     if not is_quantized(pretrained.params):
         return pretrained
     params = with_dtype(pretrained.params, jnp.dtype(dtype))
-    params = place(params, pretrained.config, mesh)
+    params = place(params, mesh)
     return dataclasses.replace(pretrained, params=params)
 
 

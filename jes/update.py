@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jes.core.codes import pack
 from jes.core.evolution import SCHEDULES, Evolution
 from jes.core.mesh import mesh_of, model_is_spread, replicated
-from jes.core.noise import PyTree, generation_key
+from jes.core.noise import PyTree, generation_key, leaf_path
 from jes.core.programs import program
 from jes.core.stack import is_stack
 from jes.core.tree import is_codes, map_leaves, merge, split
@@ -171,9 +171,8 @@ def tell(
         rate, anchor = evolution.alpha / evolution.whole_unit, None
         fitness = whole_fitness(np.asarray(fitness), evolution.shaping, rate)
     evolution, rates = compiled_form(evolution)
-    trained, state = _tell(
-        evolution, mesh, share, trained, state, rates, key, fitness, anchor
-    )
+    settings = evolution, mesh, share, _shards(trained)
+    trained, state = _tell(*settings, trained, state, rates, key, fitness, anchor)
     return merge(trained, frozen), state
 
 
@@ -195,11 +194,22 @@ def compiled_form(evolution: Evolution) -> tuple[Evolution, Rates | None]:
     return dataclasses.replace(evolution, **same), rates
 
 
-@program(static_argnums=(0, 1, 2), donate_argnums=(3, 4))
+def _shards(params: PyTree) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Paths of the leaves that devices have parts of, and the shapes of these."""
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and any(sharding.spec):
+            found.append((leaf_path(path), sharding.shard_shape(leaf.shape)))
+    return tuple(found)
+
+
+@program(static_argnums=(0, 1, 2, 3), donate_argnums=(4, 5))
 def _tell(
     evolution: Evolution,
     mesh: Mesh | None,
     share: bool,
+    shards: tuple[tuple[str, tuple[int, ...]], ...],
     params: PyTree,
     state: Any,
     rates: Rates | None,
@@ -209,10 +219,17 @@ def _tell(
 ) -> tuple[PyTree, Any]:
     spread = model_is_spread(mesh)
 
+    own = dict(shards)
+
+    def pieces(path: tuple[Any, ...], leaf: Any) -> int:
+        return leaf.shape[0] // own.get(leaf_path(path), leaf.shape)[0]
+
     def parts(path: tuple[Any, ...], leaf: Any) -> int:
-        # No device holds another's part: what is spread is cut between layers alone.
-        whole = (spread or evolution.rank) and not is_stack(path)
-        return 1 if whole and not is_codes(leaf) else count_parts(path, leaf)
+        if evolution.rank and not is_stack(path) and not is_codes(leaf):
+            return 1
+        if shape := own.get(leaf_path(path)):
+            leaf = jax.ShapeDtypeStruct(shape, leaf.dtype)
+        return count_parts(path, leaf)
 
     return update_in_place(
         make_optimizer(evolution, partitioned=spread, rates=rates),
@@ -223,6 +240,7 @@ def _tell(
         anchor=anchor,
         strength=rates and rates.pull,
         parts=parts,
+        pieces=pieces,
         share=mesh if share and not spread else None,
     )
 

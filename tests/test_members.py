@@ -114,7 +114,7 @@ def test_layers_drawn_apart_are_those_of_the_stack(
     params = weights_of_decoder(model)
     noise = Noise(sigma=0.1, distribution=distribution, antithetic=True)
     mesh = make_mesh(devices, jax.devices()[:2]) if devices else None
-    params = place(params, model.config, mesh)
+    params = place(params, mesh)
     given = params, KEY, jnp.array([3, 1]), noise
     stacked, found = (
         perturb_members(*given, apart=apart, mesh=mesh).variables["params"]

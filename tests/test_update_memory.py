@@ -86,7 +86,7 @@ def compiled(evolution: Evolution, params: PyTree, share: bool) -> Any:
     mesh, state = mesh_of(params), first_state(evolution, params)
     key, fitness = jax.random.key(0), jnp.ones(4)
     form, rates = compiled_form(evolution)
-    arguments = form, mesh, share, params, state, rates, key, fitness, None
+    arguments = form, mesh, share, (), params, state, rates, key, fitness, None
     return _tell.lower(*arguments).compile()
 
 
@@ -256,6 +256,36 @@ def test_an_update_of_floats_takes_no_more_memory_for_more_layers(law: str) -> N
     assert beside(8) < 5 * one_part
 
 
+@pytest.mark.parametrize("distribution", jes.core.noise.DISTRIBUTIONS)
+def test_parts_with_rows_of_each_device_are_the_same(distribution: str) -> None:
+    """Bit for bit: parts of three rows, one of each of three pieces."""
+    noise = jes.Noise(sigma=0.1, distribution=distribution)
+    chain = optax.chain(
+        jes.es_gradient(noise),
+        optax.scale_by_learning_rate(0.2),
+        jes.anchored_weight_decay(0.2, 0.5, None),
+    )
+    params, anchor = (
+        {"embed": jax.random.normal(jax.random.key(n), (12, 5))} for n in (1, 2)
+    )
+    key, fitness = jax.random.key(0), jnp.arange(4.0)
+    found = [
+        jes.update_in_place(
+            chain,
+            params,
+            chain.init(params),
+            key=key,
+            fitness=fitness,
+            anchor=anchor,
+            parts=lambda path, leaf, parts=parts: parts,
+            pieces=lambda path, leaf, pieces=pieces: pieces,
+        )[0]["embed"]
+        for parts, pieces in ((1, 1), (4, 3))
+    ]
+    np.testing.assert_array_equal(*found)
+    assert (found[0] != params["embed"]).all()
+
+
 def test_a_chain_of_ones_own_takes_no_more_memory_than_that_of_a_run() -> None:
     """`jes.update_in_place`, jitted by a user of the library, beside `tell`."""
     evolution, params = evolution_of(**DECAY), floats(0)
@@ -270,7 +300,7 @@ def test_a_chain_of_ones_own_takes_no_more_memory_than_that_of_a_run() -> None:
     program = own.lower(*inputs, key=key, fitness=fitness, anchor=anchor).compile()
     state = first_state(evolution, params)
     form, rates = compiled_form(evolution)
-    arguments = form, None, False, params, state, rates, key, fitness, anchor
+    arguments = form, None, False, (), params, state, rates, key, fitness, anchor
     assert beside_weights(program) <= beside_weights(_tell.lower(*arguments).compile())
     found, _ = own(*inputs, key=key, fitness=fitness, anchor=anchor)
     expected, _ = tell(evolution, floats(0), state, key, fitness, anchor)

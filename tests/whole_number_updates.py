@@ -60,7 +60,7 @@ def main() -> None:
         for decay, coefficient in DECAYS.items():
             config = ModelConfig.from_hf(SHAPE)
             mesh = make_mesh(parallel, jax.devices()[:devices])
-            params = place(jax.tree.map(jnp.asarray, base(config)), config, mesh)
+            params = place(jax.tree.map(jnp.asarray, base(config)), mesh)
             evolution = Evolution(
                 population=5,
                 sigma=0.1,

@@ -9,6 +9,7 @@ every token in decoding.
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -74,24 +75,37 @@ def map_blocks(
     noise: LazyNoise,
     axis: int,
     function: Callable[[jax.Array], jax.Array],
+    out_axis: int,
 ) -> jax.Array:
     """Applies a function to a member's matrix [I, O] one block at a time.
 
-    The axis is cut into `BLOCKS` blocks, or a divisor of that. Results are stacked.
+    The axis, which is the `out_axis` of results, is cut into `BLOCKS` blocks, or a
+    divisor of that. Where devices share it, a block has a part of each device's.
     """
-    count = math.gcd(weight.shape[axis], BLOCKS)
-    length = weight.shape[axis] // count
+    size, width = weight.shape[axis], weight.shape[1]
+    shares = math.gcd(size, BLOCKS) if noise.partitioned else 1
+    count = math.gcd(size // shares, BLOCKS)
+    length = size // shares // count
+    shape = list(weight.shape)
+    shape[axis] = shares * length
+    apart = weight.reshape(*weight.shape[:axis], shares, -1, *weight.shape[axis + 1 :])
+    numbers = jnp.arange(size).reshape(shares, -1)
 
     def one(number: jax.Array) -> jax.Array:
-        start = number * length
-        block = jax.lax.dynamic_slice_in_dim(weight, start, length, axis)
-        row, column = (start, 0) if axis == 0 else (0, start)
-        rows = row + jnp.arange(block.shape[0])[:, None]
-        width = weight.shape[1]
-        place = places(block.shape[1:], rows, width, column, noise.partitioned)
+        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=number * length)
+        own = cut(numbers, slice_size=length, axis=1).reshape(-1)
+        block = cut(apart, slice_size=length, axis=axis + 1).reshape(shape)
+        rows, start = (own, 0) if axis == 0 else (jnp.arange(shape[0]), own)
+        if axis:  # columns are counted from the first
+            start -= jnp.arange(len(own))
+        place = places((shape[1],), rows[:, None], width, start, noise.partitioned)
         return function(_sum(block, noise, place))
 
-    return jax.lax.map(one, jnp.arange(count))
+    found = jax.lax.map(one, jnp.arange(count))
+    at = out_axis % (found.ndim - 1)
+    cut = (*found.shape[: at + 1], shares, length, *found.shape[at + 2 :])
+    merged = jnp.moveaxis(found.reshape(cut), 0, at + 1)
+    return merged.reshape(*found.shape[1 : at + 1], size, *found.shape[at + 2 :])
 
 
 def _sum(weight: jax.Array, noise: LazyNoise, place: Place) -> jax.Array:

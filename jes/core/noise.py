@@ -130,7 +130,8 @@ class PartKey(NamedTuple):
     Attributes:
       key: the generation key.
       part: int32 scalar, the number of the part among equal parts of the first axis of
-        the leaf; None for the whole leaf.
+        the leaf; or int32 [R], the numbers of its rows on that axis; None for the whole
+        leaf.
     """
 
     key: jax.Array
@@ -156,7 +157,7 @@ def leaf_noise(
       path: of the leaf in the parameters.
       shape: of the leaf, or of a part of it.
       noise: the distribution and rank; σ is not read.
-      part: number of the part, see `PartKey`; of noise of full rank only.
+      part: see `PartKey`; of noise of full rank only.
     """
     key = leaf_key(direction_key, path)
     draw = DISTRIBUTIONS[noise.distribution]

@@ -67,11 +67,15 @@ def places(
     Args:
       shape: of the entries.
       part: number of the part they are in, among parts of equal size; may be traced, or
-        [..., 1] for several parts of one axis. None for a whole array, below 2^32.
+        [..., 1] for several parts of one axis, or [R] for R of them, the first axis of
+        the shape. None for a whole array, below 2^32.
       size: entries of a part; by default those of the shape.
       start: position of the first within the part.
       partitioned: see `Noise.partitioned`.
     """
+    if part is not None and jnp.ndim(part) == 1:
+        numbers = jnp.asarray(part).reshape(-1, *[1] * (len(shape) - 1))
+        return places(shape[1:], numbers, size, start, partitioned)
     inner, row = _counter(shape, partitioned)
     width = shape[-1] if len(shape) > 1 else 1
     if part is None:

@@ -114,8 +114,8 @@ def unembed(x: jax.Array, weight: jax.Array, noise: Any, *, tied: bool) -> jax.A
         return jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
 
     if isinstance(noise, LazyNoise):
-        blocks = map_blocks(weight, noise.after(x), 0 if tied else 1, product)
-        logits = jnp.concatenate(blocks, axis)
+        cut = 0 if tied else 1
+        logits = map_blocks(weight, noise.after(x), cut, product, axis)
     else:
         logits = product(member_weight(weight, noise))
     return jnp.moveaxis(logits, axis, -1)

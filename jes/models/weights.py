@@ -173,7 +173,7 @@ def load(
             names = [name for _, name, _ in _parts(path, shape)]
             leaves[path] = read_stack(quantized, names, shape, tensors)
         else:
-            sharding = None if mesh is None else leaf_sharding(path, config, mesh)
+            sharding = None if mesh is None else leaf_sharding(path, shape, mesh)
             leaves[path] = jax.device_put(
                 _read_floats(path, shape, tensors, np.dtype(dtype)), sharding
             )
@@ -187,7 +187,7 @@ def load(
         eos_ids = _eos_ids(folder, hf_config, tokenizer)
     return Pretrained(
         model=Decoder(config),
-        params=place(unflatten_dict(leaves, sep="/"), config, mesh),
+        params=place(unflatten_dict(leaves, sep="/"), mesh),
         tokenizer=tokenizer,
         config=config,
         hf_config=hf_config,

@@ -19,6 +19,10 @@ from jes.core.tree import is_codes, leaves_with_path, structure
 PART = 2**20
 """Floats that are updated at once, at least: enough to keep all cores of a CPU busy."""
 
+LANES = 128
+"""Rows of a part, or a multiple, if possible: where the first axis is the minor one of
+its layout, a TPU would make a copy of the leaf for others."""
+
 
 def count_parts(path: tuple[Any, ...], leaf: Any) -> int:
     """Into how many equal parts of its first axis `update_in_place` cuts a leaf.
@@ -30,7 +34,9 @@ def count_parts(path: tuple[Any, ...], leaf: Any) -> int:
     if is_codes(leaf):
         return math.prod(shape[:-2])
     most = min(shape[0], math.prod(shape) // PART) if shape else 1
-    return next((n for n in range(most, 0, -1) if shape[0] % n == 0), 1)
+    even = [n for n in range(most, 0, -1) if shape[0] % n == 0] or [1]
+    aligned = (n for n in even if not (shape and shape[0] // n % LANES))
+    return next((n for n in aligned if 4 * n > even[0]), even[0])
 
 
 def update_in_place(
@@ -41,6 +47,7 @@ def update_in_place(
     key: jax.Array,
     fitness: jax.Array,
     parts: Callable[[tuple[Any, ...], Any], int] = count_parts,
+    pieces: Callable[[tuple[Any, ...], Any], int] = lambda path, leaf: 1,
     share: Mesh | None = None,
     **extra_args: Any,
 ) -> tuple[PyTree, optax.OptState]:
@@ -67,6 +74,8 @@ def update_in_place(
       fitness: float [N].
       parts: number of parts of a leaf. Matrices with noise of low rank, unless stacked,
         need 1.
+      pieces: number of equal pieces of the first axis of a leaf, of which each part has
+        as many rows: of floats that so many devices have a piece each of.
       share: a mesh, on all devices of which `params` is whole. Where the state has only
         counts, each computes parts of a leaf of floats and sends them to the others.
       **extra_args: of the optimizer, such as `anchor`.
@@ -100,7 +109,8 @@ def update_in_place(
     counts_only = not any(map(_is_sum, nothing))
     new = []
     for number, (path, leaf) in enumerate(leaves_with_path(params)):
-        loop = _Loop(partial(update, number), key, parts(path, leaf), nothing)
+        cut = parts(path, leaf), pieces(path, leaf)
+        loop = _Loop(partial(update, number), key, *cut, nothing)
         own = moved.leaf(number)
         read_own = jax.tree.map(on_device, read.leaf(number))
         alone = counts_only and len(own) == 1 and not is_codes(leaf)
@@ -167,11 +177,30 @@ class _Loop(NamedTuple):
     update: Callable[..., tuple[list[Any], list[Any]]]
     key: jax.Array
     parts: int
+    pieces: int
     nothing: list[Any]
 
     def part(self, own: list[Any], read: list[Any], part: jax.Array) -> Any:
-        own, read = jax.tree.map(partial(_cut, part, self.parts), (own, read))
-        return self.update(own, read, PartKey(self.key, part))
+        rows = part
+        if self.pieces > 1:
+            size = jax.tree.leaves(own)[0].shape[0]
+            rows = self._cut(part, jnp.arange(size))
+        own, read = jax.tree.map(partial(self._cut, part), (own, read))
+        return self.update(own, read, PartKey(self.key, rows))
+
+    def _cut(self, part: jax.Array, array: jax.Array) -> jax.Array:
+        apart = self._pieces(array)
+        rows = apart.shape[1] // self.parts
+        cut = jax.lax.dynamic_slice_in_dim(apart, part * rows, rows, 1)
+        return cut.reshape(-1, *array.shape[1:])
+
+    def _put(self, part: jax.Array, array: jax.Array, new: jax.Array) -> jax.Array:
+        own, start = self._pieces(new), part * (len(new) // self.pieces)
+        put = jax.lax.dynamic_update_slice_in_dim(self._pieces(array), own, start, 1)
+        return put.reshape(array.shape)
+
+    def _pieces(self, array: jax.Array) -> jax.Array:
+        return array.reshape(self.pieces, -1, *array.shape[1:])
 
     def in_turn(self, own: list[Any], read: list[Any], totals: list[Any]) -> Any:
         """Part after part: the values of the leaf, and the state's sums added up."""
@@ -183,7 +212,7 @@ class _Loop(NamedTuple):
         def move(part: jax.Array, carry: tuple[list[Any], list[Any]]) -> Any:
             own, totals = carry
             new, found = self.part(own, read, part)
-            return jax.tree.map(partial(_put, part), own, new), add(totals, found)
+            return jax.tree.map(partial(self._put, part), own, new), add(totals, found)
 
         if self.parts == 1:
             own, found = self.update(own, read, self.key)
@@ -203,7 +232,7 @@ class _Loop(NamedTuple):
 
             def put(device: jax.Array, own: list[Any]) -> list[Any]:
                 row = jax.tree.map(lambda rows: rows[device], new)
-                return jax.tree.map(partial(_put, part(turn, device)), own, row)
+                return jax.tree.map(partial(self._put, part(turn, device)), own, row)
 
             return jax.lax.fori_loop(0, devices, put, own)
 
@@ -215,15 +244,6 @@ class _Loop(NamedTuple):
             out_specs=PartitionSpec(),
             check_vma=False,
         )(own)
-
-
-def _cut(part: jax.Array, count: int, array: jax.Array) -> jax.Array:
-    rows = array.shape[0] // count
-    return jax.lax.dynamic_slice_in_dim(array, part * rows, rows)
-
-
-def _put(part: jax.Array, array: jax.Array, new: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(array, new, part * new.shape[0], 0)
 
 
 def _is_sum(scalar: Any) -> bool:
