@@ -23,8 +23,8 @@ from jes.errors import InputError
 from jes.io import checkpoints
 from jes.io.command_line import at_least, guarded
 from jes.io.console import console
+from jes.io.versions import changed_since
 from jes.models.weights import BESIDE, Pretrained, fingerprint
-from jes.run_folder import versions
 from jes.update import first_centre, first_state, replay, weights_of
 
 
@@ -106,12 +106,10 @@ def check_fingerprint(ledger: ledgers.Ledger, count: int, found: str) -> None:
     if found == expected:
         console.print(f"fingerprint after {count} generations is right: {expected}")
         return
-    now = versions()
-    others = {k: (v, now.get(k)) for k, v in ledger.header["versions"].items()}
-    changed = [f"{k} {a} then, {b} now" for k, (a, b) in others.items() if a != b]
+    changed = changed_since(ledger.header["versions"])
     raise InputError(
         "the rebuilt weights are not bit for bit those of the run"
-        + (f" ({'; '.join(changed)})" if changed else "; was the ledger changed?")
+        + (f" ({changed})" if changed else "; was the ledger changed?")
     )
 
 

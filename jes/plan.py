@@ -357,6 +357,7 @@ def sent_by(
     """Bytes that a device sends to others in a generation, and a host to others.
 
     A model over n devices sums activations twice a layer: each sends 2 (n-1)/n of them.
+    (Devices that share a head sum its scores too, which is not counted.)
     """
     text, rows, steps = tokens_of(settings, batch)
     part = settings.model_parallel

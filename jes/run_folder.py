@@ -1,6 +1,7 @@
 """The folder of a run: who may run there, what it writes, and where it stands.
 
 config.json        all settings, what was chosen where they leave it open, versions
+constraints.txt    all packages that were installed when the run began
 ledger.jsonl       fitness of every generation (method 'es'), see `jes.core.ledger`
 metrics.jsonl, evaluations.jsonl, distances.jsonl, tensorboard/, curves.png
 answers.jsonl      to some held-out prompts, the same at each evaluation
@@ -13,11 +14,9 @@ import fcntl
 import json
 import math
 import os
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from jes.io.metrics import Board, finite, keep_rows, read_rows, write_json
 from jes.io.model_card import beside_model
 from jes.io.plots import training_curves
 from jes.io.tracker import Tracker
+from jes.io.versions import changed_since, constraints, versions
 from jes.models.weights import fingerprint
 from jes.questions import Question
 from jes.rollout import examine
@@ -563,16 +563,6 @@ def open_ledger(experiment: Experiment, path: Path) -> ledgers.Ledger:
     return ledger
 
 
-def versions() -> dict[str, str]:
-    """What the numbers of a run can depend on beside its settings."""
-    packages = ("jes", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
-    return {
-        **{name: version(name) for name in packages},
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-    }
-
-
 @contextmanager
 def alone(workdir: Path) -> Iterator[None]:
     """Makes the folder and locks it against other processes until this one ends.
@@ -662,6 +652,13 @@ def claim(
     changed = any(before.get(name) != now.get(name) for name in MEMORY)
     if changed or "resolved" not in record:
         record["resolved"] = resolve(record.get("resolved", {}))
+    if changed := changed_since(record["versions"]):
+        console.print(
+            f"{workdir} was begun with other versions ({changed}): steps may differ in "
+            "their last bits; pip install -c {workdir}/constraints.txt -e . goes back"
+        )
+    elif not (workdir / "constraints.txt").exists():
+        (workdir / "constraints.txt").write_text(constraints())
     write_json(workdir / "config.json", {**record, "config": now})
     return record["resolved"]
 

@@ -241,7 +241,8 @@ def _tell(
         strength=rates and rates.pull,
         parts=parts,
         pieces=pieces,
-        share=mesh if share and not spread else None,
+        mesh=None if spread else mesh,
+        share=share,
     )
 
 

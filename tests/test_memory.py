@@ -342,6 +342,24 @@ def test_a_run_chooses_once(
     assert len(machine.analysed) > count
 
 
+def test_a_run_that_goes_on_with_other_versions_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config: dict[str, Any] = {"seed": 0}
+    assert claim_run(tmp_path, config, lambda _: {}) == {}
+    kept = (tmp_path / "constraints.txt").read_text()
+    assert f"jax=={jax.__version__}\n" in kept
+    path = tmp_path / "config.json"
+    record = json.loads(path.read_text())
+    record["versions"] |= {"jax": "0.1", "device": "TPU v9"}
+    path.write_text(json.dumps(record))
+    capsys.readouterr()
+    claim_run(tmp_path, config, lambda _: {})
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"jax 0.1 then, {jax.__version__} now; device TPU v9 then, cpu now" in out
+    assert (tmp_path / "constraints.txt").read_text() == kept
+
+
 @pytest.mark.slow
 def test_a_run_holds_what_is_chosen(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -495,7 +495,7 @@ def test_watch_recovers_from_a_preemption(place: Place) -> None:
     main = ("create", "delete", "scp", "install", "start")
     steps = [s.split()[-1] for s in place.steps() if s.split()[-1] in main]
     start = ["create", "scp", "install", "start"]
-    assert steps == [*start, "delete", *start]
+    assert steps == [*start, "delete", *start, "delete"]
     # Both workers took the four generations from the bucket.
     starts = [line.split(":")[0] for line in place.trained() if line != "stopped"]
     assert starts == ["all from 0", "all from 0", "all from 4", "all from 4"]
@@ -510,6 +510,21 @@ def test_watch_restarts_a_crash_and_gives_up(place: Place) -> None:
     assert "2 starts without progress" in out
     assert "ended with exit status 1 after 0 generations: starting it again" in out
     assert place.steps().count("start") == 2
+    assert "boom" in out  # its last lines, before they are gone
+    assert place.steps()[-1] == "queued-resources delete"
+
+
+def test_watch_starts_a_run_that_stalls_again(place: Place) -> None:
+    place.commit()
+    place.make_tpu()
+    (place.root / "limit").write_text("4")  # and then it waits
+    watch = place.start("watch.sh", STALL_SECONDS="1", TRIES="3", KEEP="1")
+    place.wait_for(lambda: len(place.trained()) == 3 * 2 + 2 * 2)
+    assert watch.wait(timeout=60) == 1
+    out = (place.root / "watch.sh.out").read_text()
+    assert "no generation for" in out
+    assert "starting it again" in out
+    assert "jes is left, and costs" in out
     assert "queued-resources delete" not in place.steps()
 
 
@@ -521,6 +536,7 @@ def test_watch_does_not_repeat_a_mistake(place: Place) -> None:
     assert status == 2
     assert "the settings or the data are wrong" in out
     assert place.steps().count("start") == 1
+    assert place.steps()[-1] == "queued-resources delete"
 
 
 def test_watch_outlives_a_failing_network(place: Place) -> None:

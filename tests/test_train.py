@@ -47,6 +47,9 @@ def test_run_folder_has_what_the_contract_says(
     assert config["config"] == json.loads(get_config(str(small_model)).to_json())
     assert config["resolved"] == {"chunk": 2, "slots": 0}
     assert {"jes", "jax", "python", "device"} <= config["versions"].keys()
+    packages = (finished_run / "constraints.txt").read_text().splitlines()
+    assert f"jax=={config['versions']['jax']}" in packages
+    assert not any(line.startswith("jes==") for line in packages)
 
     metrics = rows(finished_run / "metrics.jsonl")
     assert [row["generation"] for row in metrics] == list(range(6))

@@ -210,6 +210,19 @@ def on_two(layers: int) -> PyTree:
     return {"layers": replicated(jnp.ones((layers, 1024, 1024)), mesh)}
 
 
+def test_an_anchor_in_the_memory_of_the_host_is_there_once() -> None:
+    """Whatever the number of devices, but for vectors that do not divide."""
+    mesh = make_mesh(1, jax.devices()[:2])
+    params = replicated(small_floats(0) | {"odd": jnp.ones(9)}, mesh)
+    anchor = keep_anchor(params, "host")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(anchor):
+        assert leaf.sharding.memory_kind == "pinned_host"
+        held = sum(shard.data.nbytes for shard in leaf.addressable_shards)
+        whole = leaf.nbytes * (1 + all(size % 2 for size in leaf.shape))
+        assert held == whole, path
+    jax.tree.map(np.testing.assert_array_equal, anchor, params)
+
+
 def test_devices_that_share_send_what_they_have_moved() -> None:
     """And hold a part of each device for a while; without sharing nothing is sent."""
     evolution = evolution_of()

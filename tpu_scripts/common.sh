@@ -68,6 +68,7 @@ require() {
 check_settings() {
   require is_switch '0 or 1' DRY_RUN "$DRY_RUN"
   require is_switch '0 or 1' SPOT "$SPOT"
+  require is_switch '0 or 1' KEEP "$KEEP"
   for name in $PASS; do # they are read by `eval`
     case $name in
       [!A-Za-z_]* | *[!A-Za-z0-9_]*) fail 2 "PASS: '$name' is no name of a variable" ;;
@@ -79,6 +80,7 @@ check_settings() {
   require is_number 'a whole number' STOP_SECONDS "$STOP_SECONDS"
   require is_number 'a whole number' TRIES "$TRIES"
   require is_number 'a whole number' LOOKS "$LOOKS"
+  require is_number 'a whole number' STALL_SECONDS "$STALL_SECONDS"
   case $RUN in
     '' | [!A-Za-z0-9]* | *[!A-Za-z0-9._-]*)
       fail 2 "RUN must be letters, digits, '.', '_' and '-', not '$RUN'"

@@ -33,6 +33,8 @@ SYNC_SECONDS=${SYNC_SECONDS:-60}           # between two copies to BUCKET
 STOP_SECONDS=${STOP_SECONDS:-300}          # for a run to save, before it is killed
 TRIES=${TRIES:-5}                          # starts without progress, then we give up
 LOOKS=${LOOKS:-60}                         # that fail in a row, then so does watch.sh
+STALL_SECONDS=${STALL_SECONDS:-7200}       # without a generation: watch.sh starts it again
+KEEP=${KEEP:-0}                            # 1: watch.sh leaves the TPU when it ends
 
 # 1: every command is printed, quoted for a shell, and none is run.
 DRY_RUN=${DRY_RUN:-0}

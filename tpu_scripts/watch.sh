@@ -8,19 +8,35 @@ HERE=$(CDPATH="" cd -- "$(dirname -- "$0")" && pwd)
 usage 'usage: watch.sh [--config.NAME=VALUE ...]
 Looks every POLL_SECONDS at the TPU and the run until the run has finished. A TPU that
 was taken away is deleted and asked for again, jes is installed, and the run goes on
-from what is in BUCKET; so does a run that has crashed. Gives up after TRIES starts
-without progress, and where the settings are wrong. The TPU is left: delete.sh.' "$@"
+from what is in BUCKET; so does a run that has crashed, or has had no new generation for
+STALL_SECONDS. Gives up after TRIES starts without progress, and where the settings are
+wrong. In the end, good or bad, the run is saved and the TPU deleted, which costs as long
+as it is there; KEEP=1 leaves it.' "$@"
 check_tpu_settings
 check_flags "$@"
 [ -n "$BUCKET" ] || fail 2 'BUCKET is not set: without it a run ends with its TPU'
 
 tries=0 # starts since the ledger grew
 most=0  # generations that were seen in it
+since=$(date +%s) # when they were, or when it was started
 lost=0  # looks in a row that failed
 
+# end STATUS MESSAGE: the logs are gone with the TPU.
+end() {
+  say "$2"
+  [ "$1" = 0 ] || on all logs 40 || :
+  if [ "$KEEP" = 1 ]; then
+    say "$TPU is left, and costs: delete.sh"
+  else
+    sh "$HERE/delete.sh" || say "$TPU is NOT deleted, and costs: delete.sh -f"
+  fi
+  exit "$1"
+}
+
 attempt() {
+  since=$(date +%s)
   tries=$((tries + 1))
-  [ "$tries" -le "$TRIES" ] || fail 1 "$TRIES starts without progress: see logs.sh"
+  [ "$tries" -le "$TRIES" ] || end 1 "$TRIES starts without progress"
 }
 
 # again FLAG...: deletes what is left of the TPU, and starts on a new one.
@@ -58,14 +74,22 @@ look() {
   is_number "$rows" || return 1
   if [ "$rows" -gt "$most" ]; then
     most=$rows
+    since=$(date +%s)
     tries=0
   fi
+  still=$(($(date +%s) - since))
   case $word in
-    running) say "running, $rows generations" ;;
+    running)
+      say "running, $rows generations"
+      if [ "$still" -gt "$STALL_SECONDS" ]; then
+        attempt
+        say "no generation for $still s: starting it again"
+        sh "$HERE/stop.sh" && sh "$HERE/run.sh" "$@"
+      fi
+      ;;
     finished)
       on all save || return 1
-      say "finished after $rows generations: $BUCKET/$RUN"
-      exit 0
+      end 0 "finished after $rows generations: $BUCKET/$RUN"
       ;;
     none)
       attempt
@@ -73,7 +97,7 @@ look() {
       sh "$HERE/setup.sh" && sh "$HERE/run.sh" "$@"
       ;;
     stopped)
-      [ "$code" != 2 ] || fail 2 'the settings or the data are wrong: see logs.sh'
+      [ "$code" != 2 ] || end 2 "the settings or the data are wrong"
       attempt
       say "ended with exit status $code after $rows generations: starting it again"
       # Other workers may still wait for the one that ended.
@@ -116,7 +140,7 @@ while :; do
     lost=0
   else
     lost=$((lost + 1))
-    [ "$lost" -lt "$LOOKS" ] || fail 1 "$LOOKS failures in a row"
+    [ "$lost" -lt "$LOOKS" ] || end 1 "$LOOKS failures in a row"
     say "that failed, trying again in $POLL_SECONDS s"
   fi
   if dry; then exit 0; fi # one round: the TPU was taken away

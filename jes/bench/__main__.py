@@ -37,8 +37,8 @@ from jes.errors import InputError
 from jes.io import command_line
 from jes.io.console import console
 from jes.io.metrics import write_json
+from jes.io.versions import versions
 from jes.memory import give_back_freed_blocks
-from jes.run_folder import versions
 
 ROWS: dict[str, Callable[[int], Iterable[Row]]] = {
     "generation": generations.over_inference,

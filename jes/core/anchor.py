@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from jes.core.mesh import POPULATION
 from jes.core.noise import PyTree, leaf_path
 from jes.core.placement import on_device
 from jes.core.tree import (
@@ -32,7 +34,8 @@ def keep_anchor(params: PyTree, place: str = "device", stored: Any = None) -> Py
         only codes and scales are copied, and the rest is shared.
       place: 'device' keeps them as they are; 'bfloat16' rounds them, which moves the
         point of the decay by up to 2^-8 of each weight; 'host' keeps them in the host's
-        pinned memory, from where an update reads one tensor at a time; 'none' gives
+        pinned memory, once for all devices, from where an update reads one tensor at
+        a time; 'none' gives
         None.
       stored: dtype of the files that the weights were read from. The copy has it where
         that loses nothing: half the memory for a bfloat16 model.
@@ -48,13 +51,27 @@ def keep_anchor(params: PyTree, place: str = "device", stored: Any = None) -> Py
 
     def kept(leaf: jax.Array) -> jax.Array:
         copy = jnp.array(leaf) if exact else _narrow(leaf, place, stored)
-        if place == "host":
-            host = copy.sharding.with_memory_kind("pinned_host")
-            copy = jax.device_put(copy, host)
-        return copy
+        return jax.device_put(copy, _on_host(copy)) if place == "host" else copy
 
     trained, frozen = split(params, scales=True)
     return merge(jax.tree.map(kept, trained), frozen)
+
+
+def _on_host(leaf: jax.Array) -> Sharding:
+    """A place in the host's memory: one, however many devices have the same array.
+
+    Each keeps a part there. (Not of layers, if possible: an update reads some layers.)
+    """
+    sharding = leaf.sharding
+    if isinstance(sharding, NamedSharding):
+        count = sharding.mesh.shape[POPULATION]
+        spec = [*sharding.spec, *[None] * leaf.ndim][: leaf.ndim]
+        for axis in sorted(range(leaf.ndim), key=lambda axis: axis == 0):
+            if spec[axis] is None and leaf.shape[axis] % count == 0:
+                spec[axis] = POPULATION
+                break
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    return sharding.with_memory_kind("pinned_host")
 
 
 def _narrow(leaf: jax.Array, place: str, stored: Any) -> jax.Array:

@@ -11,6 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jes.models import compressed_tensors, gguf_files, gptq
@@ -38,8 +40,6 @@ from jes.models.safetensors_files import (
     Expected,
     Tensor,
     WeightsError,
-    aligned_empty,
-    copy_transposed,
     dtype_name,
     locate,
     open_tensors,
@@ -174,9 +174,7 @@ def load(
             leaves[path] = read_stack(quantized, names, shape, tensors)
         else:
             sharding = None if mesh is None else leaf_sharding(path, shape, mesh)
-            leaves[path] = jax.device_put(
-                _read_floats(path, shape, tensors, np.dtype(dtype)), sharding
-            )
+            leaves[path] = _read_floats(path, shape, tensors, dtype, sharding)
     with TemporaryDirectory() as temporary:
         folder = source
         if not source.is_dir():
@@ -446,17 +444,39 @@ def _raise_all(what: str, problems: list[str]) -> None:
 
 
 def _read_floats(
-    path: str, shape: tuple[int, ...], tensors: Mapping[str, Tensor], dtype: np.dtype
-) -> np.ndarray:
-    """A leaf that is not quantised, filled tensor by tensor."""
-    leaf = aligned_empty(shape, dtype)
+    path: str,
+    shape: tuple[int, ...],
+    tensors: Mapping[str, Tensor],
+    dtype: DTypeLike,
+    sharding: NamedSharding | None,
+) -> jax.Array:
+    """A leaf that is not quantised, filled on the device tensor by tensor.
+
+    So the host holds one tensor at a time, in the dtype of the file, and each device
+    receives its part of it.
+    """
+    leaf, turned = jnp.zeros(shape, dtype, device=sharding), _is_transposed(path)
+    place = None
+    if sharding is not None:
+        axes = (*sharding.spec, *[None] * len(shape))[: len(shape)]
+        axes = axes[len(shape) - len(_parts(path, shape)[0][2]) :]
+        place = NamedSharding(sharding.mesh, P(*axes[:: -1 if turned else 1]))
     for index, name, _ in _parts(path, shape):
-        values = tensors[name].read()
-        if _is_transposed(path):
-            copy_transposed(values, leaf[index])
-        else:
-            leaf[index] = values
+        values = jax.device_put(tensors[name].read(), place)
+        number = None if index is ... else np.int32(index)
+        leaf = _filled(leaf, values, number, turned)
     return leaf
+
+
+@partial(jax.jit, static_argnames="turned", donate_argnames="leaf")
+def _filled(
+    leaf: jax.Array, values: jax.Array, number: jax.Array | None, turned: bool
+) -> jax.Array:
+    """The leaf, or its layer of this number, with the values of a tensor."""
+    values = (values.T if turned else values).astype(leaf.dtype)
+    if number is None:
+        return values
+    return jax.lax.dynamic_update_index_in_dim(leaf, values, number, 0)
 
 
 def _tensors_of(

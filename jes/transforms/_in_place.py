@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jes.core.mesh import POPULATION
 from jes.core.noise import PartKey, PyTree
@@ -48,7 +48,8 @@ def update_in_place(
     fitness: jax.Array,
     parts: Callable[[tuple[Any, ...], Any], int] = count_parts,
     pieces: Callable[[tuple[Any, ...], Any], int] = lambda path, leaf: 1,
-    share: Mesh | None = None,
+    mesh: Mesh | None = None,
+    share: bool = False,
     **extra_args: Any,
 ) -> tuple[PyTree, optax.OptState]:
     """`optimizer.update` and `optax.apply_updates`, with little memory beside `params`.
@@ -76,8 +77,10 @@ def update_in_place(
         need 1.
       pieces: number of equal pieces of the first axis of a leaf, of which each part has
         as many rows: of floats that so many devices have a piece each of.
-      share: a mesh, on all devices of which `params` is whole. Where the state has only
-        counts, each computes parts of a leaf of floats and sends them to the others.
+      mesh: of devices that each have `params` whole. What is only read, and of which
+        they have parts, they gather a leaf at a time.
+      share: where the state has only counts, each device of the mesh computes parts of
+        a leaf of floats and sends them to the others.
       **extra_args: of the optimizer, such as `anchor`.
 
     Returns:
@@ -113,9 +116,12 @@ def update_in_place(
         loop = _Loop(partial(update, number), key, *cut, nothing)
         own = moved.leaf(number)
         read_own = jax.tree.map(on_device, read.leaf(number))
+        if mesh is not None:
+            whole = NamedSharding(mesh, PartitionSpec())
+            read_own = jax.lax.with_sharding_constraint(read_own, whole)
         alone = counts_only and len(own) == 1 and not is_codes(leaf)
-        if share is not None and loop.parts > 1 and alone:
-            own = loop.shared(own, read_own, share)
+        if share and mesh is not None and loop.parts > 1 and alone:
+            own = loop.shared(own, read_own, mesh)
         else:
             own, totals = loop.in_turn(own, read_own, totals)
         new.append(own)
