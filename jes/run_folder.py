@@ -657,9 +657,9 @@ def claim(
             f"{workdir} was begun with other versions ({changed}): steps may differ in "
             "their last bits; pip install -c {workdir}/constraints.txt -e . goes back"
         )
-    elif not (workdir / "constraints.txt").exists():
-        (workdir / "constraints.txt").write_text(constraints())
     write_json(workdir / "config.json", {**record, "config": now})
+    if not (changed or (workdir / "constraints.txt").exists()):
+        (workdir / "constraints.txt").write_text(constraints())
     return record["resolved"]
 
 

@@ -13,7 +13,7 @@ import small_run
 from marks import slow_except
 
 from jes import memory, train
-from jes.config import freeze
+from jes.config import default, freeze
 from jes.core.noise import generation_key
 from jes.core.programs import Analysis, TooLargeError, program
 from jes.errors import InputError
@@ -345,7 +345,7 @@ def test_a_run_chooses_once(
 def test_a_run_that_goes_on_with_other_versions_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config: dict[str, Any] = {"seed": 0}
+    config = default().to_dict()
     assert claim_run(tmp_path, config, lambda _: {}) == {}
     kept = (tmp_path / "constraints.txt").read_text()
     assert f"jax=={jax.__version__}\n" in kept
