@@ -652,13 +652,13 @@ def claim(
     changed = any(before.get(name) != now.get(name) for name in MEMORY)
     if changed or "resolved" not in record:
         record["resolved"] = resolve(record.get("resolved", {}))
-    if changed := changed_since(record["versions"]):
+    if others := changed_since(record["versions"]):
         console.print(
-            f"{workdir} was begun with other versions ({changed}): steps may differ in "
+            f"{workdir} was begun with other versions ({others}): steps may differ in "
             "their last bits; pip install -c {workdir}/constraints.txt -e . goes back"
         )
     write_json(workdir / "config.json", {**record, "config": now})
-    if not (changed or (workdir / "constraints.txt").exists()):
+    if not (others or (workdir / "constraints.txt").exists()):
         (workdir / "constraints.txt").write_text(constraints())
     return record["resolved"]
 

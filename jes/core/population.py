@@ -171,7 +171,7 @@ def draw_layer(path, leaf, key, scale, noise, dtype, layer):
 
 
 def draw_members_apart(
-    params: PyTree, key: jax.Array, members: jax.Array, *settings: Any, mesh: Any = None
+    params: PyTree, key: jax.Array, members: Any, *settings: Any, mesh: Any = None
 ) -> PyTree:
     """`draw_members` with one subtree a layer; no stack of a member's own is made."""
 

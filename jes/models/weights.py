@@ -167,7 +167,7 @@ def load(
     hf_config = _with_own_head(hf_config, tensors)
     config, quantized = _configs(hf_config, str(source / "config.json"))
     _check_tensors(source, config, quantized, tensors)
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for path, shape in leaf_shapes(config).items():
         if quantized and is_kernel(path):
             names = [name for _, name, _ in _parts(path, shape)]
