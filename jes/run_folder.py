@@ -655,7 +655,7 @@ def claim(
     if others := changed_since(record["versions"]):
         console.print(
             f"{workdir} was begun with other versions ({others}): steps may differ in "
-            "their last bits; pip install -c {workdir}/constraints.txt -e . goes back"
+            f"their last bits; pip install -c {workdir}/constraints.txt -e . goes back"
         )
     write_json(workdir / "config.json", {**record, "config": now})
     if not (others or (workdir / "constraints.txt").exists()):

@@ -100,7 +100,7 @@ def test_updates_are_the_same(mesh: str, results: dict[str, np.ndarray]) -> None
 def test_a_model_is_shared_among_devices(results: dict[str, np.ndarray]) -> None:
     assert [float(results[f"held {mesh}"]) for mesh in WHOLE] == [1, 1]
     assert float(results["held 2/2"]) == pytest.approx(1 / 2, abs=0.02)
-    # 102 words and 2 key-value heads cannot be shared among four.
+    # 102 words cannot be shared among four; 2 heads of keys and values can.
     assert float(results["held 8/4"]) < 0.6
 
 

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from jes.core.mesh import POPULATION
+from jes.core.mesh import POPULATION, model_is_spread
 from jes.core.noise import PyTree, leaf_path
 from jes.core.placement import on_device
 from jes.core.tree import (
@@ -34,8 +34,8 @@ def keep_anchor(params: PyTree, place: str = "device", stored: Any = None) -> Py
         only codes and scales are copied, and the rest is shared.
       place: 'device' keeps them as they are; 'bfloat16' rounds them, which moves the
         point of the decay by up to 2^-8 of each weight; 'host' keeps them in the host's
-        pinned memory, once for all devices, from where an update reads one tensor at
-        a time; 'none' gives
+        pinned memory, once for all devices that have the whole model, from where an
+        update reads one tensor at a time; 'none' gives
         None.
       stored: dtype of the files that the weights were read from. The copy has it where
         that loses nothing: half the memory for a bfloat16 model.
@@ -58,19 +58,17 @@ def keep_anchor(params: PyTree, place: str = "device", stored: Any = None) -> Py
 
 
 def _on_host(leaf: jax.Array) -> Sharding:
-    """A place in the host's memory: one, however many devices have the same array.
+    """A place in the host's memory: one, however many devices have the whole model.
 
     Each keeps a part there. (Not of layers, if possible: an update reads some layers.)
     """
     sharding = leaf.sharding
-    if isinstance(sharding, NamedSharding):
-        count = sharding.mesh.shape[POPULATION]
-        spec = [*sharding.spec, *[None] * leaf.ndim][: leaf.ndim]
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    if isinstance(mesh, Mesh) and not model_is_spread(mesh):
         for axis in sorted(range(leaf.ndim), key=lambda axis: axis == 0):
-            if spec[axis] is None and leaf.shape[axis] % count == 0:
-                spec[axis] = POPULATION
-                break
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+            if leaf.shape[axis] % mesh.shape[POPULATION] == 0:
+                spec = PartitionSpec(*[None] * axis, POPULATION)
+                return NamedSharding(mesh, spec, memory_kind="pinned_host")
     return sharding.with_memory_kind("pinned_host")
 
 
