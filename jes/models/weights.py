@@ -455,27 +455,36 @@ def _read_floats(
     So the host holds one tensor at a time, in the dtype of the file, and each device
     receives its part of it.
     """
-    leaf, turned = jnp.zeros(shape, dtype, device=sharding), _is_transposed(path)
+    parts, turned = _parts(path, shape), _is_transposed(path)
     place = None
     if sharding is not None:
         axes = (*sharding.spec, *[None] * len(shape))[: len(shape)]
-        axes = axes[len(shape) - len(_parts(path, shape)[0][2]) :]
+        axes = axes[len(shape) - len(parts[0][2]) :]
         place = NamedSharding(sharding.mesh, P(*axes[:: -1 if turned else 1]))
-    for index, name, _ in _parts(path, shape):
-        values = jax.device_put(tensors[name].read(), place)
-        number = None if index is ... else np.int32(index)
-        leaf = _filled(leaf, values, number, turned)
+
+    def read(name: str) -> jax.Array:
+        return jax.device_put(tensors[name].read(), place)
+
+    if not path.startswith(STACKED):
+        return _values(read(parts[0][1]), dtype, turned)
+    leaf = jnp.zeros(shape, dtype, device=sharding)
+    for index, name, _ in parts:
+        # Not all tensors at a time: reading is ahead of the device.
+        leaf = jax.block_until_ready(_filled(leaf, read(name), np.int32(index), turned))
     return leaf
 
 
-@partial(jax.jit, static_argnames="turned", donate_argnames="leaf")
+@partial(jax.jit, static_argnums=(1, 2))
+def _values(tensor: jax.Array, dtype: DTypeLike, turned: bool) -> jax.Array:
+    return (tensor.T if turned else tensor).astype(dtype)
+
+
+@partial(jax.jit, static_argnums=3, donate_argnums=0)
 def _filled(
-    leaf: jax.Array, values: jax.Array, number: jax.Array | None, turned: bool
+    leaf: jax.Array, tensor: jax.Array, number: jax.Array, turned: bool
 ) -> jax.Array:
-    """The leaf, or its layer of this number, with the values of a tensor."""
-    values = (values.T if turned else values).astype(leaf.dtype)
-    if number is None:
-        return values
+    """The leaf with the values of a tensor as its layer of this number."""
+    values = _values(tensor, leaf.dtype, turned)
     return jax.lax.dynamic_update_index_in_dim(leaf, values, number, 0)
 
 
