@@ -222,7 +222,8 @@ def _tell(
     own = dict(shards)
 
     def pieces(path: tuple[Any, ...], leaf: Any) -> int:
-        return leaf.shape[0] // own.get(leaf_path(path), leaf.shape)[0]
+        shape = own.get(leaf_path(path))
+        return leaf.shape[0] // shape[0] if shape else 1
 
     def parts(path: tuple[Any, ...], leaf: Any) -> int:
         if evolution.rank and not is_stack(path) and not is_codes(leaf):
