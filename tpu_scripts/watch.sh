@@ -18,13 +18,15 @@ check_flags "$@"
 
 tries=0 # starts since the ledger grew
 most=0  # generations that were seen in it
-since=$(date +%s) # when they were, or when it was started
+since=$(date +%s) # when they were, or when the run was started
 lost=0  # looks in a row that failed
 
 # end STATUS MESSAGE: the logs are gone with the TPU.
 end() {
   say "$2"
-  [ "$1" = 0 ] || on all logs 40 || :
+  if [ "$1" != 0 ] && node_state READY && [ "$STATE" = READY ]; then
+    on all logs 40 || :
+  fi
   if [ "$KEEP" = 1 ]; then
     say "$TPU is left, and costs: delete.sh"
   else
@@ -33,8 +35,12 @@ end() {
   exit "$1"
 }
 
+# launch FLAG...: the run.
+launch() {
+  sh "$HERE/run.sh" "$@" && since=$(date +%s)
+}
+
 attempt() {
-  since=$(date +%s)
   tries=$((tries + 1))
   [ "$tries" -le "$TRIES" ] || end 1 "$TRIES starts without progress"
 }
@@ -54,7 +60,7 @@ begin() {
     3) return 0 ;; # not yet
     *) return 1 ;;
   esac
-  sh "$HERE/setup.sh" && sh "$HERE/run.sh" "$@"
+  sh "$HERE/setup.sh" && launch "$@"
 }
 
 # look FLAG...: at the run on a TPU that is there.
@@ -84,7 +90,7 @@ look() {
       if [ "$still" -gt "$STALL_SECONDS" ]; then
         attempt
         say "no generation for $still s: starting it again"
-        sh "$HERE/stop.sh" && sh "$HERE/run.sh" "$@"
+        sh "$HERE/stop.sh" && launch "$@"
       fi
       ;;
     finished)
@@ -94,14 +100,14 @@ look() {
     none)
       attempt
       say 'not started here yet'
-      sh "$HERE/setup.sh" && sh "$HERE/run.sh" "$@"
+      sh "$HERE/setup.sh" && launch "$@"
       ;;
     stopped)
       [ "$code" != 2 ] || end 2 "the settings or the data are wrong"
       attempt
       say "ended with exit status $code after $rows generations: starting it again"
       # Other workers may still wait for the one that ended.
-      sh "$HERE/stop.sh" && sh "$HERE/run.sh" "$@"
+      sh "$HERE/stop.sh" && launch "$@"
       ;;
     *) return 1 ;;
   esac

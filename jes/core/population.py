@@ -179,10 +179,9 @@ def draw_members_apart(
         given = {STACK: stack}, key, members, *settings, jnp.int32(number)
         return draw_layer(*given, mesh=mesh)[STACK]
 
-    apart = unstacked(params, draw_stack)
-    names = params.keys() & apart.keys()
-    rest = {name: params[name] for name in names}
-    return apart | draw_members(rest, key, members, *settings, mesh=mesh)
+    layers = unstacked({STACK: params[STACK]}, draw_stack)
+    rest = {name: leaf for name, leaf in params.items() if name != STACK}
+    return layers | draw_members(rest, key, members, *settings, mesh=mesh)
 
 
 @_of_members
